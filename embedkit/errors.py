@@ -1,0 +1,80 @@
+"""Owns every error that embedkit raises on purpose; knows nothing of what raises them.
+
+    EmbedkitError
+    ├── OptionError             an option has a value that means nothing (window, plane, slice choice)
+    ├── ManifestError           a manifest or label table is unreadable or contradicts itself
+    ├── VolumeError             an image cannot be read, or is not one grey 3D image
+    ├── BackboneError           unknown backbone, weights that do not fit, hub out of reach
+    ├── RecipeError             two recipes differ where they must agree
+    ├── CacheError              a cache or one of its shards is damaged, incomplete or of a newer format
+    ├── ExtractionError         cases failed during extraction, after all others were done
+    ├── TaskError               a target cannot be learned as it stands (constant, one-member class, no label)
+    ├── HeadError               unknown head, duplicate name, head that cannot read the tokens asked for
+    ├── RunError                a run folder is incomplete or does not fit the cache
+    └── SearchError             an index is damaged, does not fit, or a query or filter is wrong
+
+A message says what was found, what was expected and what to do.
+"""
+
+__all__ = [
+    "BackboneError",
+    "CacheError",
+    "EmbedkitError",
+    "ExtractionError",
+    "HeadError",
+    "ManifestError",
+    "OptionError",
+    "RecipeError",
+    "RunError",
+    "SearchError",
+    "TaskError",
+    "VolumeError",
+]
+
+
+class EmbedkitError(Exception):
+    """Root of the tree: catch this to catch every error that embedkit raises on purpose."""
+
+
+class OptionError(EmbedkitError):
+    """An option has a value that means nothing."""
+
+
+class ManifestError(EmbedkitError):
+    """A manifest or label table is unreadable or contradicts itself."""
+
+
+class VolumeError(EmbedkitError):
+    """An image cannot be read, or is not one grey 3D image."""
+
+
+class BackboneError(EmbedkitError):
+    """Unknown backbone, weights that do not fit, or a hub out of reach."""
+
+
+class RecipeError(EmbedkitError):
+    """Two recipes differ where they must agree."""
+
+
+class CacheError(EmbedkitError):
+    """A cache or one of its shards is damaged, incomplete or of a newer format."""
+
+
+class ExtractionError(EmbedkitError):
+    """Cases failed during extraction, after all others were done."""
+
+
+class TaskError(EmbedkitError):
+    """A target cannot be learned as it stands."""
+
+
+class HeadError(EmbedkitError):
+    """Unknown head, duplicate head name, or a head that cannot read the tokens asked for."""
+
+
+class RunError(EmbedkitError):
+    """A run folder is incomplete or does not fit the cache."""
+
+
+class SearchError(EmbedkitError):
+    """An index is damaged, does not fit, or a query or filter is wrong."""
