@@ -1,0 +1,328 @@
+"""Owns the metrics of a task's scores, each with an interval over patients; knows no head and no cache.
+
+Intervals come from a bootstrap that resamples patients, never single cases: cases of one patient are not independent.
+
+Out-of-fold scores are pooled: the scores of all folds are taken as one set, though each fold's head differs. Where the
+heads of two folds differ in level, pooled AUROC and AUPRC compare scores that were never meant to be compared, and are
+a little pessimistic (Airola et al. 2011; Forman and Scholz 2010). The interval then speaks of which patients were
+seen, for the heads as they were trained; not of how a new training or another deal of folds would vary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from embedkit.bootstrap import Floats, Interval, Statistic, bootstrap_values, draw_weights, form_interval
+from embedkit.errors import OptionError, TaskError
+from embedkit.formulas import (
+    average_statistics,
+    weigh_auroc,
+    weigh_average_precision,
+    weigh_balanced_accuracy,
+    weigh_calibration_error,
+    weigh_f1,
+    weigh_mean,
+    weigh_r2,
+    weigh_spearman,
+)
+from embedkit.targets import KINDS, TaskKind
+
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "METRICS",
+    "Interval",
+    "RocCurve",
+    "compute_metrics",
+    "compute_roc",
+    "compute_weighted_metrics",
+    "paired_difference",
+    "roc_points",
+]
+
+_CLASSIFICATION = ("auroc", "auprc", "balanced_accuracy", "accuracy", "f1", "brier", "ece")
+
+METRICS: dict[TaskKind, tuple[str, ...]] = {
+    "binary": _CLASSIFICATION,
+    "multiclass": _CLASSIFICATION,
+    "multilabel": _CLASSIFICATION,
+    "regression": ("mae", "r2", "spearman"),
+}
+"""Names of the metrics of each kind of task; the first of a classification and ``r2`` are the usual headline."""
+
+HIGHER_IS_BETTER = {name: name not in ("brier", "ece", "mae") for names in METRICS.values() for name in names}
+
+_BAND_POINTS = 101
+
+
+@dataclass(frozen=True, eq=False)
+class RocCurve:
+    """A ROC curve with a pointwise 95% bootstrap band over patients.
+
+    Attributes:
+        false_positive_rate, true_positive_rate: float64 [points], rising from (0, 0) to (1, 1).
+        grid: float64 [101], the false positive rates 0, 0.01, ..., 1 of the band.
+        low, high: float64 [101], 2.5th and 97.5th percentile of the true positive rate there; NaN where no resample
+            has both classes.
+    """
+
+    false_positive_rate: Floats
+    true_positive_rate: Floats
+    grid: Floats
+    low: Floats
+    high: Floats
+
+
+def compute_metrics(
+    task_kind: TaskKind,
+    targets: ArrayLike,
+    scores: ArrayLike,
+    groups: Sequence[str],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Every metric of the kind of task, with its 95% interval from a bootstrap over patients.
+
+    - ``auroc``, ``auprc`` (average precision): multiclass as the mean of each class against the rest.
+    - ``balanced_accuracy``, ``accuracy``, ``f1``: at probability 0.5 or more, or the most probable class; ``f1`` of
+      the positive class for binary, the mean over classes for multiclass.
+    - ``brier``: mean squared error of the probability, 0..1; multiclass: summed over classes, 0..2 (Brier 1950).
+    - ``ece``: 15 bins of equal width; of the positive class's probability for binary (Naeini et al. 2015), of the most
+      probable class's for multiclass (Guo et al. 2017). Too high in small samples and more so in resamples, so its
+      interval lies high and may even miss the value.
+    - multilabel: each of these per label as if binary, then their mean; ``accuracy`` is thus 1 - Hamming loss.
+    - ``mae``, ``r2``, ``spearman`` for regression.
+
+    Classes that the targets lack are left out of the means of ``auroc``, ``auprc``, ``balanced_accuracy`` and ``f1``.
+    Resamples that lack a class which the targets have are left out for these four, and counted in the interval.
+
+    Args:
+        task_kind: binary, multiclass, multilabel or regression.
+        targets: As `Task.targets`: [cases], or [cases classes] for multilabel.
+        scores: Probabilities: [cases] of the positive class; multiclass [cases classes], rows summing to 1; multilabel
+            [cases classes]. Regression: predictions [cases].
+        groups: Patient of each case.
+        resamples: Of the bootstrap; 0 leaves the limits NaN.
+        seed: Of the bootstrap.
+
+    Raises:
+        TaskError: shapes that do not fit each other, no cases, NaN, or scores that are no probabilities.
+        OptionError: unknown kind, or ``resamples`` below 0.
+    """
+    statistics = _statistics(task_kind, *_checked(task_kind, targets, scores, groups, resamples))
+    resampled = bootstrap_values(statistics, groups, resamples=resamples, seed=seed)
+    plain = np.ones((1, len(groups)))
+    return {
+        name: form_interval(float(statistic(plain)[0]), resampled[name], groups)
+        for name, statistic in statistics.items()
+    }
+
+
+def compute_weighted_metrics(
+    task_kind: TaskKind, targets: ArrayLike, scores: ArrayLike, weights: ArrayLike
+) -> dict[str, Floats]:
+    """Every metric of the kind of task under many weightings of the cases, as in `compute_metrics`.
+
+    Args:
+        task_kind, targets, scores: As in `compute_metrics`.
+        weights: [weightings cases], 0 or above.
+
+    Returns:
+        float64 [weightings] by name, NaN where a metric is undefined.
+
+    Raises:
+        TaskError, OptionError: as `compute_metrics`.
+    """
+    weights = np.atleast_2d(np.asarray(weights, dtype=np.float64))
+    statistics = _statistics(task_kind, *_checked(task_kind, targets, scores, weights[0], 0))
+    return {name: statistic(weights) for name, statistic in statistics.items()}
+
+
+def paired_difference(
+    task_kind: TaskKind,
+    targets: ArrayLike,
+    scores_a: ArrayLike,
+    scores_b: ArrayLike,
+    groups: Sequence[str],
+    *,
+    metric: str,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """A metric of ``scores_a`` less that of ``scores_b`` on the same cases, with its 95% interval.
+
+    Both are computed on each resample of patients, so what makes cases easy or hard for both cancels.
+
+    Args:
+        task_kind, targets, groups, resamples, seed: As in `compute_metrics`.
+        scores_a, scores_b: Each as ``scores`` in `compute_metrics`.
+        metric: One of `METRICS` of the kind.
+
+    Raises:
+        TaskError, OptionError: as `compute_metrics`; OptionError also for a metric that the kind does not have.
+    """
+    checked = [_checked(task_kind, targets, scores, groups, resamples) for scores in (scores_a, scores_b)]
+    if metric not in METRICS[task_kind]:
+        raise OptionError(f"a {task_kind} task has no metric {metric}; expected one of {', '.join(METRICS[task_kind])}")
+    first, second = (_statistics(task_kind, *data)[metric] for data in checked)
+    resampled = bootstrap_values({"a": first, "b": second}, groups, resamples=resamples, seed=seed)
+    plain = np.ones((1, len(groups)))
+    value = float(first(plain)[0] - second(plain)[0])
+    return form_interval(value, resampled["a"] - resampled["b"], groups)
+
+
+def roc_points(targets: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats]:
+    """False and true positive rates of a binary task at every threshold, from (0, 0) to (1, 1); equal scores are one.
+
+    Args:
+        targets: [cases], 0 or 1.
+        scores: [cases], higher for the positive class.
+
+    Raises:
+        TaskError: as `compute_metrics`, or a class is absent.
+    """
+    positive, values = _checked("binary", targets, scores, np.asarray(targets), 0)
+    if positive.all() or not positive.any():
+        raise TaskError("a ROC curve takes cases of both classes, but all targets are equal; add cases of the other")
+    false_rates, true_rates = _roc_rates(positive, values, np.ones((1, len(values))))
+    return false_rates[0], true_rates[0]
+
+
+def compute_roc(
+    targets: ArrayLike, scores: ArrayLike, groups: Sequence[str], *, resamples: int = 1000, seed: int = 0
+) -> RocCurve:
+    """The ROC curve of a binary task with a band that holds 95% of the resamples' curves at each false positive rate.
+
+    Between thresholds curves run straight, as the area under them assumes.
+
+    Args:
+        targets, scores, groups, resamples, seed: As in `compute_metrics`.
+
+    Raises:
+        TaskError: as `roc_points`.
+    """
+    positive, values = _checked("binary", targets, scores, groups, resamples)
+    false_rate, true_rate = roc_points(positive, values)
+    grid = np.linspace(0, 1, _BAND_POINTS)
+    curves = [
+        np.interp(grid, false_rates, true_rates)
+        for weights in draw_weights(groups, resamples=resamples, seed=seed)
+        for false_rates, true_rates in zip(*_roc_rates(positive, values, weights), strict=True)
+    ]
+    if not curves:
+        return RocCurve(false_rate, true_rate, grid, np.full_like(grid, np.nan), np.full_like(grid, np.nan))
+    low, high = np.quantile(np.stack(curves), [0.025, 0.975], axis=0)
+    return RocCurve(false_rate, true_rate, grid, low, high)
+
+
+def _roc_rates(targets: NDArray[Any], scores: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """False and true positive rates [resamples points] of those weightings that have both classes."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(-1, np.flatnonzero(np.diff(scores[order], append=-np.inf))) + 1
+    ordered = np.take(weights, order, axis=1)
+    counts = [
+        np.pad(np.cumsum(ordered * (targets[order] == code), axis=1), ((0, 0), (1, 0)))[:, ends] for code in (0, 1)
+    ]
+    whole = (counts[0][:, -1] > 0) & (counts[1][:, -1] > 0)
+    false_rates, true_rates = (count[whole] / count[whole, -1:] for count in counts)
+    return false_rates, true_rates
+
+
+def _statistics(task_kind: TaskKind, targets: NDArray[Any], scores: Floats) -> dict[str, Statistic]:
+    if task_kind == "regression":
+        return {
+            "mae": weigh_mean(np.abs(targets - scores)),
+            "r2": weigh_r2(targets, scores),
+            "spearman": weigh_spearman(targets, scores),
+        }
+    if task_kind == "binary":
+        return _binary_statistics(targets == 1, scores)
+    if task_kind == "multiclass":
+        return _multiclass_statistics(targets, scores)
+    labels = [_binary_statistics(truth == 1, column) for truth, column in zip(targets.T, scores.T, strict=True)]
+    varying = [label for label, truth in zip(labels, targets.T, strict=True) if 0 < truth.sum() < len(truth)]
+    whole = ("accuracy", "brier", "ece")
+    return {
+        name: average_statistics([label[name] for label in (labels if name in whole else varying)])
+        for name in METRICS[task_kind]
+    }
+
+
+def _binary_statistics(positive: NDArray[np.bool_], scores: Floats) -> dict[str, Statistic]:
+    called = scores >= 0.5
+    both, both_called = np.stack([~positive, positive], axis=1), np.stack([~called, called], axis=1)
+    return {
+        "auroc": weigh_auroc(positive, scores),
+        "auprc": weigh_average_precision(positive, scores),
+        "balanced_accuracy": weigh_balanced_accuracy(both, both_called),
+        "accuracy": weigh_mean(np.asarray(called == positive, dtype=np.float64)),
+        "f1": weigh_f1(positive[:, None], called[:, None]),
+        "brier": weigh_mean((scores - positive) ** 2),
+        "ece": weigh_calibration_error(scores, positive),
+    }
+
+
+def _multiclass_statistics(targets: NDArray[Any], scores: Floats) -> dict[str, Statistic]:
+    everyone = np.arange(scores.shape[1])
+    true, called = targets[:, None] == everyone, scores.argmax(axis=1)[:, None] == everyone
+    there = np.flatnonzero(true.any(axis=0))
+    right = (true & called).any(axis=1)
+    return {
+        "auroc": average_statistics([weigh_auroc(true[:, each], scores[:, each]) for each in there]),
+        "auprc": average_statistics([weigh_average_precision(true[:, each], scores[:, each]) for each in there]),
+        "balanced_accuracy": weigh_balanced_accuracy(true[:, there], called[:, there]),
+        "accuracy": weigh_mean(right.astype(np.float64)),
+        "f1": weigh_f1(true[:, there], called[:, there]),
+        "brier": weigh_mean(((scores - true) ** 2).sum(axis=1)),
+        "ece": weigh_calibration_error(np.clip(scores.max(axis=1), 0, 1), right),
+    }
+
+
+def _checked(
+    task_kind: TaskKind, targets: ArrayLike, scores: ArrayLike, groups: Sequence[str] | NDArray[Any], resamples: int
+) -> tuple[NDArray[Any], Floats]:
+    """Targets, and scores as float64, once they fit the kind of task and each other."""
+    if task_kind not in KINDS:
+        raise OptionError(f"task kind {task_kind!r} is unknown; expected one of {', '.join(KINDS)}")
+    if resamples < 0:
+        raise OptionError(f"{resamples} resamples were asked for, expected 0 or more")
+    targets, scores = np.asarray(targets), np.asarray(scores, dtype=np.float64)
+    wide = task_kind in ("multiclass", "multilabel")
+    expected = "[cases classes]" if wide else "[cases]"
+    fits = scores.shape[:1] == targets.shape[:1] and scores.ndim == 1 + wide
+    if not fits or len(groups) != len(scores) or targets.ndim != 1 + (task_kind == "multilabel"):
+        raise TaskError(
+            f"{task_kind} targets {targets.shape}, scores {scores.shape} and {len(groups)} groups do not fit each"
+            f" other; expected scores {expected} and one target and one group for each case"
+        )
+    if task_kind == "multilabel" and targets.shape != scores.shape:
+        raise TaskError(f"multilabel targets {targets.shape} and scores {scores.shape} differ; expected one shape")
+    if not len(scores):
+        raise TaskError("no case to compute metrics on; expected one or more")
+    _check_values(task_kind, targets, scores)
+    return targets, scores
+
+
+def _check_values(task_kind: TaskKind, targets: NDArray[Any], scores: Floats) -> None:
+    if not np.isfinite(scores).all() or not np.isfinite(targets).all():
+        bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(targets)).sum())
+        raise TaskError(f"{bad} scores or targets are NaN or infinite, expected finite numbers; did training diverge?")
+    if task_kind == "regression":
+        return
+    if scores.min() < 0 or scores.max() > 1:
+        raise TaskError(
+            f"scores lie in {scores.min():g}..{scores.max():g}, expected probabilities; apply sigmoid or softmax first"
+        )
+    classes = scores.shape[1] if task_kind == "multiclass" else 2
+    if not np.isin(targets, np.arange(classes)).all():
+        raise TaskError(f"{task_kind} targets are not all whole numbers in 0..{classes - 1}; expected codes of classes")
+    sums = scores.sum(axis=1) if task_kind == "multiclass" else np.ones(1)
+    if np.abs(sums - 1).max() > 0.01:
+        raise TaskError(
+            f"scores of a case sum to {sums[np.abs(sums - 1).argmax()]:g}, expected 1; apply softmax over the classes"
+        )

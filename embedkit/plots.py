@@ -1,0 +1,277 @@
+"""Owns the pictures of a report as PNG bytes: ROC curves, scores with intervals, montages of slices.
+
+Draws through matplotlib's figure objects alone: no pyplot, no window, no global state. Knows no case and no run. Text
+that comes from data is never read as markup.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
+from numpy.typing import NDArray
+
+from embedkit.metrics import Interval, RocCurve
+
+__all__ = ["DPI", "RocLine", "Score", "describe_interval", "plot_montage", "plot_roc", "plot_scores"]
+
+DPI = 192
+"""Pixels per inch of every picture: two per CSS pixel, sharp on dense screens."""
+
+_INK, _QUIET, _GRID = "#1c2430", "#6b7480", "#e3e6ea"
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b")  # after Okabe and Ito 2008
+_DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
+_NIGHT, _NIGHT_INK, _OUTLINE = "#101418", "#d7dde4", "#f0a830"
+_HEAT = "inferno"  # perceptually uniform, legible with any colour vision
+
+
+@dataclass(frozen=True)
+class RocLine:
+    """A named ROC curve.
+
+    Attributes:
+        label: For the legend.
+        curve: Points and band.
+        auroc: For the legend.
+        baseline: Drawn quietly, without band.
+    """
+
+    label: str
+    curve: RocCurve
+    auroc: Interval | None = None
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """A named value with its interval; baselines are drawn quietly."""
+
+    label: str
+    interval: Interval
+    baseline: bool = False
+
+
+def describe_interval(interval: Interval) -> str:
+    """``0.874 [0.812, 0.923]``; without limits ``0.874``; ``undefined`` where there is no value."""
+    if math.isnan(interval.value):
+        return "undefined"
+    if math.isnan(interval.low):
+        return _number(interval.value)
+    return f"{_number(interval.value)} [{_number(interval.low)}, {_number(interval.high)}]"
+
+
+def plot_roc(lines: Sequence[RocLine], *, title: str = "") -> bytes:
+    """ROC curves in one square; the 95% band of the first that is no baseline is shaded.
+
+    Args:
+        lines: Drawn in order, each in its own colour and dash.
+        title: Above the square.
+
+    Returns:
+        PNG bytes.
+    """
+    canvas = Canvas(figsize=(5.2, 5.2), dpi=DPI, layout=_padded())
+    axes = canvas.add_subplot()
+    axes.plot([0, 1], [0, 1], color=_QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
+    heads = [line for line in lines if not line.baseline]
+    for number, line in enumerate([*heads, *(line for line in lines if line.baseline)]):
+        colour = _QUIET if line.baseline else _COLOURS[number % len(_COLOURS)]
+        if number == 0 and heads:
+            axes.fill_between(line.curve.grid, line.curve.low, line.curve.high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            line.curve.false_positive_rate,
+            line.curve.true_positive_rate,
+            color=colour,
+            linewidth=1.1 if line.baseline else 1.9,
+            linestyle=_DASHES[(number - len(heads) + 1 if line.baseline else number // len(_COLOURS)) % len(_DASHES)],
+            label=line.label if line.auroc is None else f"{line.label}   {describe_interval(line.auroc)}",
+        )
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    axes.set_xlabel("False positive rate (1 − specificity)", color=_INK, fontsize=9.5)
+    axes.set_ylabel("True positive rate (sensitivity)", color=_INK, fontsize=9.5)
+    _style(axes, title)
+    axes.grid(color=_GRID, linewidth=0.7)
+    if lines:
+        legend = axes.legend(loc="lower right", fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
+        _plain(legend.get_texts())
+    return _png(canvas)
+
+
+def plot_scores(panels: Mapping[str, Sequence[Score]], *, metric: str, chance: float | None = None) -> bytes:
+    """A dot and its 95% interval for each head, one panel per task on a common axis; baselines hollow and grey.
+
+    Args:
+        panels: Scores by task, drawn from the top.
+        metric: Name under the axis.
+        chance: Value of a guess, drawn as a dotted line.
+
+    Returns:
+        PNG bytes.
+    """
+    limits = _score_limits(panels, chance)
+    heights = [len(scores) + 0.3 for scores in panels.values()]
+    canvas = Canvas(figsize=(8.4, 0.31 * sum(heights) + 0.36 * len(heights) + 0.7), dpi=DPI, layout=_padded())
+    grid = canvas.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (task, scores) in zip(grid[:, 0], panels.items(), strict=True):
+        _style(axes, task)
+        _draw_scores(axes, scores, chance)
+        axes.set_xlim(*limits)
+        axes.grid(axis="x", color=_GRID, linewidth=0.7)
+        axes.tick_params(axis="x", labelbottom=axes is grid[-1, 0])
+        _plain(axes.get_yticklabels())
+    label = metric if chance is None else f"{metric}   (dotted: chance)"
+    _plain([grid[-1, 0].set_xlabel(label, color=_INK, fontsize=9.5)])
+    return _png(canvas)
+
+
+def plot_montage(
+    images: Sequence[NDArray[np.uint8]],
+    titles: Sequence[str],
+    *,
+    overlays: Sequence[NDArray[np.floating] | None] | None = None,
+    columns: int = 6,
+    outlined: Collection[int] = (),
+    scale: str = "attention",
+) -> bytes:
+    """Slices side by side on a dark ground, with a heatmap over them where there is one.
+
+    Args:
+        images: Each uint8 [height width].
+        titles: One per image; long lines are wrapped.
+        overlays: Each float [height width] in 0..1, or None for a bare slice. 0 is clear, 1 is brightest and densest.
+        columns: At most so many beside each other.
+        outlined: Places of the images that get a frame.
+        scale: What an overlay shows, for its colour scale.
+
+    Returns:
+        PNG bytes.
+
+    Raises:
+        ValueError: images, titles and overlays differ in number or shape, or there is no image.
+    """
+    heat = list(overlays) if overlays is not None else [None] * len(images)
+    if not images or not len(images) == len(titles) == len(heat):
+        raise ValueError(f"{len(images)} images, {len(titles)} titles, {len(heat)} overlays; expected as many of each")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    wrapped = ["\n".join(textwrap.fill(line, 22) for line in title.splitlines()) for title in titles]
+    side, gap, edge = 1.42, 0.08, 0.12
+    above = 0.17 * max(text.count("\n") + 1 for text in wrapped) + 0.07
+    below = 0.42 if any(each is not None for each in heat) else 0.0
+    width = columns * side + (columns - 1) * gap + 2 * edge
+    height = rows * (side + above) + (rows - 1) * gap + 2 * edge + below
+    canvas = Canvas(figsize=(width, height), dpi=DPI, facecolor=_NIGHT)
+    for number, (image, text, overlay) in enumerate(zip(images, wrapped, heat, strict=True)):
+        row, column = divmod(number, columns)
+        bottom = height - edge - (row + 1) * (side + above) - row * gap
+        place = (edge + column * (side + gap)) / width, bottom / height, side / width, side / height
+        axes = canvas.add_axes(place)
+        _draw_slice(axes, image, overlay)
+        _plain([axes.set_title(text, color=_NIGHT_INK, fontsize=8.5, pad=4, linespacing=1.15)])
+        for spine in axes.spines.values():
+            spine.set(visible=number in outlined, color=_OUTLINE, linewidth=2.2)
+    if below:
+        _draw_scale(canvas, (width, height), edge, scale)
+    return _png(canvas)
+
+
+def _draw_scores(axes: Axes, scores: Sequence[Score], chance: float | None) -> None:
+    if chance is not None:
+        axes.axvline(chance, color=_QUIET, linewidth=1, linestyle=(0, (1, 2.5)))
+    for row, score in enumerate(scores):
+        colour = _QUIET if score.baseline else _COLOURS[0]
+        found = score.interval
+        axes.plot([found.low, found.high], [row, row], color=colour, linewidth=1.4 if score.baseline else 2.4)
+        face = "white" if score.baseline else colour
+        axes.plot(found.value, row, marker="D" if score.baseline else "o", markersize=5.5, color=colour, mfc=face)
+        axes.annotate(
+            describe_interval(found),
+            (1.015, row),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8.5,
+            color=_QUIET if score.baseline else _INK,
+            annotation_clip=False,
+        )
+    axes.set_ylim(len(scores) - 0.4, -0.6)
+    axes.set_yticks(range(len(scores)), [f"{each.label}{' (baseline)' if each.baseline else ''}" for each in scores])
+    for label, score in zip(axes.get_yticklabels(), scores, strict=True):
+        label.set(color=_QUIET if score.baseline else _INK, fontsize=9)
+
+
+def _score_limits(panels: Mapping[str, Sequence[Score]], chance: float | None) -> tuple[float, float]:
+    """Limits of the axis that show every dot and interval with a margin."""
+    intervals = [score.interval for scores in panels.values() for score in scores]
+    values = [value for each in intervals for value in (each.value, each.low, each.high) if math.isfinite(value)]
+    values += [] if chance is None else [chance]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    margin = 0.04 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _draw_slice(axes: Axes, image: NDArray[np.uint8], overlay: NDArray[np.floating] | None) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_facecolor("black")
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
+    if overlay is None:
+        return
+    if overlay.shape != image.shape:
+        raise ValueError(f"overlay {overlay.shape} does not fit its image {image.shape}; expected the same shape")
+    strength = np.clip(np.nan_to_num(overlay), 0, 1)
+    heat = mpl.colormaps[_HEAT](0.15 + 0.85 * strength)
+    heat[..., 3] = 0.75 * np.sqrt(strength) * (strength > 0.02)
+    axes.imshow(heat, interpolation="bilinear")
+
+
+def _draw_scale(canvas: Canvas, size: tuple[float, float], edge: float, what: str) -> None:
+    """The colour scale of the overlays, below the slices at the right."""
+    width, height = size
+    length = min(1.4, 0.4 * width)
+    place = (width - edge - length - 0.36) / width, 0.16 / height, length / width, 0.1 / height
+    axes = canvas.add_axes(place)
+    ramp = np.linspace(0, 1, 128)
+    axes.imshow(mpl.colormaps[_HEAT](0.15 + 0.85 * ramp)[None], aspect="auto")
+    axes.set_axis_off()
+    for text, spot, side in ((f"{what}  low", -0.04, "right"), ("high", 1.04, "left")):
+        _plain(
+            [axes.text(spot, 0.5, text, transform=axes.transAxes, ha=side, va="center", color=_NIGHT_INK, fontsize=8)]
+        )
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_QUIET)
+    axes.tick_params(colors=_QUIET, labelsize=9, length=0)
+    axes.set_axisbelow(True)
+    if title:
+        _plain([axes.set_title(title, loc="left", color=_INK, fontsize=10.5, fontweight="bold")])
+
+
+def _padded() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.0)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _plain(texts: Sequence[Text]) -> None:
+    """Shows ``$`` as it stands: names from data are no formulas."""
+    for text in texts:
+        text.set_parse_math(False)
+
+
+def _png(canvas: Canvas) -> bytes:
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
