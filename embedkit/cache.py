@@ -1,0 +1,281 @@
+"""Owns an open cache: its stack table and its tokens, mapped in place; knows nothing of how tokens are made.
+
+Opening reads and checks the tables of every shard and no token; tokens are views of a memory map, copied by nobody,
+read under no lock, the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import mmap
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedkit.catalogue import STACK_KEY, StackRecord, join_tables, stack_record
+from embedkit.errors import CacheError
+from embedkit.failures import Failure, FailureLog, clear_failures, read_failures, record_failure
+from embedkit.files import explain_os_error
+from embedkit.folder import create_cache, describe_folder, list_shards, parse_recipe, stored_recipe, write_shard
+from embedkit.recipe import Recipe, require_same_recipe
+from embedkit.shards import Shard, load_shard
+from embedkit.tables import StackTokens, check_stack
+
+__all__ = [
+    "Cache",
+    "Failure",
+    "FailureLog",
+    "SliceTable",
+    "StackRecord",
+    "StackTokens",
+    "TokenSetInfo",
+    "check_stack",
+    "clear_failures",
+    "create_cache",
+    "open_cache",
+    "read_failures",
+    "record_failure",
+    "write_shard",
+]
+
+_MOST_MAPS = 128
+
+
+@dataclass(frozen=True)
+class TokenSetInfo:
+    """One token set as stored.
+
+    Attributes:
+        shape: Per slice: [dim], [patches dim], [heads patches] or [tokens dim].
+        dtype: Of a stored value.
+        bytes: Per slice.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SliceTable:
+    """The slices of one stack, in order.
+
+    Attributes:
+        indices: int32 [slices], index along the plane's axis of the canonical volume.
+        positions_mm: float32 [slices], along that axis.
+        blank: bool [slices], True where the slice shows nothing.
+    """
+
+    indices: NDArray[np.int32]
+    positions_mm: NDArray[np.float32]
+    blank: NDArray[np.bool_]
+
+
+class Cache:
+    """An open cache; made by `open_cache`. It can be pickled and shared with other processes.
+
+    Attributes:
+        path: The folder or file.
+        recipe: What made the tokens.
+        fingerprint: The recipe's.
+        shards: All shards, oldest first, with their tables.
+        stacks: One row per stack, sorted by case, view and plane; `embedkit.catalogue.join_tables` lists the columns.
+        duplicates: Stacks found more than once, one row per copy left out.
+        token_sets: Token set to what is stored of it per slice; empty where the cache holds no stack yet.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, shards: Sequence[Shard], *, check_tokens: bool = False) -> None:
+        _require_one_recipe(shards, recipe, path)
+        self.path = path
+        self.recipe = recipe
+        self.fingerprint = recipe.fingerprint
+        self.shards = tuple(sorted(shards, key=lambda shard: (shard.seal.created_ns, shard.path.name)))
+        self.token_sets = _common_token_sets(self.shards, recipe)
+        self.stacks, self.duplicates = join_tables(self.shards)
+        rows = self.stacks.select("shard_number", "first_row", "count")
+        self._rows: list[tuple[int, int, int]] = list(rows.iter_rows())
+        self._check_tokens = check_tokens
+        self._maps: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
+
+    def read(self, stack: int, token_set: str) -> NDArray[np.float16]:
+        """The tokens of a stack: read-only float16 [slices ...], a view of the memory map.
+
+        Raises:
+            CacheError: no such stack or token set; the shard was removed or changed since the cache was opened.
+        """
+        number, first, count = self._row(stack)
+        tokens = self._map(number).get(f"tokens/{token_set}")
+        if tokens is None:
+            raise CacheError(
+                f"cache {self.path} has no token set {token_set}; it holds {', '.join(self.recipe.token_sets)}."
+                " Choose one of these, or extract again with it"
+            )
+        return tokens[first : first + count]
+
+    def preview(self, stack: int) -> NDArray[np.uint8] | None:
+        """Grey pictures of a stack's slices: read-only uint8 [slices height width]; None where none are kept.
+
+        Raises:
+            CacheError: no such stack; the shard was removed or changed since the cache was opened.
+        """
+        number, first, count = self._row(stack)
+        previews = self._map(number).get("preview")
+        return None if previews is None else previews[first : first + count]
+
+    def slices(self, stack: int) -> SliceTable:
+        """Index, position and blank flag of each slice of a stack.
+
+        Raises:
+            CacheError: no such stack.
+        """
+        number, first, count = self._row(stack)
+        rows = self.shards[number].slices[first : first + count]
+        return SliceTable(
+            indices=np.ascontiguousarray(rows["index"]),
+            positions_mm=np.ascontiguousarray(rows["position_mm"]),
+            blank=rows["blank"].astype(bool),
+        )
+
+    def record(self, stack: int) -> StackRecord:
+        """Names, geometry and source of a stack.
+
+        Raises:
+            CacheError: no such stack.
+        """
+        self._row(stack)
+        return stack_record(self.stacks, stack)
+
+    def finished(self) -> set[tuple[str, str, str, str]]:
+        """(case_id, view, plane, source_digest) of every stack: what a resumed extraction need not do again."""
+        return set(self.stacks.select(*STACK_KEY, "source_digest").iter_rows())
+
+    def close(self) -> None:
+        """Lets go of the memory maps; arrays already given out stay valid, and reading maps anew."""
+        self._maps.clear()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": OrderedDict()}
+
+    def __repr__(self) -> str:
+        return f"Cache({str(self.path)!r}, {self.fingerprint}, {len(self)} stacks in {len(self.shards)} shards)"
+
+    def _row(self, stack: int) -> tuple[int, int, int]:
+        """(shard number, first row, count)."""
+        if not 0 <= stack < len(self._rows):
+            raise CacheError(f"cache {self.path} has no stack {stack}; it has {len(self._rows)}, counted from 0")
+        return self._rows[stack]
+
+    def _map(self, number: int) -> dict[str, NDArray[Any]]:
+        """The arrays of a shard, mapped; the maps longest unused are let go, for each takes a file descriptor."""
+        arrays = self._maps.get(number)
+        if arrays is None:
+            arrays = self._maps[number] = _map_arrays(self.shards[number], check=self._check_tokens)
+            if len(self._maps) > _MOST_MAPS:
+                self._maps.popitem(last=False)
+        return arrays
+
+
+def _map_arrays(shard: Shard, *, check: bool) -> dict[str, NDArray[Any]]:
+    try:
+        with shard.path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        hint = "; raise the limit (ulimit -n) or pack the cache" if error.errno == errno.EMFILE else ""
+        raise CacheError(f"cannot map shard: {explain_os_error(error, shard.path)}{hint}") from error
+    except ValueError as error:  # an empty file
+        raise CacheError(f"{shard.path} changed since the cache was opened: it is empty") from error
+    if len(mapped) != shard.seal.file_bytes:
+        raise CacheError(
+            f"{shard.path} changed since the cache was opened: it has {len(mapped)} bytes, its seal says"
+            f" {shard.seal.file_bytes}; run embedkit verify"
+        )
+    for region in shard.seal.regions if check else ():
+        with memoryview(mapped) as view:
+            if hashlib.sha256(view[region.offset : region.offset + region.bytes]).hexdigest() != region.sha256:
+                raise CacheError(f"{shard.path} is damaged: {region.name} is not what was written; run embedkit verify")
+    return {
+        name: np.ndarray(place.shape, place.dtype, buffer=mapped, offset=place.offset)
+        for name, place in shard.arrays.items()
+    }
+
+
+def open_cache(path: Path | str, *, check_tokens: bool = False) -> Cache:
+    """Opens a cache: the folder that extract made, or one packed file.
+
+    Args:
+        path: Folder or file.
+        check_tokens: Also check every token against its checksum, when its shard is first read. Costs one full pass
+            over the data; without it, damage inside token bytes is found by `verify_cache` alone.
+
+    Raises:
+        CacheError: not a cache, damaged, of a newer format, or with parts that do not fit together; names the file.
+        RecipeError: a shard was made by another recipe than the cache; names the differing fields.
+    """
+    path = Path(path)
+    if path.is_dir():
+        recipe, files = stored_recipe(path), list_shards(path)
+        if recipe is None:
+            raise CacheError(
+                f"{path} is no cache: it holds {describe_folder(path) or 'nothing'}, expected recipe.json and shards/;"
+                " give the folder that embedkit extract wrote, or a packed file"
+            )
+        shards = [load_shard(file) for file in files]
+    else:
+        if not path.exists():
+            raise CacheError(f"{path} does not exist; give the folder that embedkit extract wrote, or a packed file")
+        shards = [load_shard(path)]
+        recipe = parse_recipe(shards[0].recipe_json, path)
+    return Cache(path, recipe, shards, check_tokens=check_tokens)
+
+
+def _require_one_recipe(shards: Sequence[Shard], recipe: Recipe, path: Path) -> None:
+    expected = recipe.to_json()
+    for shard in shards:
+        if shard.recipe_json != expected:
+            require_same_recipe(
+                parse_recipe(shard.recipe_json, shard.path),
+                recipe,
+                where=f"shard {shard.path}",
+                ways_out=f"The shard is of another cache than {path}: move it out of there",
+            )
+    if recipe.dtype != "float16":
+        raise CacheError(f"{path} stores {recipe.dtype}, this embedkit reads float16; upgrade embedkit")
+
+
+def _common_token_sets(shards: Sequence[Shard], recipe: Recipe) -> dict[str, TokenSetInfo]:
+    """What every shard stores per slice; a shard that stores anything else raises CacheError."""
+    expected = {f"tokens/{name}" for name in recipe.token_sets} | ({"preview"} if recipe.preview else set())
+    shapes: dict[str, tuple[int, ...]] = {"preview": (recipe.preview, recipe.preview)}
+    for shard in shards:
+        if shard.arrays.keys() != expected:
+            raise CacheError(
+                f"{shard.path} holds {', '.join(sorted(shard.arrays))}, its recipe says {', '.join(sorted(expected))}"
+            )
+        for name, place in shard.arrays.items():
+            if shapes.setdefault(name, place.shape[1:]) != place.shape[1:]:
+                raise CacheError(
+                    f"{shard.path}: {name} has shape {place.shape[1:]} per slice, {shapes[name]} in other shards"
+                )
+    infos = {}
+    for name in recipe.token_sets if shards else ():
+        place = shards[0].arrays[f"tokens/{name}"]
+        infos[name] = TokenSetInfo(place.shape[1:], place.dtype.name, place.bytes // place.shape[0])
+    return infos

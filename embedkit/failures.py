@@ -1,0 +1,144 @@
+"""Owns ``failures.jsonl``, the record of cases that an extraction could not do; knows nothing of why.
+
+The file is only ever appended to, one line per event, so that many writers need no lock: a failure, or the news that a
+failed stack was done after all. What is open is the outcome of reading it to the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from embedkit.errors import CacheError
+from embedkit.files import explain_os_error
+
+__all__ = ["FAILURES_FILE", "Failure", "FailureLog", "clear_failures", "read_failures", "record_failure"]
+
+FAILURES_FILE = "failures.jsonl"
+_LONGEST_REASON = 2000
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One image of one case that could not be extracted.
+
+    Attributes:
+        case_id: From the manifest.
+        reason: One line for the user; cut at 2,000 characters when recorded.
+        view: The view that failed; empty where the whole case did.
+        path: The file, if it may be told (a path can carry a patient's name).
+    """
+
+    case_id: str
+    reason: str
+    view: str = ""
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class FailureLog:
+    """Failures not yet made good, latest reason each, in the order they first occurred.
+
+    Attributes:
+        failures: The open ones.
+        unreadable_lines: Numbers, from 1, of lines that are no record (a writer was killed half way through one).
+    """
+
+    failures: tuple[Failure, ...]
+    unreadable_lines: tuple[int, ...]
+
+
+def record_failure(cache_path: Path | str, failure: Failure) -> None:
+    """Appends one failure to the cache's record, durably.
+
+    Raises:
+        CacheError: the record cannot be written (disk full, read-only folder).
+    """
+    fields = asdict(failure) | {"reason": failure.reason[:_LONGEST_REASON]}
+    _append(cache_path, [json.dumps(fields, ensure_ascii=True)])
+
+
+def clear_failures(cache_path: Path | str, done: Iterable[tuple[str, str]] | None = None) -> None:
+    """Marks failures as made good; naming what never failed is fine.
+
+    Args:
+        cache_path: Folder of the cache.
+        done: (case_id, view) as recorded; None clears all.
+
+    Raises:
+        CacheError: the record cannot be read or written.
+    """
+    wanted = None if done is None else set(done)
+    keys = [(failure.case_id, failure.view) for failure in read_failures(cache_path).failures]
+    events = [{"case_id": key[0], "view": key[1], "settled": True} for key in keys if wanted is None or key in wanted]
+    if events:
+        _append(cache_path, [json.dumps(event, ensure_ascii=True) for event in events])
+
+
+def read_failures(cache_path: Path | str) -> FailureLog:
+    """The failures not yet made good; empty where none was ever recorded.
+
+    Raises:
+        CacheError: the record cannot be read.
+    """
+    file = Path(cache_path) / FAILURES_FILE
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return FailureLog((), ())
+    except OSError as error:
+        raise CacheError(f"cannot read the failure record: {explain_os_error(error, file)}") from error
+    open_failures: dict[tuple[str, str], Failure] = {}
+    unreadable = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is None:
+            unreadable.append(number)
+        elif isinstance(record, Failure):
+            open_failures[record.case_id, record.view] = record
+        else:
+            open_failures.pop(record, None)
+    return FailureLog(tuple(open_failures.values()), tuple(unreadable))
+
+
+def _parse(line: bytes) -> Failure | tuple[str, str] | None:
+    """A failure, the (case_id, view) of one made good, or None for a line that is neither."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict):
+        return None
+    case_id, view = fields.get("case_id"), fields.get("view")
+    reason, path = fields.get("reason"), fields.get("path", "")
+    if not isinstance(case_id, str) or not isinstance(view, str):
+        return None
+    if fields.get("settled") is True:
+        return case_id, view
+    if not isinstance(reason, str) or not isinstance(path, str):
+        return None
+    return Failure(case_id, reason, view, path)
+
+
+def _append(cache_path: Path | str, lines: list[str]) -> None:
+    file = Path(cache_path) / FAILURES_FILE
+    data = "".join(f"{line}\n" for line in lines).encode()
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                data = b"\n" + data  # a killed writer left half a line: it stays alone
+            if os.write(descriptor, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CacheError(f"cannot record a failure: {explain_os_error(error, file)}") from error

@@ -1,0 +1,174 @@
+"""Owns durable, atomic writing of files and folders, and the cleaning up after killed writers; knows no content.
+
+A file or folder is first written under a temporary name beside its final one, ``.NAME.HOST.PID.TOKEN.tmp``, then made
+durable (fsync), then given its final name, which it never takes from an existing file. HOST is the host name and its
+process-id namespace, TOKEN names one process, so that a later run can tell a killed writer from a live one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+import secrets
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+
+__all__ = [
+    "STALE_AFTER_S",
+    "explain_os_error",
+    "publish_file",
+    "publish_folder",
+    "remove_stale",
+    "sync_folder",
+    "temporary_path",
+    "write_new_file",
+]
+
+STALE_AFTER_S = 24 * 3600.0
+"""Age in seconds after which a temporary file that another host wrote, and writes no more, counts as abandoned."""
+
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})\.tmp")
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@cache
+def _host() -> str:
+    """This host and its process-id namespace: two containers of one name never take each other's files for dead."""
+    try:
+        namespace = re.sub(r"\D", "", str(Path("/proc/self/ns/pid").readlink()))
+    except OSError:
+        namespace = "0"
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '-', platform.node()) or 'host'}-{namespace}"
+
+
+@cache
+def _token(pid: int) -> str:
+    """Names the process beyond its id, which a container restarted under the same name uses again."""
+    return f"{pid & 0xFFFF:04x}{secrets.token_hex(2)}"
+
+
+def temporary_path(final: Path) -> Path:
+    """The hidden name beside ``final`` under which this process writes it."""
+    pid = os.getpid()
+    return final.with_name(f".{final.name}.{_host()}.{pid}.{_token(pid)}.tmp")
+
+
+def publish_file(temporary: Path, final: Path) -> None:
+    """Gives a closed file its final name, durably, in one step.
+
+    Raises:
+        FileExistsError: ``final`` exists; it is left as it is.
+        OSError: the file system refuses.
+    """
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, final)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if final.exists():
+            raise FileExistsError(errno.EEXIST, "file exists", str(final)) from None
+        temporary.rename(final)  # a file system without hard links: as good as atomic, names being random or checked
+    else:
+        temporary.unlink()
+    sync_folder(final.parent)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Gives a folder of closed files its final name, durably, in one step.
+
+    Raises:
+        OSError: ``final`` is a file or a folder that is not empty, or the file system refuses.
+    """
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(temporary)
+    temporary.rename(final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_new_file(final: Path, data: bytes) -> None:
+    """Writes ``data`` to a file that must not exist yet, atomically and durably.
+
+    Raises:
+        FileExistsError: ``final`` exists; it is left as it is.
+        OSError: the file system refuses; no temporary file is left.
+    """
+    temporary = temporary_path(final)
+    try:
+        temporary.write_bytes(data)
+        publish_file(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path, *, now_s: float | None = None) -> list[Path]:
+    """Removes what killed writers left in ``folder`` and returns it, sorted; a live writer's files are never touched.
+
+    A temporary file or folder is stale if a process of this host wrote it that has ended, or if another host wrote
+    it and it has not changed for `STALE_AFTER_S`.
+
+    Args:
+        folder: Searched itself, not its sub-folders.
+        now_s: The time in seconds since the epoch; the clock's by default.
+    """
+    now_s = time.time() if now_s is None else now_s
+    removed = []
+    for path in sorted(folder.iterdir()):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or not _is_stale(path, match, now_s):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path)
+    return removed
+
+
+def _is_stale(path: Path, name: re.Match[str], now_s: float) -> bool:
+    pid = int(name["pid"])
+    if name["host"] == _host():
+        return name["token"] != _token(pid) if pid == os.getpid() else not _is_alive(pid)
+    try:
+        return now_s - path.lstat().st_mtime > STALE_AFTER_S
+    except FileNotFoundError:
+        return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def explain_os_error(error: OSError, path: Path) -> str:
+    """What happened to ``path`` and what to do, in words."""
+    if error.errno in _FULL:
+        return f"the disk or quota that holds {path} is full; free some space or choose another place"
+    if error.errno in _DENIED:
+        return f"{path} is read-only or not permitted to this user; choose another place or change its permissions"
+    return f"{path}: {error.strerror or error}"

@@ -1,0 +1,196 @@
+"""Owns the folder of a cache: its recipe file, the names of its shards, making it and adding to it; reads no tokens.
+
+Writers need no lock: each writes shards of its own under random names that begin with a time, so that of two shards
+with the same stack the newer is known, on every machine alike.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from embedkit.errors import CacheError, RecipeError
+from embedkit.files import explain_os_error, remove_stale, sync_folder, write_new_file
+from embedkit.recipe import Recipe, require_same_recipe
+from embedkit.sealing import array_chunks, write_sealed
+from embedkit.shards import load_shard
+from embedkit.tables import StackTokens, check_stack, slice_table, stack_table
+
+__all__ = ["create_cache", "describe_folder", "list_shards", "parse_recipe", "stored_recipe", "write_shard"]
+
+_RECIPE_FILE = "recipe.json"
+_SHARDS_FOLDER = "shards"
+_SHARD_SUFFIX = ".h5"
+_LONGEST_LISTING = 4
+
+
+def create_cache(path: Path | str, recipe: Recipe) -> None:
+    """Makes the folder of a cache, or checks that the one there has this recipe, and cleans up after killed writers.
+
+    Raises:
+        RecipeError: a cache with another recipe is there.
+        CacheError: ``path`` is a file or holds other things, cannot be written, or its recipe is damaged.
+    """
+    path = Path(path)
+    shards = path / _SHARDS_FOLDER
+    try:
+        if path.is_dir() and not (path / _RECIPE_FILE).exists() and not shards.is_dir():
+            _require_empty(path)
+        shards.mkdir(parents=True, exist_ok=True)
+        for folder in (path, shards):
+            remove_stale(folder)
+        _require_recipe(path, recipe)
+        if not (path / _RECIPE_FILE).exists():
+            _write_recipe(path, recipe)
+            _require_recipe(path, recipe)
+    except OSError as error:
+        raise CacheError(f"cannot make a cache: {explain_os_error(error, path)}") from error
+
+
+def _require_recipe(path: Path, recipe: Recipe) -> None:
+    found = stored_recipe(path)
+    if found is not None:
+        ways_out = "Choose another --out, or pass the options that made it"
+        require_same_recipe(found, recipe, where=f"cache {path}", ways_out=ways_out)
+
+
+def _require_empty(path: Path) -> None:
+    if others := describe_folder(path):
+        raise CacheError(f"{path} is no cache and holds {others}; choose a new or empty folder for the cache")
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    try:
+        write_new_file(path / _RECIPE_FILE, recipe.to_json().encode() + b"\n")
+    except FileExistsError:
+        return  # another writer was first; the caller checks that it wrote the same
+    sync_folder(path.absolute().parent)
+
+
+def stored_recipe(path: Path) -> Recipe | None:
+    """The recipe of a cache folder, from its file or else from its first shard; None where there is neither."""
+    file = path / _RECIPE_FILE
+    try:
+        text = file.read_bytes().decode().strip()
+    except FileNotFoundError:
+        shards = list_shards(path)
+        return parse_recipe(load_shard(shards[0]).recipe_json, shards[0]) if shards else None
+    except UnicodeDecodeError as error:
+        raise CacheError(f"{file} is damaged ({error}); delete it, every shard holds a copy") from error
+    except OSError as error:
+        raise CacheError(f"cannot open cache: {explain_os_error(error, file)}") from error
+    try:
+        return Recipe.from_json(text)
+    except RecipeError as error:
+        raise CacheError(f"{file}: {error}; if it is damaged delete it, every shard holds a copy") from error
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    try:
+        recipe = Recipe.from_json(text)
+    except RecipeError as error:
+        raise CacheError(f"{path}: {error}") from error
+    if recipe.to_json() != text:
+        raise CacheError(f"{path}: its recipe is not in canonical form; embedkit did not write it")
+    return recipe
+
+
+def write_shard(
+    cache_path: Path | str, recipe: Recipe, stacks: Sequence[StackTokens], *, clock_ns: Callable[[], int] = time.time_ns
+) -> Path:
+    """Writes computed stacks as one new shard of a cache and returns its file, complete and durable.
+
+    Args:
+        cache_path: Folder made by `create_cache`.
+        recipe: The cache's.
+        stacks: At least one; none twice.
+        clock_ns: Nanoseconds since the epoch.
+
+    Raises:
+        RecipeError: the cache has another recipe.
+        CacheError: a stack does not fit the recipe or cannot be stored (see `check_stack`), disk full, or read-only.
+    """
+    cache_path = Path(cache_path)
+    found = stored_recipe(cache_path)
+    if found is None:
+        raise CacheError(f"{cache_path} is no cache; make it with create_cache first")
+    require_same_recipe(found, recipe, where=f"cache {cache_path}", ways_out="Write to the cache of this recipe")
+    if not stacks:
+        raise CacheError("a shard needs at least one stack")
+    for stack in stacks:
+        check_stack(stack, recipe)
+    _require_distinct(stacks)
+    columns: dict[str, list[NDArray[Any]]] = {
+        f"tokens/{name}": [stack.tokens[name] for stack in stacks] for name in recipe.token_sets
+    }
+    if recipe.preview:
+        columns["preview"] = [stack.preview for stack in stacks if stack.preview is not None]
+    slices = slice_table(stacks)
+    arrays = {name: _joined(name, parts, len(slices)) for name, parts in columns.items()}
+    created_ns = _next_created_ns(cache_path, clock_ns())
+    final = cache_path / _SHARDS_FOLDER / f"{created_ns:016x}-{secrets.token_hex(8)}{_SHARD_SUFFIX}"
+    write_sealed(
+        final,
+        recipe=recipe,
+        stacks=stack_table(stacks),
+        slices=slices,
+        arrays=arrays,
+        chunks=lambda name: array_chunks(columns[name]),
+        created_ns=created_ns,
+    )
+    return final
+
+
+def _joined(name: str, parts: Sequence[NDArray[Any]], slices: int) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of a dataset that holds ``parts`` one after the other."""
+    shapes = sorted({part.shape[1:] for part in parts})
+    if len(shapes) > 1:
+        raise CacheError(f"{name} has shapes {shapes[0]} and {shapes[1]} per slice; one backbone gives one shape")
+    return (slices, *shapes[0]), parts[0].dtype.newbyteorder("<").str
+
+
+def _require_distinct(stacks: Sequence[StackTokens]) -> None:
+    seen = set()
+    for stack in stacks:
+        key = (stack.case_id, stack.view, stack.plane)
+        if key in seen:
+            raise CacheError(f"stack {'/'.join(key)} is given twice for one shard; give it once")
+        seen.add(key)
+
+
+def _next_created_ns(cache_path: Path, now_ns: int) -> int:
+    """Now, or just after the newest shard there, should this machine's clock be behind."""
+    newest = 0
+    for file in list_shards(cache_path):
+        prefix = file.name.partition("-")[0]
+        if len(prefix) == 16 and not prefix.strip("0123456789abcdef"):
+            newest = max(newest, int(prefix, 16))
+    return max(now_ns, newest + 1)
+
+
+def list_shards(path: Path) -> list[Path]:
+    """The shards in the folder of a cache, sorted by name; temporary and other files are no shards.
+
+    Raises:
+        CacheError: the folder cannot be read.
+    """
+    folder = path / _SHARDS_FOLDER
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CacheError(f"cannot open cache: {explain_os_error(error, folder)}") from error
+    return [folder / name for name in names if name.endswith(_SHARD_SUFFIX) and not name.startswith(".")]
+
+
+def describe_folder(path: Path) -> str:
+    """What a folder holds, for messages: at most four names."""
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    more = ["..."] * (len(names) > _LONGEST_LISTING)
+    return ", ".join(names[:_LONGEST_LISTING] + more)

@@ -1,0 +1,197 @@
+"""Owns what a user asks of a cache as a whole: is it undamaged, and what is in it; changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+
+from embedkit.cache import Cache, TokenSetInfo, open_cache
+from embedkit.errors import CacheError, RecipeError
+from embedkit.failures import Failure, read_failures
+from embedkit.files import explain_os_error
+from embedkit.folder import list_shards, stored_recipe
+from embedkit.recipe import Recipe
+from embedkit.seal import CHUNK_BYTES, Region
+from embedkit.shards import Shard, load_shard
+
+__all__ = ["CacheSummary", "Damage", "describe_cache", "verify_cache"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing wrong with a cache.
+
+    Attributes:
+        file: The file it is in; the cache's folder where files do not fit together.
+        part: The dataset whose bytes are wrong (``tokens/cls:12``); empty where it is the file itself.
+        problem: What is wrong and what to do, in words.
+    """
+
+    file: Path
+    part: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a cache holds.
+
+    Attributes:
+        path: Folder or file.
+        recipe: What made the tokens.
+        fingerprint: The recipe's.
+        shards: Files.
+        bytes: Their size together.
+        cases: Distinct case ids.
+        patients: Distinct patient ids.
+        stacks: Without duplicates.
+        slices: In these stacks.
+        blank_slices: Of these slices, those that show nothing.
+        views: ``view/plane`` to number of stacks, sorted.
+        token_sets: What is stored per slice.
+        token_bytes: Token set to bytes in all shards.
+        preview_bytes: In all shards.
+        duplicates: Copies of stacks left out, one row each; see `Cache`.
+        failures: Cases recorded as failed and not made good.
+        unreadable_failures: Lines of the failure record that cannot be read.
+    """
+
+    path: Path
+    recipe: Recipe
+    fingerprint: str
+    shards: int
+    bytes: int
+    cases: int
+    patients: int
+    stacks: int
+    slices: int
+    blank_slices: int
+    views: dict[str, int]
+    token_sets: dict[str, TokenSetInfo]
+    token_bytes: dict[str, int]
+    preview_bytes: int
+    duplicates: pl.DataFrame
+    failures: tuple[Failure, ...]
+    unreadable_failures: tuple[int, ...]
+
+
+def describe_cache(path: Path | str) -> CacheSummary:
+    """Says what a cache holds, without reading a token.
+
+    Raises:
+        CacheError: not a cache, or damaged; see `open_cache`.
+        RecipeError: a shard was made by another recipe.
+    """
+    cache = open_cache(path)
+    stacks = cache.stacks
+    log = read_failures(cache.path) if cache.path.is_dir() else None
+    sizes = {f"tokens/{name}": 0 for name in cache.token_sets} | {"preview": 0}
+    for shard in cache.shards:
+        for name, place in shard.arrays.items():
+            sizes[name] += place.bytes
+    views = stacks.group_by(pl.format("{}/{}", "view", "plane").alias("name")).len().sort("name")
+    return CacheSummary(
+        path=cache.path,
+        recipe=cache.recipe,
+        fingerprint=cache.fingerprint,
+        shards=len(cache.shards),
+        bytes=sum(shard.seal.file_bytes for shard in cache.shards),
+        cases=stacks["case_id"].n_unique(),
+        patients=stacks["patient_id"].n_unique(),
+        stacks=len(stacks),
+        slices=int(stacks["count"].sum()),
+        blank_slices=int(stacks["blank_count"].sum()),
+        views=dict(views.iter_rows()),
+        token_sets=cache.token_sets,
+        token_bytes={name: sizes[f"tokens/{name}"] for name in cache.token_sets},
+        preview_bytes=sizes["preview"],
+        duplicates=cache.duplicates,
+        failures=log.failures if log else (),
+        unreadable_failures=log.unreadable_lines if log else (),
+    )
+
+
+def verify_cache(path: Path | str, *, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
+    """Checks every byte of every shard against its checksum, and the shards against each other.
+
+    Args:
+        path: The cache.
+        progress: Called with (bytes done, bytes in all).
+
+    Returns:
+        All that is wrong; empty for a sound cache.
+
+    Raises:
+        CacheError: there is no cache at ``path``.
+    """
+    path = Path(path)
+    damages: list[Damage] = []
+    files = list_shards(path) if path.is_dir() else [path]
+    if not path.exists() or (path.is_dir() and not files):
+        open_cache(path)  # an empty cache is sound, what is no cache raises
+    recipe = None
+    try:
+        recipe = stored_recipe(path) if path.is_dir() else None
+    except CacheError as error:
+        damages.append(Damage(path, "", str(error)))
+    sizes, sound = [_size(file) for file in files], []
+    for number, file in enumerate(files):
+        shard, found = _verify_shard(file, recipe, partial(_report, progress, sum(sizes[:number]), sum(sizes)))
+        damages += found
+        if shard is not None and not found:
+            sound.append(shard)
+    try:
+        if recipe is not None:
+            Cache(path, recipe, sound)
+    except (CacheError, RecipeError) as error:
+        damages.append(Damage(path, "", str(error)))
+    return damages
+
+
+def _report(progress: Callable[[int, int], None] | None, before: int, total: int, position: int) -> None:
+    if progress is not None:
+        progress(before + position, total)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.lstat().st_size
+    except OSError:
+        return 0
+
+
+def _verify_shard(
+    file: Path, recipe: Recipe | None, report: Callable[[int], None]
+) -> tuple[Shard | None, list[Damage]]:
+    """A shard, if it can be opened at all, and what is wrong with it."""
+    try:
+        shard = load_shard(file)
+        Cache(file, recipe or Recipe.from_json(shard.recipe_json), [shard])
+    except (CacheError, RecipeError) as error:
+        return None, [Damage(file, "", str(error))]
+    problems = {region.name: _region_problem(shard, region, report) for region in shard.seal.regions}
+    report(shard.seal.file_bytes)
+    return shard, [Damage(file, name, problem) for name, problem in problems.items() if problem]
+
+
+def _region_problem(shard: Shard, region: Region, report: Callable[[int], None]) -> str:
+    digest, left = hashlib.sha256(), region.bytes
+    try:
+        with shard.path.open("rb", buffering=0) as file:
+            file.seek(region.offset)
+            while left and (data := file.read(min(CHUNK_BYTES, left))):
+                digest.update(data)
+                left -= len(data)
+                report(region.offset + region.bytes - left)
+    except OSError as error:
+        return f"{region.name} cannot be read: {explain_os_error(error, shard.path)}"
+    if left or digest.hexdigest() != region.sha256:
+        return (
+            f"{region.name} is not what was written; delete the file and run the same extract again, or restore a copy"
+        )
+    return ""
