@@ -1,1 +1,71 @@
-"""embedkit: a frozen 2D backbone reads every 3D scan once; heads and search then work on its cached tokens."""
+"""embedkit: a frozen 2D backbone reads every 3D scan once; heads and search then work on its cached tokens.
+
+Every public name is loaded when it is first used, so that importing embedkit costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedkit.backbones import list_backbones as list_backbones
+    from embedkit.backbones import load_backbone as load_backbone
+    from embedkit.cache import open_cache as open_cache
+    from embedkit.errors import EmbedkitError as EmbedkitError
+    from embedkit.explanation import explain as explain
+    from embedkit.extraction import extract as extract
+    from embedkit.inspection import describe_cache as describe_cache
+    from embedkit.inspection import verify_cache as verify_cache
+    from embedkit.manifest import read_labels as read_labels
+    from embedkit.manifest import read_manifest as read_manifest
+    from embedkit.manifest import write_manifest as write_manifest
+    from embedkit.packing import pack_cache as pack_cache
+    from embedkit.phantoms import make_phantoms as make_phantoms
+    from embedkit.plugins import list_heads as list_heads
+    from embedkit.recipe import Recipe as Recipe
+    from embedkit.retrieval import build_index as build_index
+    from embedkit.retrieval import open_index as open_index
+    from embedkit.retrieval import search as search
+    from embedkit.runs import evaluate as evaluate
+    from embedkit.runs import open_run as open_run
+    from embedkit.runs import predict as predict
+    from embedkit.scanning import scan_folder as scan_folder
+    from embedkit.training import train as train
+    from embedkit.volumes import read_volume as read_volume
+
+_HOMES = {
+    "backbones": ("list_backbones", "load_backbone"),
+    "cache": ("open_cache",),
+    "errors": ("EmbedkitError",),
+    "explanation": ("explain",),
+    "extraction": ("extract",),
+    "inspection": ("describe_cache", "verify_cache"),
+    "manifest": ("read_labels", "read_manifest", "write_manifest"),
+    "packing": ("pack_cache",),
+    "phantoms": ("make_phantoms",),
+    "plugins": ("list_heads",),
+    "recipe": ("Recipe",),
+    "retrieval": ("build_index", "open_index", "search"),
+    "runs": ("evaluate", "open_run", "predict"),
+    "scanning": ("scan_folder",),
+    "training": ("train",),
+    "volumes": ("read_volume",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604 - the names are those of the table above
+    *_HOME_OF,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'embedkit' has no attribute {name!r}")
+    value = getattr(import_module(f"embedkit.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _HOME_OF.keys())

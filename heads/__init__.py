@@ -1,0 +1,1 @@
+"""The built-in heads, one file each; they are found through the entry-point group ``embedkit.heads`` like anyone's."""

@@ -1,0 +1,83 @@
+"""Owns how commands talk: progress on stderr, tables and JSON on stdout; knows nothing of what they do."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import typer
+
+__all__ = ["Meter", "print_json", "print_table", "show_progress", "split_list"]
+
+_PLAIN_EVERY_S = 10.0
+
+
+class Meter(Protocol):
+    """Takes how far a long work is."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
+def split_list(text: str) -> list[str]:
+    """``"a, b"`` as ``["a", "b"]``; empty text gives an empty list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout; paths become text."""
+    typer.echo(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain aligned table on stdout; columns whose every cell looks like a number are set right."""
+    widths = [max(len(name), *(len(row[i]) for row in rows)) if rows else len(name) for i, name in enumerate(columns)]
+    right = [bool(rows) and all(row[i][:1] in "0123456789-." for row in rows) for i in range(len(columns))]
+    for cells in (columns, *rows):
+        padded = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(cells, widths, right, strict=True)
+        )
+        typer.echo("  ".join(padded).rstrip())
+
+
+@contextmanager
+def show_progress(title: str, unit: str) -> Iterator[Meter]:
+    """Yields a meter: a progress bar on a terminal, else a plain line every ten seconds and at the end."""
+    if sys.stderr.isatty():
+        with _bar(title, unit) as meter:
+            yield meter
+    else:
+        yield _lines(title, unit)
+
+
+@contextmanager
+def _bar(title: str, unit: str) -> Iterator[Meter]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(
+        *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def update(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield update
+
+
+def _lines(title: str, unit: str) -> Meter:
+    last = time.monotonic()
+
+    def update(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        if done >= total or time.monotonic() - last >= _PLAIN_EVERY_S:
+            last = time.monotonic()
+            typer.echo(f"{title}: {done}/{total} {unit}{'  ' + note if note else ''}", err=True)
+
+    return update

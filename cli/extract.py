@@ -1,0 +1,151 @@
+"""Owns `embedkit extract`: parses, calls `embedkit.extract`, prints what was done."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from embedkit.cli.console import Meter, print_json, show_progress, split_list
+
+if TYPE_CHECKING:
+    from embedkit.extraction import ExtractionProgress, ExtractionSummary
+
+__all__ = ["run"]
+
+
+def extract_command(
+    manifest: Annotated[
+        Path, typer.Argument(help="CSV, TSV or Parquet: case_id, path, optional patient_id, view, mask.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache; an existing one is resumed.")],
+    backbone: Annotated[str, typer.Option(help="timm model or embedkit/scattering; see `embedkit backbones`.")] = (
+        "vit_small_patch14_reg4_dinov2.lvd142m"
+    ),
+    weights: Annotated[Path | None, typer.Option(help="Local safetensors or torch state dict.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Side in pixels of the image that enters the backbone.")
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Of cls, patch, patch@G, attention, or with a layer: patch@4:8.")
+    ] = "cls,patch@4",
+    layers: Annotated[str, typer.Option(help="Layers for token sets named without one, as 8,12 or -1.")] = "",
+    cut: Annotated[int | None, typer.Option(help="Also keep all tokens that enter the last K blocks.")] = None,
+    planes: Annotated[str, typer.Option(help="Of axial, coronal, sagittal.")] = "axial",
+    slices: Annotated[str, typer.Option(help="all, every:MM or count:N.")] = "all",
+    window: Annotated[
+        str,
+        typer.Option(
+            help="Preset (lung, soft, ...), range:LOW:HIGH or percentile:LOW:HIGH; three make three channels."
+        ),
+    ] = "percentile:0.5:99.5",
+    channels: Annotated[
+        str, typer.Option(help="Three views that become the channels of one image: pre,flair,post.")
+    ] = "",
+    fill: Annotated[str, typer.Option(help="View that stands for an absent channel.")] = "",
+    crop: Annotated[str, typer.Option(help="none or foreground.")] = "none",
+    resize: Annotated[str, typer.Option(help="pad (keeps the aspect) or stretch.")] = "pad",
+    dtype: Annotated[str, typer.Option(help="How tokens are stored: float16.")] = "float16",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    preview: Annotated[int, typer.Option(help="Side in pixels of the preview kept per slice; 0 keeps none.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Slices per forward pass.")] = 32,
+    workers: Annotated[int, typer.Option(help="Cases read ahead.")] = 2,
+    json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+) -> None:
+    """Run the backbone once over every slice and keep its tokens; resumes where it was stopped."""
+    from embedkit.extraction import extract
+
+    with _stop_on_signals() as (stop, caught), show_progress("extract", "cases") as meter:
+        summary = extract(
+            manifest,
+            out,
+            backbone=backbone,
+            weights=weights,
+            image_size=image_size,
+            tokens=split_list(tokens),
+            layers=[_layer(text) for text in split_list(layers)] or None,
+            cut=cut,
+            planes=split_list(planes),
+            slices=slices,
+            window=split_list(window),
+            channels=split_list(channels),
+            fill=fill,
+            crop=crop,
+            resize=resize,
+            dtype=dtype,
+            precision=precision,
+            preview=preview,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            on_progress=lambda progress: _show(meter, progress),
+            stop=stop,
+        )
+    _print_summary(summary, json=json)
+    if summary.interrupted:
+        raise typer.Exit(128 + caught[0])
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+run = extract_command
+
+
+def _layer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"layer {text!r} is not a whole number", param_hint="--layers") from None
+
+
+def _show(meter: Meter, progress: ExtractionProgress) -> None:
+    done = progress.cases_before + progress.cases_done + progress.cases_failed
+    rate = progress.slices / progress.seconds if progress.seconds else 0.0
+    failed = f", {progress.cases_failed} failed" if progress.cases_failed else ""
+    meter(done, progress.cases, f"{rate:.1f} slices/s{failed}")
+
+
+def _print_summary(summary: ExtractionSummary, *, json: bool) -> None:
+    if json:
+        print_json(dataclasses.asdict(summary))
+        return
+    rate = summary.slices / summary.seconds if summary.seconds else 0.0
+    typer.echo(
+        f"{summary.cache}: {summary.cases_done} cases extracted ({summary.slices} slices, {summary.blank_slices} blank,"
+        f" {rate:.1f} slices/s), {summary.cases_before} there before, {len(summary.failures)} failed"
+    )
+    for case_id in summary.changed:
+        typer.echo(f"  {case_id}: its files changed since they were cached; extracted anew")
+    for failure in summary.failures:
+        typer.echo(f"  {failure.case_id} failed: {failure.reason}", err=True)
+    if summary.interrupted:
+        typer.echo("interrupted; the finished cases are in the cache, the same command resumes", err=True)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
+    """The first Ctrl-C or SIGTERM sets the event, so that the shard is finished; the second one ends at once."""
+    stop, caught = threading.Event(), list[int]()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+        stop.set()
+        typer.echo("stopping: writing the finished cases (again to stop at once)", err=True)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield stop, caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

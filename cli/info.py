@@ -1,0 +1,71 @@
+"""Owns `embedkit info`: parses, calls `embedkit.describe_cache`, prints what the cache holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from embedkit.cli.console import print_json, print_table
+
+if TYPE_CHECKING:
+    from embedkit.inspection import CacheSummary
+
+__all__ = ["run"]
+
+
+def info_command(
+    cache: Annotated[Path, typer.Argument(help="Folder or packed file of the cache.")],
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what a cache holds: recipe, cases, token sets, bytes, failures."""
+    from embedkit import describe_cache
+
+    summary = describe_cache(cache)
+    if json:
+        fields = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
+        fields["recipe"] = dataclasses.asdict(summary.recipe)
+        fields["token_sets"] = {name: dataclasses.asdict(kept) for name, kept in summary.token_sets.items()}
+        fields["failures"] = [dataclasses.asdict(failure) for failure in summary.failures]
+        fields["duplicates"] = summary.duplicates.to_dicts()
+        print_json(fields)
+        return
+    _print_summary(summary)
+
+
+run = info_command
+
+
+def _print_summary(summary: CacheSummary) -> None:
+    recipe = summary.recipe
+    typer.echo(
+        f"{summary.path}: recipe {summary.fingerprint}, {summary.shards} shards, {summary.bytes / 1e6:.1f} MB\n"
+        f"backbone  {recipe.backbone} ({recipe.weights[:19]}) at {recipe.image_size} px, {recipe.precision}\n"
+        f"slices    {recipe.slices}, planes {', '.join(recipe.planes)}, windows {', '.join(recipe.windows)},"
+        f" crop {recipe.crop}, resize {recipe.resize}\n"
+        f"holds     {summary.cases} cases of {summary.patients} patients, {summary.stacks} stacks,"
+        f" {summary.slices} slices ({summary.blank_slices} blank)\n"
+        f"views     {', '.join(f'{view} ({count})' for view, count in summary.views.items())}"
+    )
+    rows = [
+        (name, " x ".join(map(str, kept.shape)), kept.dtype, str(kept.bytes), f"{summary.token_bytes[name] / 1e6:.1f}")
+        for name, kept in summary.token_sets.items()
+    ]
+    rows.append(
+        (
+            "preview",
+            f"{recipe.preview} x {recipe.preview}",
+            "uint8",
+            str(recipe.preview**2),
+            f"{summary.preview_bytes / 1e6:.1f}",
+        )
+    )
+    typer.echo()
+    print_table(("token set", "per slice", "stored as", "bytes/slice", "MB"), rows)
+    for failure in summary.failures:
+        typer.echo(f"failed    {failure.case_id}: {failure.reason}")
+    if len(summary.duplicates):
+        typer.echo(f"note      {len(summary.duplicates)} stacks are stored twice; embedkit pack drops the copies")
+    if summary.unreadable_failures:
+        typer.echo(f"note      {len(summary.unreadable_failures)} lines of the failure record cannot be read")

@@ -1,0 +1,71 @@
+"""Owns the `embedkit` program: registers the commands and turns an EmbedkitError into one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from embedkit.cli import (
+    backbones,
+    demo,
+    evaluate,
+    explain,
+    extract,
+    heads,
+    index,
+    info,
+    pack,
+    predict,
+    scan,
+    search,
+    train,
+    verify,
+)
+
+from embedkit.errors import EmbedkitError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="embedkit",
+    help="Run a frozen 2D backbone once over every slice of every 3D scan; train heads and search on its tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (
+    demo,
+    scan,
+    extract,
+    info,
+    verify,
+    pack,
+    train,
+    predict,
+    evaluate,
+    explain,
+    index,
+    search,
+    heads,
+    backbones,
+):
+    app.command(command.run.__name__.removesuffix("_command"))(command.run)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True)) -> None:
+    if version:
+        from importlib.metadata import version as installed_version
+
+        typer.echo(installed_version("embedkit"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the program; an EmbedkitError becomes one line on stderr and exit code 2, anything else a traceback."""
+    try:
+        app()
+    except EmbedkitError as error:
+        typer.echo(f"embedkit: {error}", err=True)
+        sys.exit(2)

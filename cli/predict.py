@@ -1,0 +1,28 @@
+"""Owns `embedkit predict`: parses, calls `embedkit.predict`, writes the predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["run"]
+
+
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    cache: Annotated[Path, typer.Argument(help="Cache of the new cases, of the run's recipe.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Table to write: .parquet, .csv or .tsv.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Predict the cases of a cache with a trained run."""
+    from embedkit import predict
+    from embedkit.manifest import write_table
+
+    predictions = predict(run, cache, device=device)
+    write_table(predictions, out)
+    typer.echo(f"{out}: {len(predictions)} cases; columns {', '.join(predictions.columns)}")
+
+
+run = predict_command

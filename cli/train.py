@@ -1,0 +1,85 @@
+"""Owns `embedkit train`: parses, calls `embedkit.train`, prints the table of scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from embedkit.cli.console import print_json, print_table, show_progress, split_list
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["run"]
+
+_SHOWN = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "spearman": "Spearman", "r2": "R2"}
+
+
+def train_command(
+    cache: Annotated[Path, typer.Argument(help="Folder or packed file of the cache.")],
+    labels: Annotated[Path, typer.Option(help="CSV, TSV or Parquet with case_id; any other column can be a target.")],
+    target: Annotated[list[str], typer.Option(help="Column to learn; give it again for more targets.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs, one per target and head.")],
+    head: Annotated[list[str] | None, typer.Option(help="Head to train; again for more. See `embedkit heads`.")] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Token sets to train on, as cls:12 or patch@4:8; default: the head's own choice.")
+    ] = "",
+    kind: Annotated[
+        str | None, typer.Option(help="binary, multiclass, multilabel or regression; default: inferred.")
+    ] = None,
+    classes: Annotated[
+        str, typer.Option(help="Classes to learn, the last one positive: 1,3. Cases of others are left out.")
+    ] = "",
+    folds: Annotated[int, typer.Option(help="Patient-grouped folds.")] = 5,
+    split: Annotated[str | None, typer.Option(help="Label column that holds the folds instead.")] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, initial weights and batches.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs of the same target and head.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Train heads on cached tokens; both baselines always run beside them."""
+    from embedkit import train
+
+    with show_progress("train", "fits") as meter:
+        trained = train(
+            cache,
+            labels,
+            targets=target,
+            out=out,
+            heads=head or None,
+            token_sets=split_list(tokens) or None,
+            kind=kind,  # type: ignore[arg-type]  # refused with the known kinds by make_task
+            classes=split_list(classes) or None,
+            folds=folds,
+            split=split,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            on_progress=lambda at: meter(at.done, at.total, f"{at.target}.{at.head}"),
+        )
+    if json:
+        print_json(trained.table.to_dicts())
+        return
+    _print_scores(trained.table)
+    for note in dict.fromkeys(note for each in trained.runs for note in each.record.notes):
+        typer.echo(f"note: {note}")
+
+
+run = train_command
+
+
+def _print_scores(table: pl.DataFrame) -> None:
+    metrics = [name for name in _SHOWN if name in table.columns]
+    rows = []
+    for row in table.iter_rows(named=True):
+        scores = [_interval(row, name) for name in metrics]
+        rows.append(
+            [row["target"], row["head"], row["tokens"], *scores, str(row["parameters"]), f"{row['seconds']:.1f}"]
+        )
+    print_table(["target", "head", "tokens", *(_SHOWN[name] for name in metrics), "parameters", "seconds"], rows)
+
+
+def _interval(row: dict[str, float | None], metric: str) -> str:
+    value, low, high = (row[f"{metric}{end}"] for end in ("", "_low", "_high"))
+    return "" if value is None or low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

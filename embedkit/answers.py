@@ -1,0 +1,53 @@
+"""Owns how the scores of a task are named, laid out and put in words; knows no head and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedkit.targets import TaskKind
+
+__all__ = ["choose_class", "name_classes", "score_array", "score_columns", "word_answer"]
+
+
+def score_columns(kind: TaskKind, classes: Sequence[str]) -> tuple[str, ...]:
+    """Columns of predictions: ``score`` for binary and regression, else ``score_CLASS`` for each class."""
+    return ("score",) if kind in ("binary", "regression") else tuple(f"score_{name}" for name in classes)
+
+
+def score_array(kind: TaskKind, scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Scores [cases outputs] as `compute_metrics` takes them: one column flat, multiclass rows summing to 1."""
+    values: NDArray[np.float64] = scores.astype(np.float64)
+    if kind == "multiclass":
+        values /= values.sum(1, keepdims=True)
+    return values[:, 0] if kind in ("binary", "regression") else values
+
+
+def name_classes(kind: TaskKind, classes: Sequence[str], scores: NDArray[Any]) -> list[str]:
+    """The predicted class of each row of scores [cases outputs]; for multilabel the labels between ``;``."""
+    if kind == "binary":
+        return [classes[int(score >= 0.5)] for score in scores[:, 0]]
+    if kind == "multiclass":
+        return [classes[code] for code in scores.argmax(1)]
+    return [";".join(name for name, score in zip(classes, row, strict=True) if score >= 0.5) for row in scores]
+
+
+def choose_class(kind: TaskKind, classes: Sequence[str], scores: NDArray[Any], class_name: str | None) -> int:
+    """The place in ``classes`` of the class to explain: the one named, else the positive or the most probable one.
+
+    0 for a regression.
+    """
+    if class_name is not None:
+        return classes.index(class_name)
+    return {"binary": 1, "regression": 0}.get(kind, int(scores.argmax()))
+
+
+def word_answer(kind: TaskKind, classes: Sequence[str], target: str, scores: NDArray[Any], place: int) -> str:
+    """What scores [outputs] say of the class at ``place``, in words."""
+    if kind == "regression":
+        return f"{target} = {scores[0]:.4g}"
+    probability = float(scores[place]) if kind != "binary" else float(scores[0] if place else 1 - scores[0])
+    return f"{target} = {classes[place]} with probability {probability:.2f}"

@@ -1,0 +1,194 @@
+"""Owns `explain`: which slices and which patches made a run's answer, as numbers, NIfTI heatmaps and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from embedkit.cache import Cache, StackRecord, open_cache
+from embedkit.errors import RunError
+from embedkit.manifest import read_manifest
+from embedkit.patches import place_patch_scores
+from embedkit.plots import plot_montage
+from embedkit.runs import Evidence, Run, open_run
+from embedkit.slices import plan_stacks, render_slices
+from embedkit.sources import group_cases, read_case
+from embedkit.volumes import canonical_axes, to_source, write_volume
+
+__all__ = ["Explanation", "SliceWeights", "explain"]
+
+_SHOWN = 6
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SliceWeights:
+    """How much each slice of one view counted.
+
+    Attributes:
+        indices: int32 [slices], index along the plane's axis of the canonical volume.
+        weights: float32 [slices], 0 or more, summing to 1 over all views of the case.
+    """
+
+    indices: NDArray[np.int32]
+    weights: FloatArray
+
+    def top(self, count: int) -> list[tuple[int, float]]:
+        """The ``count`` slices of most weight as (index, weight)."""
+        rows = np.argsort(-self.weights, kind="stable")[:count]
+        return [(int(self.indices[row]), float(self.weights[row])) for row in rows]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found and wrote.
+
+    Attributes:
+        case_id: The case.
+        answer: The run's answer in words.
+        slice_weights: By ``view/plane``.
+        heatmaps: By ``view/plane``, the NIfTI file: float32 in 0..1, in the size and geometry of the source image.
+        montage: PNG of the slices of most weight with the heatmap over them.
+    """
+
+    case_id: str
+    answer: str
+    slice_weights: dict[str, SliceWeights]
+    heatmaps: dict[str, Path]
+    montage: Path
+
+
+def explain(
+    run: Run | str | Path,
+    cache: Cache | str | Path,
+    case_id: str,
+    out: str | Path,
+    *,
+    manifest: str | Path | pl.DataFrame | None = None,
+    class_name: str | None = None,
+    held_out: bool = False,
+) -> Explanation:
+    """Shows where a run looked in one case.
+
+    The score of a patch is what it adds to the logit of the class explained (`embedkit.runs.Run.find_evidence`),
+    averaged over the run's fold models; what speaks against the class is left out of the pictures.
+
+    Args:
+        run: A run or its folder.
+        cache: A cache of the run's recipe, or its path.
+        case_id: The case.
+        out: Folder to write to; made if need be.
+        manifest: Draw over the images it names; None draws over the cache's previews.
+        class_name: The class explained; None is the positive class of a binary task, the predicted one of others.
+        held_out: Only by the fold model that was trained without the case.
+
+    Raises:
+        RunError: the cache lacks the case, the class is unknown, or nothing can be drawn.
+        RecipeError: the cache has another recipe than the run.
+    """
+    opened = run if isinstance(run, Run) else open_run(run)
+    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    evidence = opened.find_evidence(source, case_id, class_name=class_name, held_out=held_out)
+    stacks = _stacks_of(source, case_id, evidence.scores)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    positive = {view: np.maximum(scores, 0) for view, scores in evidence.scores.items()}
+    highest = max((float(scores.max(initial=0)) for scores in positive.values()), default=0.0) or 1.0
+    scaled = {view: (scores / highest).astype(np.float32) for view, scores in positive.items()}
+    heatmaps = {
+        view: _write_heatmap(folder, case_id, view, scaled[view], source, stack) for view, stack in stacks.items()
+    }
+    weights = _slice_weights(evidence, source, stacks)
+    montage = folder / f"{case_id}.png"
+    images = _read_images(source, stacks, case_id, manifest)
+    montage.write_bytes(_draw(images, scaled, weights))
+    return Explanation(case_id, evidence.answer, weights, heatmaps, montage)
+
+
+def _stacks_of(cache: Cache, case_id: str, wanted: Mapping[str, Any]) -> dict[str, int]:
+    rows = cache.stacks.filter(pl.col("case_id") == case_id).select("stack", "view", "plane").iter_rows()
+    return {f"{view}/{plane}": stack for stack, view, plane in rows if f"{view}/{plane}" in wanted}
+
+
+def _slice_weights(evidence: Evidence, cache: Cache, stacks: Mapping[str, int]) -> dict[str, SliceWeights]:
+    """Each slice's share of all that speaks for the class."""
+    raw = {view: np.maximum(evidence.scores[view], 0).sum((1, 2)) for view in stacks}
+    total = sum(float(values.sum()) for values in raw.values()) or 1.0
+    return {
+        view: SliceWeights(cache.slices(stack).indices, (raw[view] / total).astype(np.float32))
+        for view, stack in stacks.items()
+    }
+
+
+def _write_heatmap(folder: Path, case_id: str, view: str, scores: FloatArray, cache: Cache, stack: int) -> Path:
+    record = cache.record(stack)
+    heat = place_patch_scores(
+        scores,
+        indices=cache.slices(stack).indices,
+        box=record.box,
+        plane=record.plane,
+        shape=canonical_shape(record),
+    )
+    path = folder / f"{case_id}_{view.replace('/', '_')}_heatmap.nii.gz"
+    write_volume(path, to_source(heat, record.source_affine), record.source_affine)
+    return path
+
+
+def canonical_shape(record: StackRecord) -> tuple[int, int, int]:
+    """Shape of the canonical volume that a stack was cut from."""
+    order, _ = canonical_axes(record.source_affine)
+    depth, height, width = (int(record.source_shape[axis]) for axis in order)
+    return depth, height, width
+
+
+def _read_images(
+    cache: Cache, stacks: Mapping[str, int], case_id: str, manifest: str | Path | pl.DataFrame | None
+) -> dict[str, NDArray[np.uint8]]:
+    """By view, what the backbone saw, uint8 [slices height width]."""
+    if manifest is None:
+        found: dict[str, NDArray[np.uint8]] = {}
+        for view, stack in stacks.items():
+            previews = cache.preview(stack)
+            if previews is None:
+                raise RunError(f"cache {cache.path} keeps no previews to draw over; name the images with --manifest")
+            found[view] = np.array(previews)
+        return found
+    table = manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest)
+    cases = [case for case in group_cases(table) if case.case_id == case_id]
+    if not cases:
+        raise RunError(f"the manifest has no case {case_id}; give the manifest that it was extracted from")
+    volumes = read_case(cases[0]).volumes
+    rendered = {}
+    for plan in plan_stacks(volumes, cache.recipe):
+        images, _ = render_slices(plan, volumes, cache.recipe, 0, len(plan.indices))
+        rendered[f"{plan.view}/{plan.plane}"] = (images.mean(1) * 255).round().to(torch.uint8).numpy()
+    return {view: rendered[view] for view in stacks}
+
+
+def _draw(
+    images: Mapping[str, NDArray[np.uint8]], scores: Mapping[str, FloatArray], weights: Mapping[str, SliceWeights]
+) -> bytes:
+    """The slices of most weight of each view, in their order along the stack."""
+    pictures, overlays, titles = [], [], []
+    for view, shown in images.items():
+        rows = sorted(np.argsort(-weights[view].weights, kind="stable")[:_SHOWN])
+        for row in rows:
+            picture = shown[row]
+            pictures.append(picture)
+            overlays.append(_upsample(scores[view][row], picture.shape[0]))
+            titles.append(f"{view} slice {weights[view].indices[row]}\nweight {weights[view].weights[row]:.2f}")
+    return plot_montage(pictures, titles, overlays=overlays, columns=_SHOWN, scale="evidence")
+
+
+def _upsample(scores: FloatArray, side: int) -> FloatArray:
+    grid = torch.from_numpy(np.ascontiguousarray(scores))[None, None]
+    upsampled: FloatArray = F.interpolate(grid, size=(side, side), mode="bilinear")[0, 0].numpy()
+    return upsampled

@@ -1,0 +1,354 @@
+"""Owns `extract`: from a manifest to a cache, resumable, with every failed case on record."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from embedkit.backbones import load_backbone
+from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
+from embedkit.errors import CacheError, OptionError, VolumeError
+from embedkit.failures import Failure, clear_failures, record_failure
+from embedkit.features import Backbone
+from embedkit.manifest import read_manifest
+from embedkit.pipeline import CaseWork, FailedCase, SameCase, compute_cases, render_cases
+from embedkit.planning import (
+    DEFAULT_BACKBONE,
+    DEFAULT_TOKENS,
+    DEFAULT_WINDOW,
+    choose_device,
+    choose_precision,
+    make_recipe,
+    require_channel_count,
+)
+from embedkit.recipe import Recipe
+from embedkit.slices import window_texts
+from embedkit.sources import CachedSources, Case, CaseImages, group_cases, read_case
+
+__all__ = ["ExtractionProgress", "ExtractionSummary", "extract", "extract_cases"]
+
+
+@dataclass(frozen=True)
+class ExtractionProgress:
+    """Where an extraction stands: cases of this call (those cached before are ``cases_before``) and slices so far."""
+
+    cases: int
+    cases_before: int
+    cases_done: int
+    cases_failed: int
+    slices: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExtractionSummary:
+    """What one call of `extract` did.
+
+    Attributes:
+        cache: The cache's folder.
+        fingerprint: Of its recipe.
+        cases: Cases in the manifest.
+        cases_before: Cases that the cache held already, unchanged.
+        cases_done: Cases extracted by this call.
+        changed: Of those, the ids of cases that were cached from files with other bytes.
+        failures: Cases without tokens, and why.
+        slices: Slices stored by this call, blank ones included.
+        blank_slices: Of those, constant ones: marked, and never sent through the backbone.
+        seconds: Wall time.
+        interrupted: True where ``stop`` was set before all cases were done.
+    """
+
+    cache: Path
+    fingerprint: str
+    cases: int
+    cases_before: int
+    cases_done: int
+    changed: tuple[str, ...]
+    failures: tuple[Failure, ...]
+    slices: int
+    blank_slices: int
+    seconds: float
+    interrupted: bool
+
+
+def extract(
+    manifest: str | Path | pl.DataFrame,
+    out: str | Path,
+    *,
+    backbone: str = DEFAULT_BACKBONE,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    tokens: Sequence[str] = DEFAULT_TOKENS,
+    layers: Sequence[int] | None = None,
+    cut: int | None = None,
+    planes: Sequence[str] = ("axial",),
+    slices: str = "all",
+    window: str | Sequence[str] = DEFAULT_WINDOW,
+    channels: Sequence[str] = (),
+    fill: str = "",
+    crop: str = "none",
+    resize: str = "pad",
+    dtype: str = "float16",
+    precision: str = "auto",
+    preview: int = 64,
+    device: str = "auto",
+    batch_size: int = 32,
+    workers: int = 2,
+    shard_bytes: int = 64 << 20,
+    shard_seconds: float = 120.0,
+    on_progress: Callable[[ExtractionProgress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> ExtractionSummary:
+    """Runs a frozen backbone once over every slice of every image and keeps its tokens in a cache.
+
+    A cache that exists is resumed: cases it holds are not repeated, cases that failed are tried again, and a case
+    whose files hold other bytes than before is extracted anew. A case fails as a whole, and never stops the others.
+
+    Args:
+        manifest: CSV, TSV or Parquet file, or the frame that `read_manifest` gives.
+        out: The cache's folder.
+        backbone: A timm model name or ``embedkit/scattering``; see `list_backbones`.
+        weights: Local safetensors or torch state dict; None downloads timm's pretrained weights.
+        image_size: Side in pixels of the square image that enters the backbone; None is the backbone's own.
+        tokens: Token sets: ``cls``, ``patch``, ``patch@G``, ``attention``, or one with its layer as ``patch@4:8``.
+        layers: For the token sets without a layer; counted from 1, or from the end (-1 is the last). None is the
+            default of `embedkit.tokens.resolve_token_sets`.
+        cut: Also keep every token that enters the last ``cut`` blocks.
+        planes: Some of axial, coronal, sagittal.
+        slices: ``all``, ``every:MM`` or ``count:N``.
+        window: A preset name (``lung``), ``range:LOW:HIGH`` or ``percentile:LOW:HIGH``; three make three channels.
+        channels: One or three views of one grid that become the channels of one image.
+        fill: The view that stands for an absent channel.
+        crop: ``none``, or ``foreground`` for the bounding square of body or head, common to all views of a case.
+        resize: ``pad`` keeps the physical aspect, ``stretch`` does not.
+        dtype: How tokens are stored: ``float16``.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: the fastest that the device computes natively.
+        preview: Side in pixels of the grey preview kept per slice; 0 keeps none.
+        device: ``auto`` or a torch device.
+        batch_size: Slices per forward pass.
+        workers: Cases read ahead, each in a thread.
+        shard_bytes: A shard is closed once it holds this many bytes of tokens.
+        shard_seconds: A shard is closed at the latest after this many seconds, so that a kill costs little.
+        on_progress: Called after every case.
+        stop: Once set, the finished cases are written and the call returns with ``interrupted``.
+
+    Raises:
+        OptionError: an option has a value that means nothing.
+        ManifestError: the manifest is unreadable or contradicts itself.
+        BackboneError: unknown backbone, or its weights cannot be had.
+        RecipeError: ``out`` holds a cache of another recipe.
+        CacheError: ``out`` cannot be written, or holds a damaged shard.
+    """
+    if batch_size < 1 or workers < 1:
+        raise OptionError(f"batch_size is {batch_size} and workers is {workers}, expected at least 1 of each")
+    cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
+    target = choose_device(device)
+    require_channel_count(channels, window)
+    model = load_backbone(
+        backbone,
+        weights=None if weights is None else Path(weights),
+        image_size=image_size,
+        channels=max(len(channels), len(window_texts(window))),
+        device=str(target),
+    )
+    recipe = make_recipe(
+        model.info,
+        tokens=tokens,
+        layers=layers,
+        cut=cut,
+        planes=planes,
+        slices=slices,
+        window=window,
+        channels=channels,
+        fill=fill,
+        crop=crop,
+        resize=resize,
+        dtype=dtype,
+        precision=choose_precision(precision, target, model.info),
+        preview=preview,
+    )
+    create_cache(Path(out), recipe)
+    return extract_cases(
+        cases,
+        Path(out),
+        model,
+        recipe,
+        device=target,
+        batch_size=batch_size,
+        workers=workers,
+        shard_bytes=shard_bytes,
+        shard_seconds=shard_seconds,
+        on_progress=on_progress,
+        stop=stop,
+    )
+
+
+def extract_cases(
+    cases: Sequence[Case],
+    cache: Path,
+    backbone: Backbone,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    batch_size: int = 32,
+    workers: int = 2,
+    shard_bytes: int = 64 << 20,
+    shard_seconds: float = 120.0,
+    on_progress: Callable[[ExtractionProgress], None] | None = None,
+    stop: threading.Event | None = None,
+) -> ExtractionSummary:
+    """Extracts the cases that ``cache`` (made by `create_cache`) lacks; the options are those of `extract`."""
+    sources = CachedSources(open_cache(cache).stacks, recipe)
+    pending = [case for case in cases if not sources.holds(case)]
+    account = _Account(cases=len(cases), pending=len(pending), on_progress=on_progress)
+
+    def read(case: Case) -> CaseImages | SameCase:
+        images = read_case(case)
+        return SameCase(case) if sources.holds_same_bytes(case, images) else images
+
+    rendered = render_cases(pending, read, recipe, backbone, batch_size=batch_size, workers=workers, device=device)
+    with _ShardWriter(cache, recipe, shard_bytes=shard_bytes, shard_seconds=shard_seconds) as writer:
+        for result in compute_cases(rendered, backbone, recipe, batch_size=batch_size):
+            _settle(result, account, writer, cache, sources)
+            if stop is not None and stop.is_set():
+                break
+    clear_failures(cache, [(case_id, "") for case_id in account.settled])
+    return account.summarise(cache, recipe, interrupted=account.left > 0)
+
+
+def _settle(
+    result: CaseWork | FailedCase | SameCase,
+    account: _Account,
+    writer: _ShardWriter,
+    cache: Path,
+    sources: CachedSources,
+) -> None:
+    """Hands a finished case to the writer, or puts a failed one on record."""
+    if isinstance(result, CaseWork):
+        try:
+            stacks = result.finish()
+        except (CacheError, VolumeError) as error:
+            result = FailedCase(result.case, str(error))
+        else:
+            writer.add(stacks)
+            account.done(result, changed=sources.holds_other_bytes(result.case))
+            return
+    if isinstance(result, FailedCase):
+        failure = Failure(case_id=result.case.case_id, view="", reason=result.reason)
+        record_failure(cache, failure)
+        account.failed(failure)
+    else:
+        account.same(result.case)
+
+
+@dataclass
+class _Account:
+    """Counts of one extraction."""
+
+    cases: int
+    pending: int
+    on_progress: Callable[[ExtractionProgress], None] | None
+    started: float = field(default_factory=time.perf_counter)
+    settled: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    cases_same: int = 0
+    slices: int = 0
+    blank_slices: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.pending - len(self.settled) - len(self.failures)
+
+    def done(self, work: CaseWork, *, changed: bool) -> None:
+        self.settled.append(work.case.case_id)
+        self.slices += work.slices
+        self.blank_slices += work.blank_slices
+        if changed:
+            self.changed.append(work.case.case_id)
+        self._report()
+
+    def failed(self, failure: Failure) -> None:
+        self.failures.append(failure)
+        self._report()
+
+    def same(self, case: Case) -> None:
+        self.settled.append(case.case_id)
+        self.cases_same += 1
+        self._report()
+
+    def _report(self) -> None:
+        if self.on_progress is not None:
+            self.on_progress(
+                ExtractionProgress(
+                    cases=self.cases,
+                    cases_before=self.cases - self.pending + self.cases_same,
+                    cases_done=len(self.settled) - self.cases_same,
+                    cases_failed=len(self.failures),
+                    slices=self.slices,
+                    seconds=time.perf_counter() - self.started,
+                )
+            )
+
+    def summarise(self, cache: Path, recipe: Recipe, *, interrupted: bool) -> ExtractionSummary:
+        return ExtractionSummary(
+            cache=cache,
+            fingerprint=recipe.fingerprint,
+            cases=self.cases,
+            cases_before=self.cases - self.pending + self.cases_same,
+            cases_done=len(self.settled) - self.cases_same,
+            changed=tuple(self.changed),
+            failures=tuple(self.failures),
+            slices=self.slices,
+            blank_slices=self.blank_slices,
+            seconds=time.perf_counter() - self.started,
+            interrupted=interrupted,
+        )
+
+
+class _ShardWriter:
+    """Collects finished cases and writes them as shards in one background thread, at most one shard behind."""
+
+    def __init__(self, cache: Path, recipe: Recipe, *, shard_bytes: int, shard_seconds: float) -> None:
+        self._cache, self._recipe = cache, recipe
+        self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
+        self._stacks: list[StackTokens] = []
+        self._bytes, self._since = 0, time.monotonic()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="embedkit-write")
+        self._writing: Future[Path] | None = None
+
+    def add(self, stacks: Sequence[StackTokens]) -> None:
+        """Takes all stacks of one case; they land in the same shard."""
+        self._stacks.extend(stacks)
+        self._bytes += sum(tokens.nbytes for stack in stacks for tokens in stack.tokens.values())
+        if self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._wait()
+        if self._stacks:
+            self._writing = self._pool.submit(write_shard, self._cache, self._recipe, self._stacks)
+        self._stacks, self._bytes, self._since = [], 0, time.monotonic()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def __enter__(self) -> _ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Writes what is left, also when the block ends by an error: finished cases are never thrown away."""
+        try:
+            self._flush()
+            self._wait()
+        finally:
+            self._pool.shutdown()

@@ -1,0 +1,280 @@
+"""Owns the fitting of one head on one training set: loss, schedule, early stopping; knows no fold, file or table.
+
+By gradient: a first fit with some training patients held out finds how many epochs help; a second fit on all training
+cases runs that many of the same schedule. The held-out cases judge by the loss at the sharpness (a factor on the
+logits, one over the temperature of Guo et al. 2017) that suits them best: a head that ranks better and better while
+growing overconfident is then not stopped too soon. The factor is kept, so that the scores are calibrated.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from embedkit.bags import Bag, BagStore
+from embedkit.errors import HeadError, OptionError
+from embedkit.members import Member
+from embedkit.targets import TaskKind
+
+__all__ = ["FitOptions", "FitReport", "TrainingSet", "fit_closed_form", "fit_gradient"]
+
+_SHARPNESS = torch.logspace(-1.5, 0.5, 21)
+_JUDGED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a head is fitted by gradient; a head's ``fit_defaults`` and the user's choice replace single fields.
+
+    Attributes:
+        learning_rate: Peak of the one-cycle schedule (Smith and Topin, arXiv 1708.07120) of AdamW.
+        weight_decay: Of AdamW.
+        epochs: Length of the schedule.
+        batch_size: Cases per step.
+        patience: Epochs without a better held-out loss after which the first fit stops.
+        holdout: Part of the training patients held out in the first fit.
+        class_weights: Weigh classes by the inverse of their frequency in the training set.
+    """
+
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    epochs: int = 30
+    batch_size: int = 16
+    patience: int = 12
+    holdout: float = 0.2
+    class_weights: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "epochs", "batch_size", "patience"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"fit option {name} is {getattr(self, name)}, expected above 0")
+        if self.weight_decay < 0:
+            raise OptionError(f"fit option weight_decay is {self.weight_decay}, expected 0 or above")
+
+    def replace(self, **changes: Any) -> FitOptions:
+        """These options with some fields changed.
+
+        Raises:
+            OptionError: a field that does not exist, or a value that means nothing.
+        """
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(known)):
+            raise OptionError(f"no fit option is called {', '.join(unknown)}; there are {', '.join(known)}")
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """What one head learns from.
+
+    Attributes:
+        store: Holds the tokens of the cases.
+        places: int64 [cases], place of each labelled case in ``store``.
+        targets: As `Task.targets`, one per case.
+        kind: Of the task.
+        training: bool [cases].
+        held_out: bool [cases], a part of ``training`` to stop by.
+    """
+
+    store: BagStore
+    places: NDArray[np.int64]
+    targets: NDArray[Any]
+    kind: TaskKind
+    training: NDArray[np.bool_]
+    held_out: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How a fit went: epochs run on all training cases, held-out loss of the first fit there, and the choices made."""
+
+    epochs: int = 0
+    held_out_loss: float = math.nan
+    choices: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def fit_gradient(member: Member, data: TrainingSet, options: FitOptions, *, seed: int) -> FitReport:
+    """Fits the head of ``member`` in place; its standardiser must be fitted, it stays as it is.
+
+    Draws from torch's global generators (dropout): seed them around the call. Order of cases comes from ``seed``.
+
+    Raises:
+        HeadError: the head diverged.
+    """
+    loss = _Loss(member, data, options)
+    start = copy.deepcopy(member.head.state_dict())
+    search = _Descent(member, data, data.training & ~data.held_out, loss=loss, options=options, seed=seed)
+    best, best_epoch = math.inf, 0
+    for epoch in range(1, options.epochs + 1):
+        search.run_epoch()
+        held_out_loss, sharpness = _judge(member, data, loss)
+        if held_out_loss < best:
+            best, best_epoch = held_out_loss, epoch
+            member.sharpness.fill_(sharpness)
+        elif epoch - best_epoch >= options.patience:
+            break
+    if not best_epoch:
+        raise HeadError(
+            f"head {member.name!r} diverged: its held-out loss was never a finite number;"
+            f" lower its learning rate (now {options.learning_rate:g})"
+        )
+    member.head.load_state_dict(start)
+    final = _Descent(member, data, data.training, loss=loss, options=options, seed=seed)
+    for _ in range(best_epoch):
+        final.run_epoch()
+    member.eval()
+    return FitReport(best_epoch, best)
+
+
+def fit_closed_form(
+    member: Member,
+    features: Tensor,
+    targets: NDArray[Any],
+    holdouts: Sequence[NDArray[np.bool_]],
+    *,
+    class_weights: bool = True,
+) -> FitReport:
+    """Fits a head in closed form, in place.
+
+    Args:
+        member: Its head has ``fit``.
+        features: [cases features] of the training cases.
+        targets: Of the training cases, as `Task.targets`.
+        holdouts: Each bool [cases], a part of the training cases to choose the penalty by.
+        class_weights: As in `FitOptions`.
+    """
+    if member.kind == "regression":
+        _set_unit(member, targets)
+        targets = _standardised(member, targets)
+    head = cast(Any, member.head)
+    choices = head.fit(features, targets, kind=member.kind, holdouts=holdouts, class_weights=class_weights)
+    member.eval()
+    return FitReport(choices=dict(choices or {}))
+
+
+class _Loss:
+    """The loss of a task on some of its cases, with the class weights of the training set."""
+
+    def __init__(self, member: Member, data: TrainingSet, options: FitOptions) -> None:
+        targets = data.targets
+        self.kind = data.kind
+        self.weights: Tensor | None = None
+        device = member.unit.device
+        if self.kind == "regression":
+            _set_unit(member, targets[data.training])
+            targets = _standardised(member, targets)
+        elif options.class_weights:
+            self.weights = _class_weights(self.kind, targets[data.training]).to(device)
+        dtype = torch.int64 if self.kind == "multiclass" else torch.float32
+        self.targets = torch.as_tensor(targets, dtype=dtype, device=device)
+
+    def __call__(self, logits: Tensor, cases: Tensor) -> Tensor:
+        """Mean loss of [... batch outputs] logits for [batch] cases, one value per leading axis."""
+        truth = self.targets[cases]
+        truth = truth.expand(logits.shape if truth.ndim == 2 else logits.shape[:-1])
+        if self.kind == "regression":
+            return F.smooth_l1_loss(logits[..., 0], truth, reduction="none").mean(-1)
+        if self.kind == "multiclass":
+            losses = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), self.weights, reduction="none")
+            weights = torch.ones_like(truth) if self.weights is None else self.weights[truth]
+            return losses.view(truth.shape).sum(-1) / weights.sum(-1)
+        truth = truth[..., None] if self.kind == "binary" else truth
+        losses = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=self.weights, reduction="none")
+        return losses.mean((-2, -1))
+
+
+class _Descent:
+    """AdamW under a one-cycle schedule over the training cases, epoch by epoch."""
+
+    def __init__(
+        self,
+        member: Member,
+        data: TrainingSet,
+        use: NDArray[np.bool_],
+        *,
+        loss: _Loss,
+        options: FitOptions,
+        seed: int,
+    ) -> None:
+        self.member = member
+        self.data = data
+        self.loss = loss
+        self.options = options
+        self.cases = torch.from_numpy(np.flatnonzero(use))
+        self.places = torch.from_numpy(data.places)[self.cases]
+        self.generator = torch.Generator().manual_seed(seed)
+        parameters = [parameter for parameter in member.head.parameters() if parameter.requires_grad]
+        self.optimiser = torch.optim.AdamW(
+            parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+        )
+        steps = math.ceil(len(self.cases) / options.batch_size)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, options.learning_rate, total_steps=options.epochs * steps, pct_start=0.2
+        )
+
+    def run_epoch(self) -> None:
+        """One pass over the cases in a new order."""
+        self.member.train()
+        store = self.data.store
+        for items in store.batches(self.places, self.options.batch_size, generator=self.generator):
+            self._step(self.cases[items], store.batch(self.places[items], _token_sets(self.member)))
+
+    def _step(self, cases: Tensor, bag: Bag) -> None:
+        logits = self.member.head(self.member.prepare(bag)).logits.float()
+        loss = self.loss(logits, cases.to(logits.device))
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        self.schedule.step()
+
+
+def _judge(member: Member, data: TrainingSet, loss: _Loss) -> tuple[float, float]:
+    """Held-out loss at the best sharpness of the logits, and that sharpness (1 for a regression)."""
+    member.eval()
+    cases = torch.from_numpy(np.flatnonzero(data.held_out))
+    places = torch.from_numpy(data.places)
+    with torch.no_grad():
+        parts = [
+            member.head(member.prepare(data.store.batch(places[part], _token_sets(member)))).logits.float()
+            for part in torch.split(cases, _JUDGED_AT_ONCE)
+        ]
+    logits = torch.cat(parts)
+    factors = (torch.ones(1) if data.kind == "regression" else _SHARPNESS).to(logits.device)
+    losses = loss(logits * factors[:, None, None], cases.to(logits.device)).nan_to_num(nan=math.inf)
+    best = int(losses.argmin())
+    return float(losses[best]), float(factors[best])
+
+
+def _token_sets(member: Member) -> tuple[str, ...]:
+    """The token sets that a member trained by gradient reads."""
+    return () if member.standardiser is None else member.standardiser.token_sets
+
+
+def _class_weights(kind: TaskKind, targets: NDArray[Any]) -> Tensor:
+    """Binary and multilabel: weight of the positives [outputs]; multiclass: weights [classes]."""
+    if kind == "multiclass":
+        counts = np.bincount(targets)
+        return torch.as_tensor(len(targets) / (np.count_nonzero(counts) * counts.clip(min=1)), dtype=torch.float32)
+    positives = targets.reshape(len(targets), -1).sum(0)
+    return torch.as_tensor((len(targets) - positives).clip(min=1) / positives.clip(min=1), dtype=torch.float32)
+
+
+def _set_unit(member: Member, targets: NDArray[Any]) -> None:
+    """Takes mean and deviation of the training targets as a regression's unit."""
+    member.unit.copy_(torch.tensor([float(targets.mean()), float(targets.std()) or 1.0]))
+
+
+def _standardised(member: Member, targets: NDArray[Any]) -> NDArray[Any]:
+    mean, scale = member.unit.tolist()
+    standardised: NDArray[Any] = (targets - mean) / scale
+    return standardised

@@ -1,0 +1,91 @@
+"""Owns which heads a training fits, on which token sets and with which options; fits nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from embedkit.bags import bag_shape
+from embedkit.cache import Cache
+from embedkit.errors import CacheError, HeadError
+from embedkit.fitting import FitOptions
+from embedkit.members import build_member, complete_options
+from embedkit.plugins import choose_token_set, load_head
+from embedkit.recipe import TokenSet
+
+__all__ = ["BASELINES", "DEFAULT_HEADS", "HeadPlan", "plan_heads"]
+
+BASELINES = ("logistic", "raptor")
+"""Always trained and always in the table: what any head must beat."""
+DEFAULT_HEADS = ("linear", "query", "abmil", "grid")
+
+TokenChoice = Sequence[str] | Mapping[str, Sequence[str]] | None
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPlan:
+    """A head with what it will read and how it will be fitted."""
+
+    head: str
+    token_sets: tuple[str, ...]
+    options: dict[str, Any]
+    fit: FitOptions
+
+    @property
+    def by_gradient(self) -> bool:
+        return load_head(self.head).fit_by == "gradient"
+
+
+def plan_heads(
+    cache: Cache,
+    heads: Sequence[str] | None,
+    token_sets: TokenChoice,
+    head_options: Mapping[str, Mapping[str, Any]],
+    fit_options: Mapping[str, Any],
+) -> tuple[HeadPlan, ...]:
+    """Decides what each head reads; the arguments are those of `embedkit.training.train`.
+
+    Returns:
+        The baselines, then the heads, each once.
+
+    Raises:
+        HeadError: unknown head, a head that can read nothing of this cache, or options for a head not trained.
+        CacheError: no stack in the cache, or a token set that it lacks.
+        OptionError: a fit option that does not exist, or a token set of another form.
+    """
+    if not cache.token_sets:
+        raise CacheError(f"cache {cache.path} holds no stack yet; extract some cases first")
+    wanted = DEFAULT_HEADS if heads is None else tuple(heads)
+    names = tuple(dict.fromkeys((*BASELINES, *wanted)))
+    for name in names:
+        load_head(name)
+    if strangers := sorted({*head_options, *(token_sets if isinstance(token_sets, Mapping) else ())} - set(names)):
+        raise HeadError(
+            f"options or token sets were given for {', '.join(strangers)}, but heads are {', '.join(names)}"
+        )
+    plans = []
+    for name in names:
+        sets = _choose(cache, name, token_sets, required=heads is not None and name in heads)
+        if not sets:
+            continue
+        options = complete_options(name, head_options.get(name, {}))
+        build_member(name, bag_shape(cache, sets), outputs=1, kind="binary", options=options)
+        defaults = getattr(load_head(name), "fit_defaults", {})
+        plans.append(HeadPlan(name, sets, options, FitOptions().replace(**{**defaults, **fit_options})))
+    return tuple(plans)
+
+
+def _choose(cache: Cache, name: str, token_sets: TokenChoice, *, required: bool) -> tuple[str, ...]:
+    """What one head reads; nothing for a head that was not asked for by name and can read nothing here."""
+    reads = load_head(name).reads
+    given = token_sets.get(name) if isinstance(token_sets, Mapping) else token_sets
+    if given is not None:
+        bag_shape(cache, given)
+        readable = tuple(text for text in given if TokenSet.parse(text).kind in reads)
+        if readable or isinstance(token_sets, Mapping) or required:
+            return readable or tuple(given)
+    available = [TokenSet.parse(text) for text in cache.token_sets]
+    if not required and not any(found.kind in reads for found in available):
+        return ()
+    return (str(choose_token_set(name, available)),)

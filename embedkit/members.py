@@ -1,0 +1,127 @@
+"""Owns the member: one fitted head with all that surrounds it (standardisation, units, scores); trains nothing.
+
+A run is an ensemble of members, one per fold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from embedkit.bags import Bag, BagShape
+from embedkit.plugins import HeadOutput, check_output, create_head, load_head
+from embedkit.standardisation import Standardiser
+from embedkit.targets import TaskKind
+
+__all__ = ["Member", "build_member", "check_member", "complete_options", "count_parameters"]
+
+
+class Member(nn.Module):
+    """Maps a raw bag to logits and scores.
+
+    Tokens are standardised first where the head is trained by gradient; a head in closed form does that itself.
+    """
+
+    def __init__(self, name: str, head: nn.Module, standardiser: Standardiser | None, kind: TaskKind) -> None:
+        super().__init__()
+        self.name = name
+        self.kind = kind
+        self.head = head
+        self.standardiser = standardiser
+        self.sharpness: Tensor
+        self.unit: Tensor
+        self.register_buffer("sharpness", torch.tensor(1.0))
+        self.register_buffer("unit", torch.tensor([0.0, 1.0]))
+
+    def prepare(self, bag: Bag) -> Bag:
+        """The bag as the head reads it: on the member's device, float32 and standardised."""
+        bag = bag.to(self.unit.device)
+        if self.standardiser is None:
+            return bag.to(dtype=self.unit.dtype)
+        standardised: Bag = self.standardiser(bag)
+        return standardised
+
+    def forward(self, bag: Bag) -> HeadOutput:
+        """The head's output on a raw bag, its logits scaled by the sharpness that was fitted on held-out cases."""
+        output: HeadOutput = self.head(self.prepare(bag))
+        return dataclasses.replace(output, logits=output.logits * self.sharpness)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities, or predictions of a regression in the target's unit.
+
+        Returns:
+            [batch] for binary and regression, [batch classes] for multiclass and multilabel.
+        """
+        if self.kind == "regression":
+            return logits[:, 0].float() * self.unit[1] + self.unit[0]
+        if self.kind == "multiclass":
+            return logits.float().softmax(1)
+        probabilities = logits.float().sigmoid()
+        return probabilities[:, 0] if self.kind == "binary" else probabilities
+
+    def evidence(self, bag: Bag, output: int) -> Tensor:
+        """What each token adds to one logit: exact where the head can say so, else gradient times token.
+
+        Returns:
+            [batch views slices patches]; 0 on masked slices.
+        """
+        prepared = self.prepare(bag)
+        if hasattr(self.head, "evidence"):
+            found: Tensor = cast(Any, self.head).evidence(prepared, output)
+        else:
+            found = _gradient_times_token(self.head, prepared, output)
+        return found.detach().float() * self.sharpness
+
+
+def build_member(name: str, shape: BagShape, *, outputs: int, kind: TaskKind, options: Mapping[str, Any]) -> Member:
+    """A member that is yet to be fitted or loaded; it reads all token sets of ``shape``.
+
+    Raises:
+        HeadError: as `create_head`.
+    """
+    token_sets = tuple(shape.token_sets)
+    head = create_head(name, shape, token_sets, outputs, options=options)
+    by_gradient = load_head(name).fit_by == "gradient"
+    return Member(name, head, Standardiser(shape, token_sets) if by_gradient else None, kind)
+
+
+def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The head's options with its defaults, so that a run can be rebuilt after the defaults have changed."""
+    parameters = inspect.signature(load_head(name)).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    return {key: value for key, value in defaults.items() if value is not inspect.Parameter.empty} | dict(options)
+
+
+def check_member(member: Member, bag: Bag, outputs: int) -> None:
+    """Runs a head once and checks that it keeps its contract.
+
+    Raises:
+        HeadError: as `check_output`.
+    """
+    with torch.no_grad():
+        check_output(member.name, member.head(member.prepare(bag)), bag, outputs)
+
+
+def count_parameters(member: Member) -> int:
+    """Numbers that were fitted: the head's parameters, or what it solved for in closed form."""
+    trained = sum(parameter.numel() for parameter in member.head.parameters())
+    if trained or not hasattr(member.head, "readout"):
+        return trained
+    readout = cast(nn.Module, member.head.readout)
+    return sum(readout.get_buffer(name).numel() for name in ("weight", "bias"))
+
+
+def _gradient_times_token(head: nn.Module, bag: Bag, output: int) -> Tensor:
+    tokens = {name: values.detach().requires_grad_() for name, values in bag.tokens.items()}
+    with torch.enable_grad():
+        logits = head(dataclasses.replace(bag, tokens=tokens)).logits[:, output].sum()
+        gradients = torch.autograd.grad(logits, list(tokens.values()))
+    parts = [(values * slope).sum(-1) for values, slope in zip(tokens.values(), gradients, strict=True)]
+    patches = max(part.shape[3] for part in parts)
+    spread = [part.expand(-1, -1, -1, patches) / (patches // part.shape[3]) for part in parts]
+    return torch.stack(spread).sum(0).masked_fill(~bag.mask[..., None], 0.0)

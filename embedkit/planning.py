@@ -1,0 +1,128 @@
+"""Owns what the options of an extraction mean: the recipe, the device, the precision; extracts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from embedkit.errors import OptionError
+from embedkit.features import BackboneInfo
+from embedkit.recipe import Recipe
+from embedkit.slices import PLANES, slice_choice_text, window_texts
+from embedkit.tokens import resolve_token_sets
+
+__all__ = [
+    "AUTOCAST_DTYPES",
+    "DEFAULT_BACKBONE",
+    "DEFAULT_TOKENS",
+    "DEFAULT_WINDOW",
+    "choose_device",
+    "choose_precision",
+    "make_recipe",
+    "require_channel_count",
+]
+
+DEFAULT_BACKBONE = "vit_small_patch14_reg4_dinov2.lvd142m"
+DEFAULT_TOKENS = ("cls", "patch@4")
+DEFAULT_WINDOW = "percentile:0.5:99.5"
+AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """``auto`` is CUDA where there is one, then Apple's MPS, then the CPU.
+
+    Raises:
+        OptionError: ``device`` is no device that torch has here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"device {device!r} cannot be used here ({reason}); use cpu or auto") from error
+    return chosen
+
+
+def make_recipe(
+    info: BackboneInfo,
+    *,
+    tokens: Sequence[str] = DEFAULT_TOKENS,
+    layers: Sequence[int] | None = None,
+    cut: int | None = None,
+    planes: Sequence[str] = ("axial",),
+    slices: str = "all",
+    window: str | Sequence[str] = DEFAULT_WINDOW,
+    channels: Sequence[str] = (),
+    fill: str = "",
+    crop: str = "none",
+    resize: str = "pad",
+    dtype: str = "float16",
+    precision: str = "fp32",
+    preview: int = 64,
+) -> Recipe:
+    """The recipe that these options mean for a backbone; the options are those of `extract`.
+
+    Raises:
+        OptionError: an option has a value that means nothing; the message lists the ones that do.
+    """
+    _require_one_of("plane", planes, PLANES)
+    _require_one_of("crop", [crop], ("none", "foreground"))
+    _require_one_of("resize", [resize], ("pad", "stretch"))
+    _require_one_of("dtype", [dtype], ("float16",))
+    _require_one_of("precision", [precision], tuple(AUTOCAST_DTYPES))
+    if fill and not channels:
+        raise OptionError(f"fill {fill!r} names a stand-in for absent channels, but no channels are given")
+    if not 0 <= preview <= 512:
+        raise OptionError(f"preview is {preview} pixels, expected 0 (none) to 512")
+    token_sets = resolve_token_sets(tokens, layers=layers, cut=cut, info=info)
+    return Recipe(
+        backbone=info.name,
+        weights=info.weights,
+        token_sets=tuple(sorted(map(str, token_sets))),
+        image_size=info.image_size,
+        mean=tuple(info.mean),
+        std=tuple(info.std),
+        planes=tuple(sorted(set(planes))),
+        slices=slice_choice_text(slices),
+        windows=window_texts(window),
+        channels=tuple(channels),
+        fill=fill,
+        crop=crop,
+        resize=resize,
+        dtype=dtype,
+        precision=precision,
+        preview=preview,
+    )
+
+
+def choose_precision(precision: str, device: torch.device, info: BackboneInfo) -> str:
+    """Resolves ``auto``: bf16 where the device computes it natively and the backbone has learned weights."""
+    if precision != "auto":
+        return precision
+    if info.weights.startswith("builtin:"):
+        return "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def _require_one_of(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+    if not values:
+        raise OptionError(f"no {name} given; expected some of {', '.join(known)}")
+    for value in values:
+        if value not in known:
+            raise OptionError(f"{name} {value!r} is unknown; expected one of {', '.join(known)}")
+
+
+def require_channel_count(channels: Sequence[str], window: str | Sequence[str]) -> None:
+    windows = len(window_texts(window))
+    if channels and (len(channels) != 3 or windows not in (1, 3)):
+        raise OptionError(
+            f"{len(channels)} channels and {windows} windows; expected three channels and one or three windows"
+        )

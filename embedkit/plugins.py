@@ -1,0 +1,260 @@
+"""Owns the head registry (entry-point group ``embedkit.heads``) and the contract of a head; knows no head by name.
+
+A head is a class derived from ``torch.nn.Module``::
+
+    class MyHead(nn.Module):
+        reads = frozenset({"cls"})            # kinds of token set it can read
+        fit_by = "gradient"                   # or "closed form"
+        prefers = TokenPreference("cls")      # optional: which token set to take when the user names none
+        fit_defaults = {"learning_rate": 1e-3}  # optional: see embedkit.fitting.FitOptions
+
+        def __init__(self, shape: BagShape, token_sets: tuple[str, ...], outputs: int, *, width: int = 64): ...
+        def forward(self, bag: Bag) -> HeadOutput: ...
+
+It must give the same result however far a bag is padded: masked slices may hold anything, a view may be masked
+throughout. A head with ``fit_by = "closed form"`` also has ``features(bag) -> [batch features]`` (NaN where a view is
+missing), ``fit(features, targets, *, kind, holdouts, class_weights)`` and ``read_out(features) -> logits``.
+
+A head may have ``evidence(bag, output) -> [batch views slices patches]``, what each token adds to a logit: heatmaps
+come from there. Built-in heads come through the same door as everyone's::
+
+    [project.entry-points."embedkit.heads"]
+    mine = "my_package:MyHead"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, cast, get_args
+
+from torch import Tensor, nn
+
+from embedkit.bags import Bag, BagShape
+from embedkit.errors import HeadError
+from embedkit.recipe import TokenKind, TokenSet
+
+__all__ = [
+    "GROUP",
+    "Head",
+    "HeadEntry",
+    "HeadOutput",
+    "TokenPreference",
+    "check_output",
+    "choose_token_set",
+    "create_head",
+    "list_heads",
+    "load_head",
+]
+
+GROUP = "embedkit.heads"
+FIT_WAYS = ("gradient", "closed form")
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What a head says of a bag.
+
+    Attributes:
+        logits: [batch outputs]; of a regression, the value in units of the standardised target.
+        slice_attention: [batch views slices], softmax weights that sum to 1 over the real slices of each view.
+        token_attention: [batch views slices patches], how much each token speaks for the answer: softmax weights,
+            or signed contributions to the logit where the head has those.
+        mask_logits: [batch views slices patches], a predicted mask on the token grid.
+        embedding: [batch dim], the pooled vector that the last layer reads.
+    """
+
+    logits: Tensor
+    slice_attention: Tensor | None = None
+    token_attention: Tensor | None = None
+    mask_logits: Tensor | None = None
+    embedding: Tensor | None = None
+
+
+class Head(Protocol):
+    """A head class, as the module's docstring describes it."""
+
+    reads: ClassVar[frozenset[str]]
+    fit_by: ClassVar[str]
+
+    def __call__(self, shape: BagShape, token_sets: Sequence[str], outputs: int, **options: Any) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class TokenPreference:
+    """Which of the cached token sets suits a head best.
+
+    Attributes:
+        kind: Kind of token set; where none is cached, any other that the head reads.
+        depth: Depth of the layer as a part of the deepest cached one.
+        grid: Side of the patch grid; None for the full grid.
+    """
+
+    kind: TokenKind = "cls"
+    depth: float = 1.0
+    grid: int | None = None
+
+
+@dataclass(frozen=True)
+class HeadEntry:
+    """A registered head, not yet imported."""
+
+    name: str
+    distribution: str
+    version: str
+    value: str
+
+
+def list_heads(entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> dict[str, HeadEntry]:
+    """Every registered head by name, sorted; imports none of them.
+
+    Args:
+        entry_points: Where to look; None for the installed distributions.
+
+    Raises:
+        HeadError: two distributions register one name.
+    """
+    points = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+    found: dict[str, HeadEntry] = {}
+    for point in points:
+        distribution = point.dist.name if point.dist is not None else "an unnamed distribution"
+        version = point.dist.version if point.dist is not None else ""
+        entry = HeadEntry(point.name, distribution, version, point.value)
+        first = found.setdefault(point.name, entry)
+        if first != entry:
+            raise HeadError(
+                f"head {point.name!r} is registered twice, by {first.distribution} ({first.value}) and by"
+                f" {distribution} ({point.value}); expected one; uninstall one of them or rename its entry point"
+            )
+    return dict(sorted(found.items()))
+
+
+def load_head(name: str, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> Head:
+    """Imports a head class by its registered name.
+
+    Raises:
+        HeadError: no head of that name, a name registered twice, an entry point that fails to import, or a thing that
+            is not a head.
+    """
+    entries = list_heads(entry_points)
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=1, cutoff=0.5)
+        raise HeadError(
+            f"no head is called {name!r}; {f'did you mean {near[0]}? ' if near else ''}"
+            f"installed: {', '.join(entries) or 'none (reinstall embedkit)'}"
+        )
+    entry = entries[name]
+    try:
+        loaded = importlib.metadata.EntryPoint(name, entry.value, GROUP).load()
+    except Exception as error:
+        raise HeadError(
+            f"head {name!r} of {entry.distribution} could not be imported from {entry.value}:"
+            f" {type(error).__name__}: {error}; repair or uninstall {entry.distribution}"
+        ) from error
+    _check_class(loaded, entry)
+    return cast(Head, loaded)
+
+
+def choose_token_set(name: str, available: Sequence[TokenSet]) -> TokenSet:
+    """The token set, of those available, that the head called ``name`` would rather read.
+
+    Raises:
+        HeadError: unknown head, or one that can read none of them.
+    """
+    head = load_head(name)
+    preference: TokenPreference = getattr(head, "prefers", TokenPreference())
+    readable = [found for found in available if found.kind in head.reads]
+    if not readable:
+        raise HeadError(
+            f"head {name!r} reads {', '.join(sorted(head.reads))} tokens, but the cache holds"
+            f" {', '.join(map(str, available)) or 'none'}; choose another head, or extract with --tokens"
+        )
+    wanted_layer = preference.depth * max(found.layer for found in available)
+    wanted_grid = math.inf if preference.grid is None else preference.grid
+
+    def distance(found: TokenSet) -> tuple[bool, float, float, int]:
+        grid = math.inf if found.grid is None else found.grid
+        apart = 0.0 if grid == wanted_grid else abs(1 / grid - 1 / wanted_grid)
+        return (found.kind != preference.kind, abs(found.layer - wanted_layer), apart, -found.layer)
+
+    return min(readable, key=distance)
+
+
+def create_head(
+    name: str, shape: BagShape, token_sets: Sequence[str], outputs: int, *, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Builds the head called ``name`` for bags of this shape.
+
+    Args:
+        name: A registered name.
+        shape: Sizes of the bags.
+        token_sets: What the head reads; each must be in ``shape``.
+        outputs: Width of the logits.
+        options: The head's own keyword options.
+
+    Raises:
+        HeadError: unknown head, a token set that it cannot read, or an option that it does not take.
+    """
+    head = load_head(name)
+    unreadable = [text for text in token_sets if TokenSet.parse(text).kind not in head.reads]
+    if unreadable:
+        raise HeadError(
+            f"head {name!r} cannot read {', '.join(unreadable)}: it reads {', '.join(sorted(head.reads))} tokens;"
+            " give it a token set of those kinds"
+        )
+    arguments = (shape.select(token_sets), tuple(token_sets), outputs)
+    signature = inspect.signature(head)
+    try:
+        signature.bind(*arguments, **(options or {}))
+    except TypeError as error:
+        known = [name for name, entry in signature.parameters.items() if entry.kind is entry.KEYWORD_ONLY]
+        raise HeadError(
+            f"head {name!r} cannot take options {dict(options or {})}: {error}; it has {', '.join(known) or 'none'}"
+        ) from error
+    return head(*arguments, **(options or {}))
+
+
+def check_output(name: str, output: Any, bag: Bag, outputs: int) -> HeadOutput:
+    """Checks that a head kept its contract on this bag.
+
+    Raises:
+        HeadError: not a `HeadOutput`, or a tensor of another shape than the contract's.
+    """
+    if not isinstance(output, HeadOutput):
+        raise HeadError(f"head {name!r} returned {type(output).__name__}, expected embedkit.plugins.HeadOutput")
+    expected = {"logits": (len(bag), outputs), "slice_attention": tuple(bag.mask.shape)}
+    for field, shape in expected.items():
+        tensor = getattr(output, field)
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise HeadError(f"head {name!r} returned {field} of shape {tuple(tensor.shape)}, expected {shape}")
+    for field in ("token_attention", "mask_logits"):
+        tensor = getattr(output, field)
+        if tensor is not None and (tensor.ndim != 4 or tensor.shape[:3] != bag.mask.shape):
+            raise HeadError(
+                f"head {name!r} returned {field} of shape {tuple(tensor.shape)},"
+                f" expected {tuple(bag.mask.shape)} and patches"
+            )
+    return output
+
+
+def _check_class(loaded: object, entry: HeadEntry) -> None:
+    """Raises HeadError for a thing that cannot be a head."""
+    problem = ""
+    kinds = get_args(TokenKind)
+    reads, fit_by = getattr(loaded, "reads", None), getattr(loaded, "fit_by", None)
+    if not (isinstance(loaded, type) and issubclass(loaded, nn.Module)):
+        problem = "it is not a subclass of torch.nn.Module"
+    elif not isinstance(reads, frozenset) or not reads or not reads <= set(kinds):
+        problem = f"its `reads` is {reads!r}, expected a frozenset of kinds among {', '.join(kinds)}"
+    elif fit_by not in FIT_WAYS:
+        problem = f"its `fit_by` is {fit_by!r}, expected one of {', '.join(FIT_WAYS)}"
+    elif fit_by == "closed form" and not all(hasattr(loaded, name) for name in ("features", "fit", "read_out")):
+        problem = "it is fitted in closed form but lacks `features`, `fit` or `read_out`"
+    if problem:
+        raise HeadError(
+            f"{entry.value}, registered as head {entry.name!r} by {entry.distribution}, is no head: {problem}"
+        )

@@ -1,0 +1,254 @@
+"""Owns the run folder: ``run.json``, ``weights.safetensors``, ``predictions.parquet``; knows no training.
+
+A folder under its final name is complete: it is written under a temporary name beside it, made durable, then renamed.
+Reading trusts nothing: no pickle, checksums over the weights and the predictions, every field checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import polars as pl
+import safetensors.torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from embedkit.answers import score_array, score_columns
+from embedkit.bags import BagShape
+from embedkit.errors import RecipeError, RunError
+from embedkit.files import explain_os_error, publish_folder, remove_stale, temporary_path
+from embedkit.members import Member, build_member
+from embedkit.metrics import Interval
+from embedkit.recipe import Recipe
+from embedkit.targets import TaskKind
+
+__all__ = ["FORMAT_VERSION", "RunRecord", "read_run", "require_absent", "write_run"]
+
+FORMAT = "embedkit-run"
+FORMAT_VERSION = 1
+_FILES = ("run.json", "weights.safetensors", "predictions.parquet")
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """What ``run.json`` holds.
+
+    Attributes:
+        name: ``TARGET.HEAD``.
+        target: Column that was learned.
+        kind: Of the task.
+        classes: In the order of the scores; empty for a regression.
+        head: Registered name.
+        head_options: All options of the head.
+        outputs: Width of the logits.
+        shape: Of the bags: token sets, grids and views.
+        recipe: Of the cache.
+        metrics: Out of fold, pooled.
+        members: Per fold: its number, cases, patients, and how its fit went.
+        fit_options: Of a fit by gradient.
+        folds: Number of folds, or the column that they came from.
+        seed: Of folds, weights and batches.
+        parameters: Trainable numbers per member.
+        seconds: Time that the fits took.
+        versions: Of embedkit and what it stands on.
+        cases: Numbers of cases trained on and left aside, with the ids of the latter.
+        notes: What the user should know, in sentences.
+    """
+
+    name: str
+    target: str
+    kind: TaskKind
+    classes: tuple[str, ...]
+    head: str
+    head_options: dict[str, Any]
+    outputs: int
+    shape: BagShape
+    recipe: Recipe
+    metrics: dict[str, Interval]
+    members: tuple[dict[str, Any], ...]
+    fit_options: dict[str, Any]
+    folds: int | str
+    seed: int
+    parameters: int
+    seconds: float
+    versions: dict[str, str] = field(default_factory=dict)
+    cases: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def token_sets(self) -> tuple[str, ...]:
+        """What the head reads."""
+        return tuple(self.shape.token_sets)
+
+    @property
+    def score_columns(self) -> tuple[str, ...]:
+        """Columns of predictions: ``score`` for binary and regression, else ``score_CLASS`` for each class."""
+        return score_columns(self.kind, self.classes)
+
+    def score_array(self, scores: NDArray[Any]) -> NDArray[np.float64]:
+        """Scores [cases outputs] as `compute_metrics` takes them."""
+        return score_array(self.kind, scores)
+
+
+def write_run(
+    path: Path, record: RunRecord, members: Sequence[Member], predictions: pl.DataFrame, *, overwrite: bool
+) -> None:
+    """Writes a run folder, whole or not at all.
+
+    Raises:
+        RunError: ``path`` exists and ``overwrite`` is False, or the file system refuses.
+    """
+    require_absent(path, overwrite=overwrite)
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(path.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        tensors = {
+            f"member.{number}.{name}": tensor.detach().cpu().contiguous().clone()
+            for number, member in enumerate(members)
+            for name, tensor in member.state_dict().items()
+        }
+        safetensors.torch.save_file(tensors, temporary / "weights.safetensors")
+        predictions.write_parquet(temporary / "predictions.parquet")
+        digests = {name: _digest(temporary / name) for name in _FILES[1:]}
+        (temporary / "run.json").write_text(_to_json(record, digests), encoding="utf-8")
+        if path.exists():
+            _replace_folder(temporary, path)
+        else:
+            publish_folder(temporary, path)
+    except OSError as error:
+        raise RunError(f"run {record.name} cannot be written: {explain_os_error(error, path)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_run(path: Path) -> tuple[RunRecord, pl.DataFrame, tuple[Member, ...]]:
+    """Reads what `write_run` wrote.
+
+    Raises:
+        RunError: not a run, damaged, incomplete, or of a newer format.
+        HeadError: its head is not installed, or no longer takes its options.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path} is no run folder; give a folder TARGET.HEAD that embedkit train wrote")
+    if absent := [name for name in _FILES if not (path / name).is_file()]:
+        raise RunError(f"run {path} lacks {', '.join(absent)}; give a folder TARGET.HEAD that embedkit train wrote")
+    try:
+        fields = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        record = _from_json(fields)
+        digests = {name: fields["sha256"][name] for name in _FILES[1:]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
+        raise RunError(
+            f"run {path} is damaged: run.json: {type(error).__name__}: {error}; restore it or train again"
+        ) from error
+    for name, digest in digests.items():
+        if _digest(path / name) != digest:
+            raise RunError(f"run {path} is damaged: {name} is not what was written; restore it or train again")
+    members = tuple(
+        build_member(record.head, record.shape, outputs=record.outputs, kind=record.kind, options=record.head_options)
+        for _ in record.members
+    )
+    try:
+        tensors = safetensors.torch.load_file(path / "weights.safetensors")
+        for number, member in enumerate(members):
+            prefix = f"member.{number}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            member.load_state_dict(own)
+            member.eval().requires_grad_(False)
+    except (SafetensorError, RuntimeError) as error:
+        raise RunError(
+            f"run {path} does not fit head {record.head!r} as it is installed: {str(error).splitlines()[0]};"
+            f" install the version that trained it ({record.versions.get('head', 'unknown')}) or train again"
+        ) from error
+    return record, pl.read_parquet(path / "predictions.parquet"), members
+
+
+def require_absent(path: Path, *, overwrite: bool) -> None:
+    """Stops before training where a run is already there.
+
+    Raises:
+        RunError: ``path`` exists and ``overwrite`` is False, or it exists and is no run.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise RunError(f"{path} exists already; choose another --out, or pass --overwrite to replace it")
+    if not (path / "run.json").is_file():
+        raise RunError(f"{path} exists and is no run (no run.json), so it is not replaced; choose another --out")
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Puts ``temporary`` in the place of the run at ``path``, which is whole until the new one is there."""
+    old = temporary.with_name(temporary.name.removesuffix(".tmp") + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(path, old)  # noqa: PTH105 - the counterpart of the rename in publish_folder
+    publish_folder(temporary, path)
+    shutil.rmtree(old)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_json(record: RunRecord, digests: dict[str, str]) -> str:
+    fields = dataclasses.asdict(record) | {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "fingerprint": record.recipe.fingerprint,
+        "sha256": digests,
+    }
+    return json.dumps(_finite(fields), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with every NaN or infinity as None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_json(fields: dict[str, Any]) -> RunRecord:
+    if fields["format"] != FORMAT:
+        raise ValueError(f"its format is {fields['format']!r}, expected {FORMAT!r}")
+    if fields["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"format version {fields['format_version']} is newer than {FORMAT_VERSION}: upgrade embedkit")
+    if fields["kind"] not in get_args(TaskKind):
+        raise ValueError(f"kind is {fields['kind']!r}")
+    shape = fields["shape"]
+    known = {each.name for each in dataclasses.fields(RunRecord)}
+    plain = {name: value for name, value in fields.items() if name in known}
+    return RunRecord(
+        **plain
+        | {
+            "classes": tuple(fields["classes"]),
+            "shape": BagShape(
+                {name: (int(size[0]), int(size[1])) for name, size in shape["token_sets"].items()},
+                {name: (int(size[0]), int(size[1])) for name, size in shape["grids"].items()},
+                tuple(shape["views"]),
+            ),
+            "recipe": Recipe.from_json(json.dumps(fields["recipe"])),
+            "metrics": {name: _interval(found) for name, found in fields["metrics"].items()},
+            "members": tuple(fields["members"]),
+            "notes": tuple(fields["notes"]),
+        }
+    )
+
+
+def _interval(found: dict[str, Any]) -> Interval:
+    value, low, high = (math.nan if found[name] is None else float(found[name]) for name in ("value", "low", "high"))
+    return Interval(value, low, high, int(found["undefined"]))

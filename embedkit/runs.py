@@ -1,0 +1,325 @@
+"""Owns runs: a trained ensemble as a value, opened from its folder, that predicts, embeds and says why; trains nothing.
+
+The folder's format is owned by `embedkit.runfolder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embedkit.answers import choose_class, name_classes, word_answer
+from embedkit.bags import Bag, list_views, stream_bags
+from embedkit.cache import Cache, open_cache
+from embedkit.errors import RunError
+from embedkit.manifest import read_labels
+from embedkit.members import Member
+from embedkit.metrics import Interval, compute_metrics
+from embedkit.planning import choose_device
+from embedkit.recipe import require_same_recipe
+from embedkit.runfolder import RunRecord, read_run
+from embedkit.tasks import encode_targets
+
+__all__ = ["Evidence", "Run", "evaluate", "open_run", "predict"]
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What speaks for one class in one case, averaged over members.
+
+    Attributes:
+        answer: The prediction in words.
+        scores: ``view/plane`` -> float32 [slices grid_height grid_width] (1 x 1 for class tokens): what each token
+            adds to the logit of the class explained; negative speaks against it, blank slices have 0.
+    """
+
+    answer: str
+    scores: dict[str, FloatArray]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained run, one head on one target: an ensemble of one member per fold. Made by `open_run`.
+
+    Attributes:
+        path: Its folder.
+        record: Everything of ``run.json``.
+        predictions: Out of fold: case_id, patient_id, fold, target (class name, labels between ``;``, or value) and
+            the score columns.
+        members: The fitted heads.
+    """
+
+    path: Path
+    record: RunRecord
+    predictions: pl.DataFrame
+    members: tuple[Member, ...]
+
+    @property
+    def name(self) -> str:
+        """``TARGET.HEAD``."""
+        return self.record.name
+
+    @property
+    def head(self) -> str:
+        return self.record.head
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """``view/plane`` names that the run was trained on."""
+        return self.record.shape.views
+
+    @property
+    def metrics(self) -> dict[str, Interval]:
+        """Out-of-fold metrics of the training."""
+        return self.record.metrics
+
+    def predict_bag(self, bag: Bag) -> FloatArray:
+        """Scores [batch outputs] of a bag with this run's token sets and views: the mean over members."""
+        return _mean_scores(self.members, bag)
+
+    def embed(self, cache: Cache, *, device: str = "cpu") -> tuple[tuple[str, ...], FloatArray]:
+        """Pooled vectors for search: those of the members side by side, each scaled to length 1.
+
+        Returns:
+            Case ids, and float32 [cases dim] in their order; a case without a usable slice is left out.
+
+        Raises:
+            RunError: the head gives no pooled vector, or the cache lacks what the run reads.
+            RecipeError: the cache has another recipe.
+        """
+        ids: list[str] = []
+        vectors: list[FloatArray] = []
+        for bag in _read_bags(self, cache, _all_cases(cache), device):
+            usable = bag.mask.any(2).any(1)
+            ids += [case for case, good in zip(bag.case_ids, usable.tolist(), strict=True) if good]
+            with torch.no_grad():
+                parts = [member(bag).embedding for member in self.members]
+            if any(part is None for part in parts):
+                raise RunError(f"head {self.head!r} of run {self.name} gives no pooled vector; use another run")
+            scaled = [torch.nn.functional.normalize(cast(Tensor, part).float().cpu()[usable], dim=1) for part in parts]
+            vectors.append(torch.cat(scaled, 1).numpy())
+        if not ids:
+            raise RunError(f"no case of cache {cache.path} has a usable slice; there is nothing to embed")
+        return tuple(ids), np.concatenate(vectors)
+
+    def find_evidence(
+        self, cache: Cache, case_id: str, *, class_name: str | None = None, held_out: bool = False
+    ) -> Evidence:
+        """What each token of a case adds to the logit of a class.
+
+        Args:
+            cache: Holds the case.
+            case_id: The case.
+            class_name: None is the positive class of a binary task, the most probable one of others. For the negative
+                class of a binary task the signs are turned.
+            held_out: Ask only the member that was trained without the case.
+
+        Raises:
+            RunError: the cache lacks the case or what the run reads, the run has no such class, or the case was not
+                in the training and ``held_out`` is set.
+            RecipeError: the cache has another recipe.
+        """
+        if case_id not in _all_cases(cache):
+            raise RunError(f"cache {cache.path} has no case {case_id!r}; `embedkit info` tells what it holds")
+        members = [_held_out_member(self, case_id)] if held_out else self.members
+        bag = next(_read_bags(self, cache, [case_id], "cpu"))
+        prediction = _mean_scores(members, bag)[0]
+        record = self.record
+        if class_name is not None and class_name not in record.classes:
+            raise RunError(
+                f"run {self.name} has no class {class_name!r}; it has"
+                f" {', '.join(record.classes) or 'none, being a regression: leave it away'}"
+            )
+        place = choose_class(record.kind, record.classes, prediction, class_name)
+        output, sign = (0, 2.0 * place - 1) if record.kind == "binary" else (place, 1.0)
+        added = sign * torch.stack([member.evidence(bag, output) for member in members]).mean(0)[0].numpy()
+        lengths = cache.stacks.filter(pl.col("case_id") == case_id).select("view", "plane", "count").iter_rows()
+        grid = _grid(self.record, added.shape[-1])
+        scores = {
+            f"{view}/{plane}": _fit_slices(added[self.views.index(f"{view}/{plane}")], count).reshape(count, *grid)
+            for view, plane, count in lengths
+            if f"{view}/{plane}" in self.views
+        }
+        return Evidence(word_answer(record.kind, record.classes, record.target, prediction, place), scores)
+
+
+def open_run(path: Path | str) -> Run:
+    """Opens the folder that `train` wrote.
+
+    Raises:
+        RunError: not a run, damaged, incomplete, or of a newer format.
+        HeadError: its head is not installed.
+    """
+    path = Path(path)
+    record, predictions, members = read_run(path)
+    return Run(path, record, predictions, members)
+
+
+def predict(
+    run: Run | Path | str, cache: Cache | Path | str, *, case_ids: Sequence[str] | None = None, device: str = "auto"
+) -> pl.DataFrame:
+    """Predicts cases with the mean of a run's members.
+
+    Args:
+        run: A run or its folder.
+        cache: Cache of the run's recipe; it may hold more token sets, planes and views.
+        case_ids: Which cases, in this order; None for all of the cache, sorted.
+        device: Where the heads run.
+
+    Returns:
+        ``case_id``, ``patient_id``, score columns (``score``: probability of the positive class, or the value; else
+        ``score_CLASS`` each) and ``predicted`` (class; labels between ``;`` for multilabel; absent for a regression).
+        All null for a case without a usable slice in the run's views.
+
+    Raises:
+        RunError: the cache lacks a token set, view or case that is asked for; or as `open_run`.
+        RecipeError: the cache has another recipe.
+    """
+    opened = run if isinstance(run, Run) else open_run(run)
+    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    patients = dict(source.stacks.select("case_id", "patient_id").unique().iter_rows())
+    wanted = _all_cases(source) if case_ids is None else list(case_ids)
+    if unknown := [case for case in wanted if case not in patients]:
+        raise RunError(f"cache {source.path} lacks {len(unknown)} of the cases asked for: {', '.join(unknown[:5])}")
+    names = opened.record.score_columns
+    scores = [np.zeros((0, len(names)), np.float32)]
+    usable: list[bool] = []
+    for bag in _read_bags(opened, source, wanted, device):
+        usable += bag.mask.any(2).any(1).tolist()
+        scores.append(opened.predict_bag(bag))
+    values = np.concatenate(scores)
+    table = pl.DataFrame(
+        {"case_id": wanted, "patient_id": [patients[case] for case in wanted]},
+        schema={"case_id": pl.String, "patient_id": pl.String},
+    ).with_columns(pl.Series(name, values[:, place]) for place, name in enumerate(names))
+    if opened.record.kind != "regression":
+        table = table.with_columns(
+            pl.Series("predicted", name_classes(opened.record.kind, opened.record.classes, values), dtype=pl.String)
+        )
+    good = pl.Series(usable, dtype=pl.Boolean)
+    return table.with_columns(pl.when(good).then(pl.col(name)).alias(name) for name in table.columns[2:])
+
+
+def evaluate(
+    run: Run | Path | str,
+    cache: Cache | Path | str,
+    labels: pl.DataFrame | Path | str,
+    *,
+    device: str = "auto",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Scores a run on labelled cases of patients that it was not trained on.
+
+    Args:
+        run, cache, device: As in `predict`.
+        labels: Table with ``case_id`` and the run's target, or its file; cases of the cache without a label are left
+            out.
+        resamples: Of the bootstrap over patients.
+        seed: Of the bootstrap.
+
+    Raises:
+        RunError: a labelled case is of a patient of the training, or has no usable slice; or as `predict`.
+        TaskError: the labels do not fit the run's task.
+        RecipeError: the cache has another recipe.
+    """
+    opened = run if isinstance(run, Run) else open_run(run)
+    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    table = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
+    record = opened.record
+    cases = source.stacks.select("case_id", "patient_id").unique(maintain_order=True)
+    task, _ = encode_targets(table, record.target, cases, kind=record.kind, classes=record.classes or None)
+    known = set(opened.predictions["patient_id"])
+    pairs = zip(task.case_ids, task.patient_ids, strict=True)
+    if seen := [case for case, patient in pairs if patient in known]:
+        raise RunError(
+            f"{len(seen)} of the labelled cases are of patients that run {opened.name} was trained on"
+            f" ({', '.join(seen[:5])}), expected others; its own patients are scored out of fold in its run.json"
+        )
+    answers = predict(opened, source, case_ids=task.case_ids, device=device)
+    scores = answers.select(record.score_columns)
+    if blank := answers.filter(pl.col(scores.columns[0]).is_null())["case_id"].to_list():
+        raise RunError(
+            f"{len(blank)} labelled cases have no usable slice ({', '.join(blank[:5])}); leave their labels empty"
+        )
+    values = record.score_array(scores.to_numpy())
+    return compute_metrics(record.kind, task.targets, values, task.patient_ids, resamples=resamples, seed=seed)
+
+
+def check_cache(record: RunRecord, cache: Cache) -> None:
+    """Stops where a cache does not hold what a run reads.
+
+    Raises:
+        RecipeError: a field of the recipe that determines the tokens differs.
+        RunError: the cache lacks one of the run's token sets or views.
+    """
+    wanted = record.recipe
+    found = dataclasses.replace(
+        cache.recipe, token_sets=wanted.token_sets, preview=wanted.preview, planes=wanted.planes
+    )
+    require_same_recipe(
+        found,
+        wanted,
+        where=f"cache {cache.path}",
+        ways_out=f"Extract the new cases with the options of the cache that run {record.name} was trained on",
+    )
+    needs = {
+        "token sets": (record.token_sets, cache.recipe.token_sets),
+        "views": (record.shape.views, list_views(cache)),
+    }
+    for what, (needed, held) in needs.items():
+        if absent := [name for name in needed if name not in held]:
+            raise RunError(
+                f"run {record.name} needs the {what} {', '.join(needed)}, but cache {cache.path} lacks"
+                f" {', '.join(absent)} (it holds {', '.join(held) or 'none'}); extract again with the same"
+                " options and view names"
+            )
+
+
+def _read_bags(run: Run, cache: Cache, case_ids: Sequence[str], device: str) -> Iterator[Bag]:
+    check_cache(run.record, cache)
+    chosen = choose_device(device)
+    for member in run.members:
+        member.to(chosen)
+    return stream_bags(cache, case_ids, run.record.token_sets, views=run.views)
+
+
+def _mean_scores(members: Sequence[Member], bag: Bag) -> FloatArray:
+    with torch.no_grad():
+        each = [member.scores(member(bag).logits).reshape(len(bag), -1) for member in members]
+    mean: FloatArray = torch.stack(each).mean(0).cpu().numpy()
+    return mean
+
+
+def _all_cases(cache: Cache) -> list[str]:
+    return sorted(set(cache.stacks["case_id"].to_list()))
+
+
+def _held_out_member(run: Run, case_id: str) -> Member:
+    found = run.predictions.filter(pl.col("case_id") == case_id)
+    if found.is_empty():
+        raise RunError(f"case {case_id!r} was not tested in the training of run {run.name}, so no member holds it out")
+    folds = [member["fold"] for member in run.record.members]
+    return run.members[folds.index(found["fold"][0])]
+
+
+def _grid(record: RunRecord, patches: int) -> tuple[int, int]:
+    """(height, width) of evidence with this many patches."""
+    grids = [grid for grid in record.shape.grids.values() if grid[0] * grid[1] == patches]
+    return grids[0] if grids else (1, patches)
+
+
+def _fit_slices(scores: FloatArray, slices: int) -> FloatArray:
+    """Scores of ``slices`` slices: the bag's padding cut off, blank slices at the end, which it does not hold, as 0."""
+    return np.pad(scores[:slices], ((0, max(0, slices - len(scores))), (0, 0)))

@@ -1,0 +1,146 @@
+"""Owns what is on disk behind a case: its images, when they last changed, and whether a cache already holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from embedkit.errors import VolumeError
+from embedkit.recipe import Recipe
+from embedkit.volumes import Volume, read_volume
+
+__all__ = ["CachedSources", "Case", "CaseImages", "group_cases", "read_case"]
+
+_DETACHED_HEADERS = (".mhd", ".nhdr")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a manifest: ``images`` maps each view to its file or DICOM folder."""
+
+    case_id: str
+    patient_id: str
+    images: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class SourceStat:
+    """Size in bytes and latest change (ns since the epoch) of the files behind one image."""
+
+    bytes: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class CaseImages:
+    """What was read for one case: each view's volume, and the state of its files before they were read."""
+
+    volumes: Mapping[str, Volume]
+    stats: Mapping[str, SourceStat]
+
+
+def group_cases(manifest: pl.DataFrame) -> list[Case]:
+    """The cases of a manifest in the order of their first row; see `embedkit.manifest.read_manifest`."""
+    return [
+        Case(rows["case_id"][0], rows["patient_id"][0], dict(zip(rows["view"], map(Path, rows["path"]), strict=True)))
+        for rows in manifest.partition_by("case_id", maintain_order=True)
+    ]
+
+
+def read_case(case: Case) -> CaseImages:
+    """Reads every view of a case.
+
+    Raises:
+        VolumeError: one of the images cannot be read; the message names the view.
+    """
+    volumes: dict[str, Volume] = {}
+    stats: dict[str, SourceStat] = {}
+    for view, path in case.images.items():
+        try:
+            stats[view] = stat_source(path)
+            volumes[view] = read_volume(path)
+        except VolumeError as error:
+            raise VolumeError(f"view {view}: {error}") from error
+    return CaseImages(volumes, stats)
+
+
+def stat_source(path: Path) -> SourceStat:
+    """State of the files behind ``path``: one file, a DICOM folder, or a header with its detached data file.
+
+    Raises:
+        VolumeError: ``path`` does not exist or may not be read.
+    """
+    try:
+        if path.is_dir():
+            files = [file for file in path.rglob("*") if file.is_file()]
+        elif path.suffix.lower() in _DETACHED_HEADERS:
+            files = [file for file in path.parent.glob(f"{path.stem}.*") if file.is_file()]
+        else:
+            files = [path]
+        stats = [file.stat() for file in files]
+    except OSError as error:
+        raise VolumeError(f"{path} cannot be read: {error.strerror}; check the path in the manifest") from error
+    return SourceStat(sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0))
+
+
+class CachedSources:
+    """The sources of the stacks that a cache holds, to tell which cases are left to do."""
+
+    def __init__(self, stacks: pl.DataFrame, recipe: Recipe) -> None:
+        self._recipe = recipe
+        columns = ("source_bytes", "source_modified_ns", "source_digest")
+        self._known = {
+            (case, view, plane): (size, modified, digest)
+            for case, view, plane, size, modified, digest in stacks.select(
+                "case_id", "view", "plane", *columns
+            ).iter_rows()
+        }
+
+    def holds(self, case: Case) -> bool:
+        """True where every stack of the case is cached and no file behind it changed size or time since."""
+        stats: dict[str, SourceStat] = {}
+        for key, views in self._expected(case).items():
+            known = self._known.get(key)
+            if known is None:
+                return False
+            try:
+                stats |= {view: stat_source(case.images[view]) for view in views if view not in stats}
+            except VolumeError:
+                return False  # the reader will say what is wrong with it, and the case goes on record
+            if known[:2] != combine_stats([stats[view] for view in views]):
+                return False
+        return True
+
+    def holds_same_bytes(self, case: Case, images: CaseImages) -> bool:
+        """True where every stack of the case is cached from files of the very same bytes."""
+        return all(
+            key in self._known and self._known[key][2] == combine_digests([images.volumes[view] for view in views])
+            for key, views in self._expected(case).items()
+        )
+
+    def holds_other_bytes(self, case: Case) -> bool:
+        """True where some stack of the case is cached at all; with `holds_same_bytes` False its source changed."""
+        return any(key in self._known for key in self._expected(case))
+
+    def _expected(self, case: Case) -> dict[tuple[str, str, str], tuple[str, ...]]:
+        """Each stack that the recipe makes of the case, and the views behind it."""
+        recipe = self._recipe
+        if recipe.channels:
+            present = tuple(dict.fromkeys(view if view in case.images else recipe.fill for view in recipe.channels))
+            stacks = {"+".join(recipe.channels): present}
+        else:
+            stacks = {view: (view,) for view in case.images}
+        return {(case.case_id, view, plane): views for view, views in stacks.items() for plane in recipe.planes}
+
+
+def combine_stats(stats: list[SourceStat]) -> tuple[int, int]:
+    """Total bytes and latest change of several images."""
+    return sum(stat.bytes for stat in stats), max(stat.modified_ns for stat in stats)
+
+
+def combine_digests(volumes: list[Volume]) -> str:
+    """The digests of several images, joined by ``+`` in order."""
+    return "+".join(volume.source_digest for volume in volumes)

@@ -1,0 +1,314 @@
+"""Owns `train`: many targets x heads x folds in one pass over a cache, each ending as a run; fits no head itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from embedkit.answers import score_array, score_columns
+from embedkit.cache import Cache, open_cache
+from embedkit.crossfitting import CrossFit, CrossFitter
+from embedkit.errors import OptionError
+from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, plan_heads
+from embedkit.manifest import read_labels
+from embedkit.members import count_parameters
+from embedkit.metrics import compute_metrics
+from embedkit.planning import choose_device
+from embedkit.plugins import list_heads
+from embedkit.recipe import TokenSet
+from embedkit.runfolder import RunRecord, require_absent, write_run
+from embedkit.runs import Run, open_run
+from embedkit.slices import PLANES
+from embedkit.targets import TaskKind
+from embedkit.tasks import Task, TaskReport, folds_from_column, make_folds, make_task
+
+__all__ = ["BASELINES", "DEFAULT_HEADS", "Training", "TrainingProgress", "train"]
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where a training stands, in fits: one is one head on one target without one fold."""
+
+    target: str
+    head: str
+    fold: int
+    done: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """What `train` made.
+
+    Attributes:
+        runs: In the order of targets, then heads.
+        table: One row per run: target, head, tokens, parameters, seconds, path, and value, low and high per metric
+            (``auroc``, ``auroc_low``, ``auroc_high``, ...).
+    """
+
+    runs: tuple[Run, ...]
+    table: pl.DataFrame
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """A task with its folds and what was left aside."""
+
+    task: Task
+    folds: NDArray[np.int64]
+    split: int | str
+    report: TaskReport
+    blank: tuple[str, ...]
+
+    @property
+    def tested(self) -> list[int]:
+        """The folds that are tested, sorted."""
+        return sorted(set(self.folds.tolist()) - {-1})
+
+
+def train(
+    cache: Cache | Path | str,
+    labels: pl.DataFrame | Path | str,
+    *,
+    targets: Sequence[str] | str,
+    out: Path | str,
+    heads: Sequence[str] | None = None,
+    token_sets: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    kind: TaskKind | None = None,
+    classes: Sequence[str] | None = None,
+    folds: int = 5,
+    split: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    head_options: Mapping[str, Mapping[str, Any]] | None = None,
+    fit_options: Mapping[str, Any] | None = None,
+    resamples: int = 2000,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
+) -> Training:
+    """Trains heads on the cached tokens of labelled cases and writes one run folder ``OUT/TARGET.HEAD`` each.
+
+    Every fold's patients are tested by a head that saw nothing of them: standardisation, penalty, number of epochs and
+    sharpness are fitted on the other folds alone. A run keeps the heads of all folds and predicts with their mean.
+
+    Args:
+        cache: A cache or its path.
+        labels: Table with ``case_id`` and the targets, or its file.
+        targets: One or more columns.
+        out: Folder of the run folders.
+        heads: Names; None for `DEFAULT_HEADS` (those that can read this cache). `BASELINES` are always trained too.
+        token_sets: What all heads read (each those that it can), or per head; None for what each head prefers.
+        kind: Of all targets; None infers it per target.
+        classes: Values to learn, as in `make_task`.
+        folds: Number of patient-grouped, stratified folds.
+        split: Column of ``labels`` that holds the folds instead, as in `folds_from_column`.
+        seed: Of folds, initial weights and batches; equal seeds give equal runs on one device.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+        overwrite: Replace runs that exist.
+        head_options: Head -> its own options.
+        fit_options: Fields of `FitOptions` for all heads trained by gradient.
+        resamples: Of the bootstrap for the intervals.
+        on_progress: Called after every fit.
+
+    Raises:
+        TaskError: a target cannot be learned (before anything is trained).
+        HeadError: unknown head, or one that cannot read the cache or breaks its contract.
+        RunError: a run folder exists, or cannot be written.
+        CacheError: the cache is damaged, holds no stack or lacks a token set.
+        OptionError: an option means nothing.
+    """
+    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    table = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
+    names = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
+    if not names:
+        raise OptionError("no target was given, expected one or more columns of the label table")
+    chosen = choose_device(device)
+    plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {})
+    folders = _plan_folders(Path(out), names, plans, overwrite=overwrite)
+    usable, blank = _split_usable(source)
+    prepared = []
+    for name in names:
+        task, report = make_task(table, name, usable, kind=kind, classes=classes)
+        dealt = make_folds(task, folds, seed=seed) if split is None else folds_from_column(task, table, split)
+        prepared.append(_Target(task, dealt, split or folds, report, blank))
+    case_ids = sorted({case for target in prepared for case in target.task.case_ids})
+    fitter = CrossFitter(source, plans, case_ids, chosen, seed)
+    account = _Account(sum(len(target.tested) for target in prepared) * len(plans), on_progress)
+    runs = []
+    for target in prepared:
+        for plan in plans:
+            started = time.perf_counter()
+            fitted = fitter.fit(plan, target.task, target.folds, after_fold=account.after_fold(target, plan))
+            seconds = time.perf_counter() - started
+            record = _make_record(source, plan, target, fitted, seed=seed, seconds=seconds, resamples=resamples)
+            folder = folders[target.task.name, plan.head]
+            write_run(folder, record, fitted.members, _tabulate_scores(target, fitted.scores), overwrite=overwrite)
+            runs.append(open_run(folder))
+    return Training(tuple(runs), _tabulate_runs(runs))
+
+
+class _Account:
+    """Counts the fits that are done and tells the caller."""
+
+    def __init__(self, total: int, on_progress: Callable[[TrainingProgress], None] | None) -> None:
+        self.total = total
+        self.done = 0
+        self.on_progress = on_progress
+        self.started = time.perf_counter()
+
+    def after_fold(self, target: _Target, plan: HeadPlan) -> Callable[[int], None]:
+        """What to call after every fold of a run."""
+
+        def report(fold: int) -> None:
+            self.done += 1
+            if self.on_progress is not None:
+                seconds = time.perf_counter() - self.started
+                self.on_progress(TrainingProgress(target.task.name, plan.head, fold, self.done, self.total, seconds))
+
+        return report
+
+
+def _plan_folders(
+    out: Path, targets: Sequence[str], plans: Sequence[HeadPlan], *, overwrite: bool
+) -> dict[tuple[str, str], Path]:
+    """The run folder of each target and head, which must be free before anything is trained."""
+    folders: dict[tuple[str, str], Path] = {}
+    for target in targets:
+        safe = re.sub(r"[^\w.-]", "_", target).lstrip(".") or "_"
+        for plan in plans:
+            path = out / f"{safe}.{plan.head}"
+            if path in folders.values():
+                raise OptionError(f"two targets would both write to {path}; rename the column {target!r}")
+            require_absent(path, overwrite=overwrite)
+            folders[target, plan.head] = path
+    return folders
+
+
+def _split_usable(source: Cache) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """Cases (case_id, patient_id) with a slice that is not blank, and the ids of those without."""
+    cases = source.stacks.group_by("case_id", "patient_id", maintain_order=True).agg(
+        real=(pl.col("count") - pl.col("blank_count")).sum()
+    )
+    blank = cases.filter(pl.col("real") == 0)["case_id"].to_list()
+    return cases.filter(pl.col("real") > 0).select("case_id", "patient_id"), tuple(blank)
+
+
+def _make_record(
+    source: Cache, plan: HeadPlan, target: _Target, fitted: CrossFit, *, seed: int, seconds: float, resamples: int
+) -> RunRecord:
+    task = target.task
+    tested = np.flatnonzero(target.folds >= 0)
+    patients = [task.patient_ids[case] for case in tested]
+    scores = score_array(task.kind, fitted.scores[tested])
+    return RunRecord(
+        name=f"{task.name}.{plan.head}",
+        target=task.name,
+        kind=task.kind,
+        classes=task.classes,
+        head=plan.head,
+        head_options=plan.options,
+        outputs=task.outputs,
+        shape=fitted.shape,
+        recipe=source.recipe,
+        metrics=compute_metrics(task.kind, task.targets[tested], scores, patients, resamples=resamples, seed=seed),
+        members=tuple(
+            {"fold": fold, "tested": int((target.folds == fold).sum()), **asdict(report)}
+            for fold, report in zip(target.tested, fitted.reports, strict=True)
+        ),
+        fit_options=asdict(plan.fit) if plan.by_gradient else {"class_weights": plan.fit.class_weights},
+        folds=target.split,
+        seed=seed,
+        parameters=count_parameters(fitted.members[0]),
+        seconds=round(seconds, 3),
+        versions=_versions(plan.head),
+        cases={
+            "trained": len(task.case_ids),
+            "patients": len(set(task.patient_ids)),
+            "unlabelled": list(target.report.unlabelled),
+            "unknown": list(target.report.unknown),
+            "left_out": list(target.report.left_out),
+            "without_usable_slice": list(target.blank),
+        },
+        notes=_notes(plan, fitted.shape.views),
+    )
+
+
+def _versions(head: str) -> dict[str, str]:
+    entry = list_heads()[head]
+    return {
+        "embedkit": importlib.metadata.version("embedkit"),
+        "head": f"{entry.distribution} {entry.version}",
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scikit-learn": importlib.metadata.version("scikit-learn"),
+        "python": platform.python_version(),
+    }
+
+
+def _notes(plan: HeadPlan, views: Sequence[str]) -> tuple[str, ...]:
+    """Where a baseline is not what its paper has."""
+    if plan.head != "raptor":
+        return ()
+    notes = []
+    if absent := [plane for plane in PLANES if not any(view.endswith(f"/{plane}") for view in views)]:
+        notes.append(f"Raptor is defined on three planes; this cache lacks {' and '.join(absent)}")
+    kinds = [TokenSet.parse(name) for name in plan.token_sets]
+    if not any(found.kind == "patch" for found in kinds):
+        notes.append("Raptor is defined on patch tokens; this cache holds none, so it read class tokens")
+    elif any(found.grid is not None for found in kinds):
+        notes.append(f"Raptor is defined on the full patch grid; here it read {', '.join(plan.token_sets)}")
+    return tuple(notes)
+
+
+def _tabulate_scores(target: _Target, scores: NDArray[np.float64]) -> pl.DataFrame:
+    """Out-of-fold predictions of the cases that are in a fold."""
+    task = target.task
+    if task.kind == "regression":
+        truth: list[Any] = task.targets.tolist()
+    elif task.kind == "multilabel":
+        truth = [";".join(name for name, has in zip(task.classes, row, strict=True) if has) for row in task.targets]
+    else:
+        truth = [task.classes[code] for code in task.targets]
+    table = pl.DataFrame(
+        {
+            "case_id": list(task.case_ids),
+            "patient_id": list(task.patient_ids),
+            "fold": target.folds,
+            "target": truth,
+            **dict(zip(score_columns(task.kind, task.classes), scores.T, strict=True)),
+        }
+    )
+    return table.filter(pl.col("fold") >= 0)
+
+
+def _tabulate_runs(runs: Sequence[Run]) -> pl.DataFrame:
+    rows = []
+    for run in runs:
+        record = run.record
+        row: dict[str, Any] = {
+            "target": record.target,
+            "head": record.head,
+            "baseline": record.head in BASELINES,
+            "tokens": ",".join(record.token_sets),
+            "parameters": record.parameters,
+            "seconds": record.seconds,
+        }
+        for name, found in record.metrics.items():
+            row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+        rows.append(row | {"path": str(run.path)})
+    return pl.DataFrame(rows, infer_schema_length=None)

@@ -1,0 +1,59 @@
+"""Owns the head ``query``: one learned query per view pools its tokens, a second one pools the views.
+
+Equation 5 of AnyMC3D ("Revisiting 2D foundation models for scalable 3D medical image classification",
+arXiv 2512.12887): h = softmax(H q / sqrt(d))^T H over the tokens H of a view, then the same over views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from embedkit.bags import Bag, BagShape
+from embedkit.plugins import HeadOutput
+from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
+
+__all__ = ["QueryHead"]
+
+
+class QueryHead(nn.Module):
+    """Query pooling over the slices (and patches) of each view, query pooling over views, one linear layer.
+
+    Queries start at zero, so that the head starts as mean pooling.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
+    fit_by: ClassVar[str] = "gradient"
+
+    def __init__(self, shape: BagShape, token_sets: Sequence[str], outputs: int, *, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.token_sets = tuple(token_sets)
+        _, dim = joined_size(shape, token_sets)
+        self.query = nn.Parameter(torch.zeros(len(shape.views), dim))
+        self.fuse = ViewQuery(dim, len(shape.views))
+        self.dropout = nn.Dropout(dropout)
+        self.classify = nn.Linear(dim, outputs)
+
+    def forward(self, bag: Bag) -> HeadOutput:
+        tokens, attention, present = self._attend(bag)
+        pooled = torch.einsum("bvsp,bvspd->bvd", attention.to(tokens.dtype), tokens)
+        embedding = self.fuse(pooled, present)
+        logits = self.classify(self.dropout(embedding))
+        return HeadOutput(logits, attention.sum(3), attention, embedding=embedding)
+
+    def evidence(self, bag: Bag, output: int) -> Tensor:
+        """[batch views slices patches]: what each token adds to the logit under its attention, exactly."""
+        tokens, attention, present = self._attend(bag)
+        pooled = torch.einsum("bvsp,bvspd->bvd", attention.to(tokens.dtype), tokens)
+        share = attention * self.fuse.weigh(pooled, present)[..., None, None]
+        return share * torch.einsum("bvspd,d->bvsp", tokens, self.classify.weight[output])
+
+    def _attend(self, bag: Bag) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, attention [batch views slices patches] and which views are there [batch views]."""
+        tokens = join_tokens(bag, self.token_sets)
+        scores = torch.einsum("bvspd,vd->bvsp", tokens, self.query) / math.sqrt(tokens.shape[-1])
+        return tokens, masked_softmax(scores, bag.mask[..., None], (2, 3)), bag.mask.any(2)

@@ -1,0 +1,323 @@
+"""Extraction from real files to a cache: what lands, what is recorded, what a second call repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from embedkit.backbones import load_backbone
+from embedkit.cache import open_cache
+from embedkit.errors import CacheError, OptionError, RecipeError
+from embedkit.extraction import ExtractionProgress, ExtractionSummary, extract
+from embedkit.failures import read_failures
+from embedkit.planning import choose_device, make_recipe
+from embedkit.volumes import write_volume
+
+SCATTERING = {"backbone": "embedkit/scattering", "image_size": 64, "tokens": ["cls", "patch@2"], "preview": 16}
+
+
+AFFINE = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [3, 0, 0, 0], [0, 0, 0, 1]])
+"""Of an array in canonical order: slices 3 mm apart going up, rows to posterior, columns to the left."""
+
+
+def write_case(folder: Path, name: str, *, seed: int, slices: int = 5, blank: tuple[int, ...] = ()) -> str:
+    generator = np.random.default_rng(seed)
+    array = generator.normal(100, 30, (slices, 20, 24)).astype(np.float32)
+    array[list(blank)] = 0
+    write_volume(folder / f"{name}.nii.gz", array, AFFINE)
+    return f"{name}.nii.gz"
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Four cases of one view, of 5, 3, 1 and 7 slices; the last has two blank slices."""
+    rows = [
+        {"case_id": "a", "path": write_case(tmp_path, "a", seed=0)},
+        {"case_id": "b", "path": write_case(tmp_path, "b", seed=1, slices=3)},
+        {"case_id": "c", "path": write_case(tmp_path, "c", seed=2, slices=1)},
+        {"case_id": "d", "path": write_case(tmp_path, "d", seed=3, slices=7, blank=(0, 6))},
+    ]
+    pl.DataFrame(rows).write_csv(tmp_path / "cases.csv")
+    return tmp_path / "cases.csv"
+
+
+def run(manifest: Path, out: Path, **changes: object) -> ExtractionSummary:
+    return extract(manifest, out, **{**SCATTERING, **changes})  # type: ignore[arg-type]
+
+
+def read_all(cache_path: Path) -> dict[str, np.ndarray]:
+    with open_cache(cache_path) as cache:
+        return {
+            f"{case}/{view}/{plane}/{name}": np.array(cache.read(stack, name))
+            for stack, case, view, plane in cache.stacks.select("stack", "case_id", "view", "plane").iter_rows()
+            for name in cache.token_sets
+        }
+
+
+def test_every_case_lands_with_its_slices_and_blank_ones_hold_zeros(manifest: Path, tmp_path: Path) -> None:
+    summary = run(manifest, tmp_path / "cache", batch_size=4)
+    assert (summary.cases, summary.cases_done, summary.slices, summary.blank_slices) == (4, 4, 16, 2)
+    with open_cache(tmp_path / "cache") as cache:
+        counts = dict(cache.stacks.select("case_id", "count").iter_rows())
+        assert counts == {"a": 5, "b": 3, "c": 1, "d": 7}
+        last = cache.slices(3)
+        assert last.blank.tolist() == [True, False, False, False, False, False, True]
+        assert last.positions_mm.tolist() == [0, 3, 6, 9, 12, 15, 18]
+        tokens = cache.read(3, "patch@2:2")
+        assert not tokens[[0, 6]].any() and tokens[1:6].any((1, 2)).all()
+        assert cache.preview(3) is not None
+
+
+def test_tokens_do_not_depend_on_batch_size_or_neighbours(manifest: Path, tmp_path: Path) -> None:
+    run(manifest, tmp_path / "one", batch_size=1)
+    run(manifest, tmp_path / "many", batch_size=32, workers=1)
+    one, many = read_all(tmp_path / "one"), read_all(tmp_path / "many")
+    assert one.keys() == many.keys()
+    for name, tokens in one.items():
+        np.testing.assert_allclose(tokens.astype(float), many[name].astype(float), rtol=2e-3, atol=2e-3, err_msg=name)
+
+
+def test_tokens_equal_a_direct_run_of_the_backbone(manifest: Path, tmp_path: Path) -> None:
+    import torch
+
+    from embedkit.slices import plan_stacks, render_slices
+    from embedkit.volumes import read_volume
+
+    run(manifest, tmp_path / "cache", batch_size=3)
+    with open_cache(tmp_path / "cache") as cache:
+        backbone = load_backbone("embedkit/scattering", image_size=64)
+        volumes = {"image": read_volume(tmp_path / "a.nii.gz")}
+        (stack,) = plan_stacks(volumes, cache.recipe)
+        images, _ = render_slices(stack, volumes, cache.recipe, 0, 5)
+        with torch.inference_mode():
+            direct = backbone.forward_layers(images, [2]).layers[2].summary
+        assert direct is not None
+        np.testing.assert_allclose(cache.read(0, "cls:2"), direct.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_resume_repeats_nothing_finished(manifest: Path, tmp_path: Path) -> None:
+    run(manifest, tmp_path / "cache")
+    before = sorted((tmp_path / "cache" / "shards").iterdir())
+    again = run(manifest, tmp_path / "cache")
+    assert (again.cases_before, again.cases_done, again.slices) == (4, 0, 0)
+    assert sorted((tmp_path / "cache" / "shards").iterdir()) == before
+
+
+def test_stop_keeps_finished_cases_and_the_next_call_gives_the_same_tokens(manifest: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def after_two(progress: ExtractionProgress) -> None:
+        if progress.cases_done == 2:
+            stop.set()
+
+    halted = run(manifest, tmp_path / "cache", batch_size=2, on_progress=after_two, stop=stop)
+    assert halted.interrupted and halted.cases_done == 2
+    with open_cache(tmp_path / "cache") as cache:
+        assert sorted(cache.stacks["case_id"]) == ["a", "b"]
+    resumed = run(manifest, tmp_path / "cache", batch_size=2)
+    assert (resumed.cases_before, resumed.cases_done, resumed.interrupted) == (2, 2, False)
+    run(manifest, tmp_path / "whole", batch_size=2)
+    parts, whole = read_all(tmp_path / "cache"), read_all(tmp_path / "whole")
+    assert parts.keys() == whole.keys()
+    assert all(np.array_equal(parts[name], whole[name]) for name in whole)
+
+
+def test_a_bad_case_is_recorded_the_others_land_and_a_mended_one_is_taken_up(manifest: Path, tmp_path: Path) -> None:
+    good = (tmp_path / "b.nii.gz").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(good[:100])
+    summary = run(manifest, tmp_path / "cache")
+    assert summary.cases_done == 3
+    assert [failure.case_id for failure in summary.failures] == ["b"]
+    assert "view image" in summary.failures[0].reason and "b.nii.gz" in summary.failures[0].reason
+    assert [failure.case_id for failure in read_failures(tmp_path / "cache").failures] == ["b"]
+    (tmp_path / "b.nii.gz").write_bytes(good)
+    mended = run(manifest, tmp_path / "cache")
+    assert (mended.cases_done, mended.failures) == (1, ())
+    assert read_failures(tmp_path / "cache").failures == ()
+
+
+def test_a_case_fails_as_a_whole_when_one_view_is_unreadable(tmp_path: Path) -> None:
+    rows = [
+        {"case_id": "a", "view": "t1", "path": write_case(tmp_path, "a_t1", seed=0)},
+        {"case_id": "a", "view": "t2", "path": "missing.nii.gz"},
+        {"case_id": "b", "view": "t1", "path": write_case(tmp_path, "b_t1", seed=1)},
+    ]
+    pl.DataFrame(rows).write_csv(tmp_path / "cases.csv")
+    summary = run(tmp_path / "cases.csv", tmp_path / "cache")
+    assert [failure.case_id for failure in summary.failures] == ["a"]
+    assert "view t2" in summary.failures[0].reason
+    with open_cache(tmp_path / "cache") as cache:
+        assert cache.stacks["case_id"].to_list() == ["b"]
+
+
+def test_a_constant_image_fails_with_its_reason(manifest: Path, tmp_path: Path) -> None:
+    write_volume(tmp_path / "c.nii.gz", np.full((4, 8, 8), 7, np.int16), AFFINE)
+    summary = run(manifest, tmp_path / "cache")
+    assert [failure.case_id for failure in summary.failures] == ["c"]
+    assert "no content" in summary.failures[0].reason
+
+
+def test_a_changed_source_is_extracted_anew_and_reported(manifest: Path, tmp_path: Path) -> None:
+    run(manifest, tmp_path / "cache")
+    old = read_all(tmp_path / "cache")
+    write_case(tmp_path, "a", seed=99)
+    summary = run(manifest, tmp_path / "cache")
+    assert (summary.changed, summary.cases_done, summary.cases_before) == (("a",), 1, 3)
+    new = read_all(tmp_path / "cache")
+    assert not np.array_equal(old["a/image/axial/cls:2"], new["a/image/axial/cls:2"])
+    assert np.array_equal(old["b/image/axial/cls:2"], new["b/image/axial/cls:2"])
+
+
+def test_a_touched_file_of_the_same_bytes_is_not_extracted_again(manifest: Path, tmp_path: Path) -> None:
+    run(manifest, tmp_path / "cache")
+    os.utime(tmp_path / "a.nii.gz", ns=(1, 1))
+    summary = run(manifest, tmp_path / "cache")
+    assert (summary.changed, summary.cases_done, summary.cases_before) == ((), 0, 4)
+
+
+def test_another_recipe_on_the_same_cache_is_refused_with_the_field(manifest: Path, tmp_path: Path) -> None:
+    run(manifest, tmp_path / "cache")
+    with pytest.raises(RecipeError, match=r"image_size is 64 there and 32 here.*another --out"):
+        run(manifest, tmp_path / "cache", image_size=32)
+
+
+def test_all_planes_and_three_channels_make_their_stacks(tmp_path: Path) -> None:
+    views = ("pre", "flair", "post")
+    rows = [
+        {"case_id": case, "view": view, "path": write_case(tmp_path, f"{case}_{view}", seed=i)}
+        for i, (case, view) in enumerate([("a", "pre"), ("a", "flair"), ("a", "post"), ("b", "flair")])
+    ]
+    pl.DataFrame(rows).write_csv(tmp_path / "cases.csv")
+    planes = ("axial", "coronal", "sagittal")
+    run(tmp_path / "cases.csv", tmp_path / "cache", channels=views, fill="flair", planes=planes)
+    with open_cache(tmp_path / "cache") as cache:
+        assert cache.stacks.select("case_id", "view", "plane").rows() == [
+            (case, "pre+flair+post", plane) for case in ("a", "b") for plane in planes
+        ]
+        assert cache.stacks["count"].to_list() == [5, 20, 24] * 2
+        assert cache.stacks["sources"].to_list()[3] == ["flair", "flair", "flair"]
+
+
+def test_progress_counts_every_case_once(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.nii.gz").unlink()
+    seen: list[ExtractionProgress] = []
+    run(manifest, tmp_path / "cache", on_progress=seen.append)
+    assert [(p.cases_done + p.cases_failed, p.cases) for p in seen] == [(i, 4) for i in range(1, 5)]
+    assert seen[-1].cases_failed == 1
+
+
+def test_two_extractions_at_once_give_one_right_cache(manifest: Path, tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(manifest, tmp_path / "cache")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    run(manifest, tmp_path / "alone")
+    both, alone = read_all(tmp_path / "cache"), read_all(tmp_path / "alone")
+    assert both.keys() == alone.keys() and all(np.array_equal(both[name], alone[name]) for name in alone)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused_with_what_to_do(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(CacheError, match="locked"):
+        run(manifest, tmp_path / "locked" / "cache")
+
+
+def test_a_packed_copy_holds_the_same_tokens(manifest: Path, tmp_path: Path) -> None:
+    from embedkit.packing import pack_cache
+
+    run(manifest, tmp_path / "cache", shard_bytes=1)
+    assert len(list((tmp_path / "cache" / "shards").iterdir())) == 4
+    pack_cache(tmp_path / "cache", tmp_path / "packed.h5")
+    folder, packed = read_all(tmp_path / "cache"), read_all(tmp_path / "packed.h5")
+    assert folder.keys() == packed.keys() and all(np.array_equal(folder[name], packed[name]) for name in folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"planes": ["axial", "oblique"]}, "plane 'oblique' is unknown; expected one of axial, coronal, sagittal"),
+        ({"crop": "tight"}, "crop 'tight' is unknown"),
+        ({"resize": "squash"}, "resize 'squash' is unknown"),
+        ({"dtype": "int4"}, "dtype 'int4' is unknown"),
+        ({"precision": "fp8"}, "precision 'fp8' is unknown"),
+        ({"fill": "flair"}, "no channels are given"),
+        ({"preview": 4096}, "preview is 4096 pixels"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"channels": ["a", "b"]}, "2 channels and 1 windows"),
+        ({"planes": []}, "no plane given"),
+        ({"device": "warp"}, "device 'warp' cannot be used here"),
+    ],
+)
+def test_an_option_without_meaning_is_refused(
+    manifest: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(OptionError, match=words):
+        run(manifest, tmp_path / "cache", **changes)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_automatic_device_is_one_that_works() -> None:
+    assert choose_device("auto").type in {"cuda", "mps", "cpu"}
+
+
+def test_recipe_keeps_one_spelling_of_equal_options() -> None:
+    info = load_backbone("embedkit/scattering", image_size=64).info
+    one = make_recipe(info, tokens=["cls", "patch@2"], planes=["sagittal", "axial"], window="percentile:0.50:99.5")
+    other = make_recipe(info, tokens=["patch@2:2", "cls:-1"], planes=["axial", "sagittal"], slices="all")
+    assert one.fingerprint == other.fingerprint
+
+
+@pytest.mark.realdata
+def test_dicom_and_nifti_of_one_image_give_equal_tokens(real_data: Path, tmp_path: Path) -> None:
+    nifti = real_data / "sts" / "nifti" / "STS_001"
+    dicom = real_data / "sts" / "dicom" / "STS_001"
+    for name, paths in {
+        "nifti": [nifti / "MR_T1_image.nii.gz"],
+        "dicom": [dicom / "MR_T1" / "image"],
+    }.items():
+        pl.DataFrame({"case_id": ["x"], "path": [str(path) for path in paths]}).write_csv(tmp_path / f"{name}.csv")
+        run(tmp_path / f"{name}.csv", tmp_path / name, slices="count:8")
+    one, other = read_all(tmp_path / "nifti"), read_all(tmp_path / "dicom")
+    assert one.keys() == other.keys()
+    for key, tokens in one.items():
+        np.testing.assert_array_equal(tokens, other[key], err_msg=key)
+
+
+def test_no_identity_of_a_dicom_header_reaches_the_cache(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    from embedkit.phantoms import make_phantoms
+
+    made = make_phantoms(tmp_path / "phantoms", cases=4, seed=1)
+    (series,) = [
+        folder for folder in (tmp_path / "phantoms").rglob("*") if folder.is_dir() and any(folder.glob("*.dcm"))
+    ]
+    planted = {"PatientName": "Zebedee^Quill", "PatientID": "MRN777123", "PatientBirthDate": "19431109"}
+    for file in series.glob("*.dcm"):
+        dataset = pydicom.dcmread(file)
+        for tag, value in planted.items():
+            setattr(dataset, tag, value)
+        dataset.save_as(file)
+    run(made.manifest, tmp_path / "cache")
+    content = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    for value in planted.values():
+        assert value.encode() not in content
+    assert json.loads((tmp_path / "cache" / "recipe.json").read_text())["backbone"] == "embedkit/scattering"
+    shutil.rmtree(tmp_path / "cache")
