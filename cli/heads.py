@@ -13,7 +13,7 @@ def heads_command() -> None:
     from embedkit.plugins import list_heads, load_head
 
     rows = []
-    for entry in list_heads():
+    for entry in list_heads().values():
         head = load_head(entry.name)
         summary = (head.__doc__ or "").strip().partition("\n")[0]
         rows.append((entry.name, ", ".join(sorted(head.reads)), entry.distribution, summary))

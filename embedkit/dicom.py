@@ -25,6 +25,7 @@ import SimpleITK as sitk  # noqa: N813
 from embedkit.errors import VolumeError
 
 __all__ = [
+    "MAX_VOXELS",
     "DicomSeries",
     "SourceImage",
     "check_dicom_series",
@@ -35,6 +36,9 @@ __all__ = [
     "quiet_itk",
     "read_dicom_series",
 ]
+
+MAX_VOXELS = 2**31
+"""A header that promises more voxels than this is taken for damaged."""
 
 _CHUNK = 16  # slices per call into GDCM, so that never more than these are held twice
 _SAME_VALUE = 1e-3  # direction cosines, and pixel spacings in mm, closer than this are equal
@@ -346,6 +350,12 @@ def _check_formats(series: DicomSeries) -> None:
             continue
         raise VolumeError(f"{item.file}: {problem}")
     _check_same(series, "size", [item.shape for item in series.slices])
+    voxels = len(series.slices) * series.slices[0].shape[0] * series.slices[0].shape[1]
+    if voxels > MAX_VOXELS:
+        raise VolumeError(
+            f"{series.folder}: its headers promise {voxels} voxels, more than {MAX_VOXELS}; they are damaged, or the "
+            "image must be cropped first"
+        )
     _check_same(series, "PixelSpacing", [item.pixel_mm for item in series.slices])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,14 +104,19 @@ def explain(
     positive = {view: np.maximum(scores, 0) for view, scores in evidence.scores.items()}
     highest = max((float(scores.max(initial=0)) for scores in positive.values()), default=0.0) or 1.0
     scaled = {view: (scores / highest).astype(np.float32) for view, scores in positive.items()}
-    heatmaps = {
-        view: _write_heatmap(folder, case_id, view, scaled[view], source, stack) for view, stack in stacks.items()
-    }
+    heatmaps = {view: folder / f"{_file_name(f'{case_id}_{view}')}_heatmap.nii.gz" for view in stacks}
+    for view, stack in stacks.items():
+        _write_heatmap(heatmaps[view], scaled[view], source, stack)
     weights = _slice_weights(evidence, source, stacks)
-    montage = folder / f"{case_id}.png"
+    montage = folder / f"{_file_name(case_id)}.png"
     images = _read_images(source, stacks, case_id, manifest)
     montage.write_bytes(_draw(images, scaled, weights))
     return Explanation(case_id, evidence.answer, weights, heatmaps, montage)
+
+
+def _file_name(text: str) -> str:
+    """``text`` as a file's name that cannot leave its folder."""
+    return re.sub(r"[^\w-]", "_", text)
 
 
 def _stacks_of(cache: Cache, case_id: str, wanted: Mapping[str, Any]) -> dict[str, int]:
@@ -128,7 +134,7 @@ def _slice_weights(evidence: Evidence, cache: Cache, stacks: Mapping[str, int]) 
     }
 
 
-def _write_heatmap(folder: Path, case_id: str, view: str, scores: FloatArray, cache: Cache, stack: int) -> Path:
+def _write_heatmap(path: Path, scores: FloatArray, cache: Cache, stack: int) -> None:
     record = cache.record(stack)
     heat = place_patch_scores(
         scores,
@@ -137,9 +143,7 @@ def _write_heatmap(folder: Path, case_id: str, view: str, scores: FloatArray, ca
         plane=record.plane,
         shape=canonical_shape(record),
     )
-    path = folder / f"{case_id}_{view.replace('/', '_')}_heatmap.nii.gz"
     write_volume(path, to_source(heat, record.source_affine), record.source_affine)
-    return path
 
 
 def canonical_shape(record: StackRecord) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ from embedkit.targets import TaskKind
 
 __all__ = ["FitOptions", "FitReport", "TrainingSet", "fit_closed_form", "fit_gradient"]
 
-_SHARPNESS = torch.logspace(-1.5, 0.5, 21)
+_SHARPNESS = torch.logspace(-1.5, 0.5, 21)  # has 1 among its values
 _JUDGED_AT_ONCE = 64
 
 
@@ -114,26 +114,23 @@ def fit_gradient(member: Member, data: TrainingSet, options: FitOptions, *, seed
     loss = _Loss(member, data, options)
     start = copy.deepcopy(member.head.state_dict())
     search = _Descent(member, data, data.training & ~data.held_out, loss=loss, options=options, seed=seed)
-    best, best_epoch = math.inf, 0
-    for epoch in range(1, options.epochs + 1):
+    watch = _Watch(options.patience)
+    for _ in range(options.epochs):
         search.run_epoch()
-        held_out_loss, sharpness = _judge(member, data, loss)
-        if held_out_loss < best:
-            best, best_epoch = held_out_loss, epoch
-            member.sharpness.fill_(sharpness)
-        elif epoch - best_epoch >= options.patience:
+        if not watch.judge(*_held_out_logits(member, data), loss):
             break
-    if not best_epoch:
+    if not watch.epochs:
         raise HeadError(
             f"head {member.name!r} diverged: its held-out loss was never a finite number;"
             f" lower its learning rate (now {options.learning_rate:g})"
         )
     member.head.load_state_dict(start)
     final = _Descent(member, data, data.training, loss=loss, options=options, seed=seed)
-    for _ in range(best_epoch):
+    for _ in range(watch.epochs):
         final.run_epoch()
+    member.sharpness.fill_(watch.sharpness)
     member.eval()
-    return FitReport(best_epoch, best)
+    return FitReport(watch.epochs, watch.loss, {"sharpness": watch.sharpness})
 
 
 def fit_closed_form(
@@ -179,18 +176,21 @@ class _Loss:
         self.targets = torch.as_tensor(targets, dtype=dtype, device=device)
 
     def __call__(self, logits: Tensor, cases: Tensor) -> Tensor:
-        """Mean loss of [... batch outputs] logits for [batch] cases, one value per leading axis."""
+        """Mean loss of logits [batch outputs] for cases [batch]."""
+        return self.each(logits, cases).mean()
+
+    def each(self, logits: Tensor, cases: Tensor) -> Tensor:
+        """Losses [... batch] of logits [... batch outputs] for cases [batch]."""
         truth = self.targets[cases]
         truth = truth.expand(logits.shape if truth.ndim == 2 else logits.shape[:-1])
         if self.kind == "regression":
-            return F.smooth_l1_loss(logits[..., 0], truth, reduction="none").mean(-1)
+            return F.smooth_l1_loss(logits[..., 0], truth, reduction="none")
         if self.kind == "multiclass":
             losses = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), self.weights, reduction="none")
-            weights = torch.ones_like(truth) if self.weights is None else self.weights[truth]
-            return losses.view(truth.shape).sum(-1) / weights.sum(-1)
+            return losses.view(truth.shape)
         truth = truth[..., None] if self.kind == "binary" else truth
         losses = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=self.weights, reduction="none")
-        return losses.mean((-2, -1))
+        return losses.mean(-1)
 
 
 class _Descent:
@@ -238,21 +238,56 @@ class _Descent:
         self.schedule.step()
 
 
-def _judge(member: Member, data: TrainingSet, loss: _Loss) -> tuple[float, float]:
-    """Held-out loss at the best sharpness of the logits, and that sharpness (1 for a regression)."""
+class _Watch:
+    """Judges each epoch of a fit on held-out cases and remembers how many epochs to run.
+
+    With few cases held out their loss is noisy, and the lowest of thirty is low by chance. So the latest epoch that is
+    not worse than the best by more than one standard error (of the paired difference) is taken, and in the same way the
+    sharpness nearest to 1: the one-standard-error rule of Breiman et al., "Classification and regression trees" (1984).
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.epochs = 0
+        self.sharpness = 1.0
+        self.loss = math.nan
+        self._seen = 0
+        self._best: Tensor | None = None
+
+    def judge(self, logits: Tensor, cases: Tensor, loss: _Loss) -> bool:
+        """Takes held-out logits [cases outputs] after an epoch; False once further epochs are of no use."""
+        self._seen += 1
+        factors = (torch.ones(1) if loss.kind == "regression" else _SHARPNESS).to(logits.device)
+        losses = loss.each(logits * factors[:, None, None], cases)
+        means = losses.mean(1)
+        if bool(means.isfinite().all()):
+            lowest = losses[means.argmin()]
+            if self._best is None or lowest.mean() < self._best.mean():
+                self._best = lowest
+            if _is_as_good(lowest, self._best):
+                fine = [place for place, found in enumerate(losses) if _is_as_good(found, lowest)]
+                place = min(fine, key=lambda place: abs(math.log(float(factors[place]))))
+                self.epochs, self.loss, self.sharpness = self._seen, float(means[place]), float(factors[place])
+        return self._seen - self.epochs < self.patience
+
+
+def _is_as_good(losses: Tensor, best: Tensor) -> bool:
+    """Whether losses [cases] exceed the best ones by no more than one standard error of the difference."""
+    difference = losses - best
+    return bool(difference.mean() <= difference.std(correction=0) / math.sqrt(len(difference)))
+
+
+def _held_out_logits(member: Member, data: TrainingSet) -> tuple[Tensor, Tensor]:
+    """Logits of the held-out cases, and their numbers."""
     member.eval()
     cases = torch.from_numpy(np.flatnonzero(data.held_out))
-    places = torch.from_numpy(data.places)
+    places = torch.from_numpy(data.places)[cases]
     with torch.no_grad():
         parts = [
-            member.head(member.prepare(data.store.batch(places[part], _token_sets(member)))).logits.float()
-            for part in torch.split(cases, _JUDGED_AT_ONCE)
+            member.head(member.prepare(data.store.batch(part, _token_sets(member)))).logits.float()
+            for part in torch.split(places, _JUDGED_AT_ONCE)
         ]
-    logits = torch.cat(parts)
-    factors = (torch.ones(1) if data.kind == "regression" else _SHARPNESS).to(logits.device)
-    losses = loss(logits * factors[:, None, None], cases.to(logits.device)).nan_to_num(nan=math.inf)
-    best = int(losses.argmin())
-    return float(losses[best]), float(factors[best])
+    return torch.cat(parts), cases.to(parts[0].device)
 
 
 def _token_sets(member: Member) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
 from embedkit.dicom import (
+    MAX_VOXELS,
     DicomSeries,
     SourceImage,
     check_dicom_series,
@@ -38,7 +39,6 @@ from embedkit.dicom import (
 from embedkit.errors import VolumeError
 
 __all__ = [
-    "MAX_VOXELS",
     "Volume",
     "canonical_axes",
     "check_volume",
@@ -51,9 +51,6 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
-
-MAX_VOXELS = 2**31
-"""A header that promises more voxels than this is taken for damaged."""
 
 _INFLATION = 1032  # deflate never expands more than this (zlib technical details, "Maximum Compression Factor")
 _SHEAR_DEGREES = 0.5

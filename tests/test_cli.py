@@ -241,7 +241,7 @@ def test_an_error_is_one_line_that_names_the_thing_and_the_exit_code_is_two(
     [
         (["--head", "gird"], "did you mean grid"),
         (["--target", "lesoin"], "lesion"),
-        (["--target", "nothing_alike"], "columns"),
+        (["--target", "nothing_alike"], "no column nothing_alike; it has case_id"),
         (["--tokens", "patch@9:2"], "patch@9:2"),
         (["--folds", "1"], "fold"),
         (["--kind", "ordinal"], "binary"),

@@ -371,6 +371,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "sizes": (edit_one(**SHORTER), r"more than one size \(4 have \[3\.0, 4\.0\], 1 another, such as \[2\.0, 4\.0\]\)"),
     "spacings": (edit_one(PixelSpacing=[2, 2]), "more than one PixelSpacing"),
+    "huge": (edit_all(Rows=65535, Columns=65535), "its headers promise 21474181125 voxels, more than 2147483648"),
     "frames": (edit_one(NumberOfFrames=2, PixelData=bytes(48)), "holds 2 frames .*; convert it with dcm2niix to NIfTI"),
     "colour": (make_colour, "is a colour image, expected one grey value per pixel"),
     "inverted": (edit_all(PhotometricInterpretation="MONOCHROME1"), r"inverted grey values \(MONOCHROME1\)"),
