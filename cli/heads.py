@@ -18,7 +18,7 @@ def heads_command() -> None:
         summary = (head.__doc__ or "").strip().partition("\n")[0]
         rows.append((entry.name, ", ".join(sorted(head.reads)), entry.distribution, summary))
     print_table(("head", "reads", "from", "what it does"), rows)
-    typer.echo("\nA package adds heads through the entry-point group embedkit.heads; see examples/.")
+    typer.echo("\nA package adds heads through the entry-point group embedkit.heads; embedkit.plugins tells how.")
 
 
 run = heads_command

@@ -4,9 +4,6 @@ Refuses to be mistaken for anatomy: the shapes are ellipsoids and tubes, made to
 World coordinates are RAS+ mm with the body's centre near the origin, so +x is the patient's right.
 """
 
-# SimpleITK ships half-typed wrappers.
-# mypy: disable-error-code="no-untyped-call"
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from embedkit.dicom import quiet_itk
 from embedkit.errors import OptionError, VolumeError

@@ -15,6 +15,7 @@ from embedkit.volumes import Volume, read_volume
 __all__ = ["CachedSources", "Case", "CaseImages", "group_cases", "read_case"]
 
 _DETACHED_HEADERS = (".mhd", ".nhdr")
+_ONE_OF_A_SERIES = (".dcm", ".dicom", ".ima", "")
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,16 @@ def read_case(case: Case) -> CaseImages:
 def stat_source(path: Path) -> SourceStat:
     """State of the files behind ``path``: one file, a DICOM folder, or a header with its detached data file.
 
+    One file of a DICOM series stands for the files of its folder, since the whole series is read.
+
     Raises:
         VolumeError: ``path`` does not exist or may not be read.
     """
     try:
         if path.is_dir():
             files = [file for file in path.rglob("*") if file.is_file()]
+        elif path.suffix.lower() in _ONE_OF_A_SERIES and path.exists():
+            files = [file for file in path.parent.iterdir() if file.is_file()]
         elif path.suffix.lower() in _DETACHED_HEADERS:
             files = [file for file in path.parent.glob(f"{path.stem}.*") if file.is_file()]
         else:

@@ -167,7 +167,7 @@ def test_evaluation_on_new_cases_gives_every_metric_with_its_interval(work: Path
 
 
 def test_explain_writes_a_heatmap_in_the_source_geometry_and_a_picture(work: Path, tmp_path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     rows = pl.read_csv(work / "scans" / "manifest.csv")
     case, path = next(

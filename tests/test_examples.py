@@ -28,5 +28,5 @@ def test_the_example_on_an_own_folder_goes_from_scans_to_similar_cases(
 
 
 def test_the_readme_names_both_commands_on_its_first_screen() -> None:
-    first_screen = "\n".join((PROJECT / "README.md").read_text().splitlines()[:30])
+    first_screen = "\n".join((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()[:30])
     assert "make demo" in first_screen and "make test" in first_screen and "pip install ." in first_screen

@@ -31,7 +31,7 @@ ABOVE = {
 def imported_modules(file: Path) -> set[str]:
     """Names of the embedkit modules that a file imports, wherever in the file."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             if node.module == "embedkit":
                 names |= {f"embedkit.{alias.name}" for alias in node.names}
@@ -45,7 +45,7 @@ def imported_modules(file: Path) -> set[str]:
 def imported_names(file: Path, module: str) -> set[str]:
     return {
         alias.name
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and node.module == f"embedkit.{module}"
         for alias in node.names
     }
@@ -116,7 +116,7 @@ def test_nothing_unpickles() -> None:
         *(PROJECT / "heads").glob("*.py"),
         *(PROJECT / "cli").glob("*.py"),
     ]:
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 modules = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
                 modules -= {"pickle"} if file.name == "weights.py" else set()  # for UnpicklingError alone

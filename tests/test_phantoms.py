@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from embedkit.errors import OptionError, VolumeError
 from embedkit.manifest import read_labels, read_manifest

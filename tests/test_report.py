@@ -210,7 +210,7 @@ def test_a_failed_report_leaves_the_older_as_it_was(tmp_path: Path) -> None:
     path = write_report(tmp_path / "report.html", Report("first", "", ()))
     with pytest.raises(ValueError, match="expected the bytes of a PNG"):
         write_report(path, Report("second", "", (Section("s", figures=(Figure(b"", "", ""),)),)))
-    assert "<h1>first</h1>" in path.read_text()
+    assert "<h1>first</h1>" in path.read_text(encoding="utf-8")
 
 
 # --- pictures

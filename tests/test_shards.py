@@ -109,7 +109,7 @@ def test_any_h5py_reads_the_same_numbers_and_tables(shard: Path) -> None:
 
 
 def test_the_example_in_the_format_document_works(shard: Path) -> None:
-    document = (PROJECT / "docs" / "cache-format.md").read_text()
+    document = (PROJECT / "docs" / "cache-format.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", document, re.DOTALL)
     assert example is not None
     names: dict[str, Any] = {}

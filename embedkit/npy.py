@@ -1,0 +1,75 @@
+"""Owns the headers of numpy's .npy and .npz files, and the affine that an .npz may hold.
+
+Knows nothing of other formats, and never reads a voxel.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from embedkit.errors import VolumeError
+from embedkit.orientation import default_affine
+from embedkit.sourceimage import SourceHeader, grey_shape
+
+__all__ = ["parse_npy", "parse_npz"]
+
+Array = np.ndarray[Any, Any]
+
+
+def parse_npy(path: Path) -> tuple[SourceHeader, int]:
+    """(header, bytes that hold the voxels)."""
+    with path.open("rb") as stream:
+        shape, fortran_order, dtype, offset = _parse_npy_header(path, stream)
+    header = SourceHeader(
+        shape=grey_shape(path, shape, trailing=-1),
+        dtype=dtype,
+        affine=default_affine(),
+        offset=offset,
+        fortran_order=fortran_order,
+    )
+    return header, path.stat().st_size - offset
+
+
+def parse_npz(path: Path) -> tuple[SourceHeader, int]:
+    """(header, bytes that hold the voxels once decompressed) of the one array beside the affine."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        images = [name for name in names if name != "affine.npy"]
+        if len(images) != 1 or len(set(names)) < len(names):
+            raise VolumeError(
+                f"{path}: holds {', '.join(names)}; expected one array, named array, and at most an affine"
+            )
+        with archive.open(images[0]) as stream:
+            shape, fortran_order, dtype, offset = _parse_npy_header(path, stream)
+        affine = default_affine()
+        if "affine.npy" in names:
+            if archive.getinfo("affine.npy").file_size > 4096:
+                raise VolumeError(f"{path}: its affine is not [4 4]; save it as such")
+            affine = _parse_small_array(path, archive.read("affine.npy"))
+        available = archive.getinfo(images[0]).file_size - offset
+    shape = grey_shape(path, shape, trailing=-1)
+    return SourceHeader(shape, dtype, affine, offset, fortran_order=fortran_order, member=images[0]), available
+
+
+def _parse_small_array(path: Path, content: bytes) -> Array:
+    try:
+        return np.asarray(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False), dtype=np.float64)
+    except ValueError as error:
+        raise VolumeError(f"{path}: its affine cannot be read ({error}); save it as float64 [4 4]") from error
+
+
+def _parse_npy_header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(stream)
+    except ValueError as error:
+        raise VolumeError(f"{path}: its header is damaged ({error}); save the array again") from error
+    if dtype.kind not in "biuf":
+        raise VolumeError(f"{path}: holds values of type {dtype}, expected real numbers; save it as such")
+    return shape, fortran_order, dtype, stream.tell()

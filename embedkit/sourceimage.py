@@ -1,0 +1,103 @@
+"""Owns what every reader hands on, a header and the image as its files hold it, and the limits on a header's promise.
+
+Knows nothing of any one file format, of SimpleITK and of the canonical index order.
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from embedkit.errors import VolumeError
+
+__all__ = ["DAMAGE", "MAX_VOXELS", "SourceHeader", "SourceImage", "check_promise", "grey_shape"]
+
+Array = np.ndarray[Any, Any]
+
+MAX_VOXELS = 2**31
+"""A header that promises more voxels than this is taken for damaged."""
+
+_INFLATION = 1032  # deflate never expands more than this (zlib technical details, "Maximum Compression Factor")
+
+# What zlib and zipfile raise on damaged bytes (zipfile RuntimeError for a flag of encryption or an unknown method).
+DAMAGE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    UnicodeDecodeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
+
+
+class SourceHeader(NamedTuple):
+    """What a file's header says: enough to know the size of the voxels before any is read."""
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    affine: Array
+    offset: int = 0
+    slope: float = 1.0
+    intercept: float = 0.0
+    fortran_order: bool = False
+    member: str = ""  # of an npz archive
+    payload: Path | None = None  # file of the voxels, where it is not the header's own
+    zlib_stream: bool = False  # voxels are one zlib stream from ``offset`` on
+
+
+class SourceImage(NamedTuple):
+    """An image as its file or files hold it.
+
+    Attributes:
+        array: ``[slices height width]`` in the order of the file, slowest axis first.
+        affine: float64 ``[4 4]``, (slice, row, column, 1) of ``array`` to RAS+ world mm.
+        source_bytes: Bytes of all its files.
+        source_digest: SHA-256 over those bytes, in hex.
+    """
+
+    array: Array
+    affine: Array
+    source_bytes: int
+    source_digest: str
+
+
+def check_promise(path: Path, header: SourceHeader, available: int, *, packed: bool) -> None:
+    """Refuses a header that promises more voxels than the bytes that follow it can hold."""
+    voxels = math.prod(header.shape)
+    if min(header.shape) < 1:
+        raise VolumeError(f"{path}: has shape {header.shape}, expected at least one voxel along each axis")
+    if voxels > MAX_VOXELS:
+        raise VolumeError(
+            f"{path}: its header promises {header.shape} = {voxels} voxels, more than {MAX_VOXELS}; the header is "
+            "damaged, or the image must be cropped first"
+        )
+    needed = voxels * header.dtype.itemsize
+    if needed > available * (_INFLATION if packed else 1):
+        raise VolumeError(
+            f"{path}: its header promises {needed} bytes of voxels but the file holds {max(available, 0)}"
+            f"{' compressed' if packed else ''}; it is truncated: copy the file again"
+        )
+
+
+def grey_shape(path: Path, shape: tuple[int, ...], *, trailing: int) -> tuple[int, int, int]:
+    """Three axes; an axis of length 1 beyond the third, at index ``trailing`` (0 or -1), is dropped."""
+    axes = list(shape)
+    while len(axes) > 3 and axes[trailing] == 1:
+        axes.pop(trailing)
+    if len(axes) > 3:
+        raise VolumeError(
+            f"{path}: has {len(axes)} axes {tuple(axes)}, expected one grey 3D image; save each time point or channel "
+            "as a file of its own"
+        )
+    if len(axes) < 3:
+        raise VolumeError(f"{path}: has {len(axes)} axes {tuple(axes)}, expected 3; save a slice as a volume of one")
+    return axes[0], axes[1], axes[2]

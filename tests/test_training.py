@@ -1,0 +1,315 @@
+"""Training: learns what is there, nothing that is not, the same each time, and never from a test case."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from embedkit.bags import load_bags
+from embedkit.cache import Cache, StackTokens, open_cache
+from embedkit.closed_form import LinearReadout
+from embedkit.errors import CacheError, HeadError, OptionError, RunError, TaskError
+from embedkit.fitting import FitOptions
+from embedkit.folder import create_cache, write_shard
+from embedkit.recipe import Recipe
+from embedkit.runs import open_run
+from embedkit.standardisation import compute_moments, fit_standardiser
+from embedkit.training import BASELINES, TrainingProgress, train
+
+DIM = 6
+QUICK = {"epochs": 12, "batch_size": 8}
+
+
+def build_cache(
+    folder: Path, *, cases: int = 40, views: tuple[str, ...] = ("t1",), sets: tuple[str, ...] = ("cls:2", "patch@2:1")
+) -> Cache:
+    """Cases c00, c01, ...; two per patient. Odd patients: channel 0 is high in slice 1; place 0 or 3 is high by patient."""
+    recipe = Recipe("tiny", "builtin:1", sets, 32, (0.5,), (0.5,), preview=0)
+    create_cache(folder, recipe)
+    generator = np.random.default_rng(0)
+    stacks = []
+    for case in range(cases):
+        patient, slices = case // 2, 3 + case % 3
+        for view in views if case % 5 else views[:1]:
+            cls = generator.normal(size=(slices, DIM))
+            patch = generator.normal(size=(slices, 4, DIM))
+            cls[1, 0] += 8 * (patient % 2)
+            patch[:, 3 * (patient // 2 % 2), 1] += 4
+            tokens = {name: (cls if name.startswith("cls") else patch).astype(np.float16) for name in sets}
+            stacks.append(
+                StackTokens(
+                    case_id=f"c{case:02}", patient_id=f"p{patient:02}", view=view, plane="axial", sources=(view,),
+                    indices=np.arange(slices, dtype=np.int32), positions_mm=np.arange(slices, dtype=np.float32),
+                    blank=np.zeros(slices, bool), plane_shape=(8, 8), box=(0, 0, 8, 8), source_shape=(slices, 8, 8),
+                    source_affine=np.eye(4), source_bytes=1, source_digest=f"{case}{view}", tokens=tokens,
+                )
+            )  # fmt: skip
+    write_shard(folder, recipe, stacks)
+    return open_cache(folder)
+
+
+def build_labels(cases: int = 40) -> pl.DataFrame:
+    patients = np.arange(cases) // 2
+    generator = np.random.default_rng(1)
+    return pl.DataFrame(
+        {
+            "case_id": [f"c{case:02}" for case in range(cases)],
+            "disease": ["yes" if patient % 2 else "no" for patient in patients],
+            "place": (patients // 2) % 2,
+            "noise": generator.permutation(np.repeat([0, 1], cases // 4))[patients],
+            "group": [("a", "b", "c")[patient % 2 + (patient % 4 == 3)] for patient in patients],
+            "marks": [";".join(["hot"] * bool(patient % 2) + ["low"] * bool(patient // 2 % 2)) or ";" for patient in patients],
+            "size": patients % 2 * 30.0 + 100 + generator.normal(size=cases),
+            "constant": ["x"] * cases,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return build_cache(tmp_path_factory.mktemp("training") / "cache")
+
+
+LABELS = build_labels()
+
+
+def run_training(cache: Cache, out: Path, target: str = "disease", **options: Any) -> Any:
+    settings: dict[str, Any] = {"heads": (), "resamples": 20, "fit_options": QUICK, "folds": 4, "device": "cpu"}
+    return train(cache, LABELS, targets=target, out=out, **settings | options)
+
+
+def auroc(result: Any, head: str) -> float:
+    return float(result.table.filter(pl.col("head") == head)["auroc"][0])
+
+
+def test_every_head_learns_what_its_tokens_show(cache: Cache, tmp_path: Path) -> None:
+    progress: list[TrainingProgress] = []
+    result = run_training(cache, tmp_path, heads=("linear", "query", "abmil"), on_progress=progress.append)
+    assert result.table["head"].to_list() == [*BASELINES, "linear", "query", "abmil"]
+    for head in ("logistic", "linear", "query", "abmil"):
+        assert auroc(result, head) > 0.9, head
+    assert [each.done for each in progress] == list(range(1, 21))
+    assert {each.total for each in progress} == {20}
+    assert (progress[-1].target, progress[-1].head, progress[-1].fold) == ("disease", "abmil", 3)
+    assert "abmil" in str(result)
+
+
+def test_grid_sees_where_a_token_is_and_class_tokens_do_not(cache: Cache, tmp_path: Path) -> None:
+    result = run_training(cache, tmp_path, "place", heads=("grid", "linear"))
+    assert auroc(result, "grid") > 0.9
+    assert auroc(result, "linear") < 0.75
+
+
+def test_labels_that_mean_nothing_give_chance(cache: Cache, tmp_path: Path) -> None:
+    result = run_training(cache, tmp_path, "noise", heads=("linear", "grid"))
+    for head in ("logistic", "linear", "grid"):
+        assert 0.15 < auroc(result, head) < 0.85, head
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "columns"),
+    [
+        ("group", "multiclass", ("score_a", "score_b", "score_c")),
+        ("marks", "multilabel", ("score_hot", "score_low")),
+        ("size", "regression", ("score",)),
+    ],
+)
+def test_every_kind_of_task_is_trained_and_scored(
+    cache: Cache, tmp_path: Path, target: str, kind: str, columns: tuple[str, ...]
+) -> None:
+    result = run_training(cache, tmp_path, target, heads=("linear",), folds=3)
+    for run in result.runs:
+        assert run.record.kind == kind
+        assert run.record.score_columns == columns == tuple(run.predictions.columns[4:])
+        scores = run.predictions.select(columns).to_numpy()
+        if kind == "multiclass":
+            np.testing.assert_allclose(scores.sum(1), 1, atol=1e-5)
+    linear = {run.head: run for run in result.runs}["linear"]
+    if kind == "regression":
+        assert linear.metrics["r2"].value > 0.7
+        assert abs(linear.predictions["score"].mean() - 115) < 5
+    else:
+        assert linear.metrics["auroc"].value > 0.65
+    assert set(linear.predictions["target"]) >= ({"hot", "hot;low", "low", ""} if kind == "multilabel" else set())
+
+
+def test_equal_seeds_give_equal_runs_and_leave_the_global_state_alone(cache: Cache, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    runs = [run_training(cache, tmp_path / str(number), heads=("abmil",), seed=3).runs[2] for number in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    assert runs[0].predictions.equals(runs[1].predictions)
+    first, second = (run.members[0].state_dict() for run in runs)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    other = run_training(cache, tmp_path / "other", heads=("abmil",), seed=4).runs[2]
+    assert not other.predictions["score"].equals(runs[0].predictions["score"])
+
+
+def test_out_of_fold_predictions_hold_every_case_once_and_never_part_a_patient(cache: Cache, tmp_path: Path) -> None:
+    run = run_training(cache, tmp_path).runs[0]
+    table = run.predictions
+    assert table["case_id"].to_list() == [f"c{case:02}" for case in range(40)]
+    assert table.group_by("patient_id").agg(pl.col("fold").n_unique())["fold"].to_list() == [1] * 20
+    assert table["target"].to_list() == LABELS["disease"].to_list()
+    assert table["fold"].n_unique() == 4 == len(run.members)
+
+
+def test_a_fold_that_comes_from_a_column_is_tested_alone(cache: Cache, tmp_path: Path) -> None:
+    split = LABELS.with_columns(site=pl.when(pl.int_range(40) < 24).then(pl.lit("train")).otherwise(pl.lit("test")))
+    result = train(
+        cache, split, targets="disease", out=tmp_path, heads=(), split="site", resamples=0, fit_options=QUICK
+    )
+    run = result.runs[0]
+    assert len(run.members) == 1
+    assert run.predictions["case_id"].to_list() == [f"c{case:02}" for case in range(24, 40)]
+    assert run.record.folds == "site"
+
+
+def test_standardisation_never_sees_a_test_case(cache: Cache) -> None:
+    ids = [f"c{case:02}" for case in range(40)]
+    store = load_bags(cache, ids, ["cls:2"])
+    planted = load_bags(cache, ids, ["cls:2"])
+    rows = planted.segments() == 7
+    planted.table("cls:2")[rows] = 3e4
+    training = [case for case in range(40) if case != 7]
+    expected, found = (
+        fit_standardiser(each.shape, {"cls:2": compute_moments(each, "cls:2")}, training).state_dict()
+        for each in (store, planted)
+    )
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    seen = fit_standardiser(planted.shape, {"cls:2": compute_moments(planted, "cls:2")}, range(40)).state_dict()
+    assert not torch.equal(seen["mean_0"], expected["mean_0"])
+
+
+def test_a_standardiser_gives_mean_zero_and_deviation_one(cache: Cache) -> None:
+    store = load_bags(cache, [f"c{case:02}" for case in range(40)], ["patch@2:1"])
+    standardiser = fit_standardiser(store.shape, {"patch@2:1": compute_moments(store, "patch@2:1")}, range(40))
+    bag = store.batch(range(40))
+    tokens = standardiser(bag).tokens["patch@2:1"][bag.mask].flatten(0, 1)
+    torch.testing.assert_close(tokens.mean(0), torch.zeros(DIM), atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokens.std(0, correction=0), torch.ones(DIM), atol=1e-3, rtol=0)
+
+
+def test_tokens_that_are_not_finite_are_refused_by_case(cache: Cache) -> None:
+    store = load_bags(cache, ["c00", "c01"], ["cls:2"])
+    store.table("cls:2")[-1] = torch.inf
+    with pytest.raises(CacheError, match=r"1 cases hold cls:2 tokens that are NaN or infinite \(c01\)"):
+        compute_moments(store, "cls:2")
+
+
+def test_the_penalty_is_chosen_on_what_is_held_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(80, 30, generator=generator)
+    held = np.arange(80) % 4 == 0
+    clear, noise = LinearReadout(30, 1), LinearReadout(30, 1)
+    targets = (features[:, 0] > 0).long().numpy()
+    strong = clear.fit(features, targets, kind="binary", holdouts=[held])
+    weak = noise.fit(features, np.arange(80) // 2 % 2, kind="binary", holdouts=[held])
+    assert strong > 10 * weak
+    assert ((clear(features)[:, 0] > 0).long().numpy() == targets).mean() > 0.95
+    assert noise.weight.norm() < 0.2 * clear.weight.norm()
+
+
+def test_more_features_than_cases_give_what_the_full_fit_gives() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    features = torch.randn(20, 50, generator=torch.Generator().manual_seed(1))
+    targets = np.arange(20) % 2
+    readout = LinearReadout(50, 1)
+    readout.fit(features, targets, kind="binary", holdouts=[], class_weights=False)
+    standard = readout.standardise(features).double().numpy()
+    direct = LogisticRegression(C=1 / 50, solver="newton-cholesky", tol=1e-10).fit(standard, targets)
+    np.testing.assert_allclose(readout.weight.numpy(), direct.coef_, atol=1e-4)
+
+
+def test_cases_left_aside_are_named_in_the_run(cache: Cache, tmp_path: Path) -> None:
+    labels = LABELS.with_columns(disease=pl.when(pl.col("case_id") == "c03").then(None).otherwise(pl.col("disease")))
+    labels = pl.concat([labels, labels[:1].with_columns(case_id=pl.lit("stranger"))])
+    run = train(cache, labels, targets="disease", out=tmp_path, heads=(), folds=4, resamples=0).runs[0]
+    cases = run.record.cases
+    assert (cases["trained"], cases["unlabelled"], cases["unknown"]) == (39, ["c03"], ["stranger"])
+
+
+def test_raptor_says_what_it_lacks(cache: Cache, tmp_path: Path) -> None:
+    runs = {run.head: run for run in run_training(cache, tmp_path).runs}
+    assert runs["raptor"].record.notes == (
+        "Raptor is defined on three planes; this cache lacks coronal and sagittal",
+        "Raptor is defined on the full patch grid; here it read patch@2:1",
+    )
+    assert runs["logistic"].record.notes == ()
+
+
+def test_token_sets_can_be_chosen_for_all_heads_or_for_one(cache: Cache, tmp_path: Path) -> None:
+    every = run_training(cache, tmp_path / "a", token_sets=["patch@2:1"])
+    assert every.table["tokens"].to_list() == ["patch@2:1", "patch@2:1"]
+    one = run_training(cache, tmp_path / "b", heads=("linear",), token_sets={"linear": ["cls:2", "patch@2:1"]})
+    assert one.table["tokens"].to_list() == ["cls:2", "patch@2:1", "cls:2,patch@2:1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"target": "constant"}, TaskError, "constant"),
+        ({"target": "nothing"}, TaskError, "no column nothing"),
+        ({"target": []}, OptionError, "no target was given"),
+        ({"heads": ("gird",)}, HeadError, "did you mean grid"),
+        ({"token_sets": ["cls:9"]}, CacheError, "cls:9 is not in the cache"),
+        ({"fit_options": {"speed": 3}}, OptionError, "no fit option is called speed; there are learning_rate"),
+        ({"fit_options": {"epochs": 0}}, OptionError, "epochs is 0, expected above 0"),
+        ({"head_options": {"grid": {}}}, HeadError, "given for grid, but heads are logistic, raptor"),
+        ({"head_options": {"raptor": {"depth": 2}}}, HeadError, "it has projections, seed"),
+        ({"folds": 30}, TaskError, "folds"),
+        ({"device": "abacus"}, OptionError, "abacus"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(
+    cache: Cache, tmp_path: Path, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        run_training(cache, tmp_path / "runs", **options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_exists_is_kept_unless_told_otherwise(cache: Cache, tmp_path: Path) -> None:
+    run_training(cache, tmp_path)
+    before = open_run(tmp_path / "disease.logistic").record.seed
+    with pytest.raises(RunError, match=r"disease\.logistic exists already; choose another --out, or pass --overwrite"):
+        run_training(cache, tmp_path, seed=9)
+    assert open_run(tmp_path / "disease.logistic").record.seed == before
+    run_training(cache, tmp_path, seed=9, overwrite=True)
+    assert open_run(tmp_path / "disease.logistic").record.seed == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disease.logistic", "disease.raptor"]
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "disease.raptor").mkdir(parents=True)
+    (tmp_path / "disease.raptor" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="is no run"):
+        run_training(cache, tmp_path, overwrite=True)
+    assert (tmp_path / "disease.raptor" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_target_whose_name_is_no_file_name_gets_a_folder(cache: Cache, tmp_path: Path) -> None:
+    labels = LABELS.rename({"disease": "../is it?"})
+    run = train(cache, labels, targets="../is it?", out=tmp_path, heads=(), folds=4, resamples=0).runs[0]
+    assert run.path.parent == tmp_path
+    assert run.record.target == "../is it?"
+
+
+def test_a_head_that_diverges_is_named_with_its_learning_rate(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(HeadError, match=r"head 'linear' diverged.*lower its learning rate \(now 1e\+30\)"):
+        run_training(cache, tmp_path, heads=("linear",), fit_options={"learning_rate": 1e30, "epochs": 3})
+
+
+def test_the_number_of_epochs_follows_the_held_out_loss(cache: Cache, tmp_path: Path) -> None:
+    runs = run_training(cache, tmp_path, heads=("linear",), fit_options={"epochs": 8, "learning_rate": 1e-2}).runs
+    members = runs[2].record.members
+    assert all(1 <= member["epochs"] <= 8 for member in members)
+    assert all(member["held_out_loss"] < 0.7 for member in members)
+    assert FitOptions().replace(epochs=2).epochs == 2
