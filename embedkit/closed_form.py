@@ -19,7 +19,7 @@ from embedkit.targets import TaskKind
 __all__ = ["LinearReadout"]
 
 Floats = NDArray[np.float64]
-_STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-4, 9))
+_STRENGTHS = tuple(10.0**power for power in range(-2, 5))
 """Inverse penalties tried, in units of one over the number of features."""
 _NEWTON_SIZE = 1500
 

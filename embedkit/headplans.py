@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from embedkit.bags import bag_shape
 from embedkit.cache import Cache
 from embedkit.errors import CacheError, HeadError
@@ -70,7 +72,8 @@ def plan_heads(
         if not sets:
             continue
         options = complete_options(name, head_options.get(name, {}))
-        build_member(name, bag_shape(cache, sets), outputs=1, kind="binary", options=options)
+        with torch.random.fork_rng(devices=[]):
+            build_member(name, bag_shape(cache, sets), outputs=1, kind="binary", options=options)
         defaults = getattr(load_head(name), "fit_defaults", {})
         plans.append(HeadPlan(name, sets, options, FitOptions().replace(**{**defaults, **fit_options})))
     return tuple(plans)

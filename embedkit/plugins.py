@@ -25,6 +25,7 @@ come from there. Built-in heads come through the same door as everyone's::
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.metadata
 import inspect
 import math
@@ -118,7 +119,7 @@ def list_heads(entry_points: Iterable[importlib.metadata.EntryPoint] | None = No
     Raises:
         HeadError: two distributions register one name.
     """
-    points = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+    points = _installed() if entry_points is None else entry_points
     found: dict[str, HeadEntry] = {}
     for point in points:
         distribution = point.dist.name if point.dist is not None else "an unnamed distribution"
@@ -239,6 +240,12 @@ def check_output(name: str, output: Any, bag: Bag, outputs: int) -> HeadOutput:
                 f" expected {tuple(bag.mask.shape)} and patches"
             )
     return output
+
+
+@functools.cache
+def _installed() -> tuple[importlib.metadata.EntryPoint, ...]:
+    """The entry points of the installed distributions, searched for once per process."""
+    return tuple(importlib.metadata.entry_points(group=GROUP))
 
 
 def _check_class(loaded: object, entry: HeadEntry) -> None:

@@ -20,6 +20,7 @@ from typing import Any, get_args
 import numpy as np
 import polars as pl
 import safetensors.torch
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
@@ -156,10 +157,13 @@ def read_run(path: Path) -> tuple[RunRecord, pl.DataFrame, tuple[Member, ...]]:
     for name, digest in digests.items():
         if _digest(path / name) != digest:
             raise RunError(f"run {path} is damaged: {name} is not what was written; restore it or train again")
-    members = tuple(
-        build_member(record.head, record.shape, outputs=record.outputs, kind=record.kind, options=record.head_options)
-        for _ in record.members
-    )
+    with torch.random.fork_rng(devices=[]):  # initial weights, soon replaced, are drawn from the global generator
+        members = tuple(
+            build_member(
+                record.head, record.shape, outputs=record.outputs, kind=record.kind, options=record.head_options
+            )
+            for _ in record.members
+        )
     try:
         tensors = safetensors.torch.load_file(path / "weights.safetensors")
         for number, member in enumerate(members):

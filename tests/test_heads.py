@@ -1,0 +1,301 @@
+"""The contract that every registered head keeps, and the formulas of each by value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from embedkit.bags import Bag, BagShape
+from embedkit.errors import HeadError
+from embedkit.plugins import check_output, create_head, list_heads, load_head
+from embedkit.recipe import TokenSet
+
+HEADS = tuple(list_heads())
+BY_GRADIENT = tuple(name for name in HEADS if load_head(name).fit_by == "gradient")
+DIM = 6
+SHAPE = BagShape({"cls:2": (1, DIM), "patch@2:1": (4, DIM)}, {"patch@2:1": (2, 2)}, ("a/axial", "b/axial"))
+
+
+def reads(name: str) -> tuple[str, ...]:
+    """A token set of `SHAPE` that the head can read: patches where it can."""
+    readable = [text for text in SHAPE.token_sets if TokenSet.parse(text).kind in load_head(name).reads]
+    return (readable[-1],)
+
+
+def make_bag(lengths: list[list[int]], *, slices: int = 5, seed: int = 0, shape: BagShape = SHAPE) -> Bag:
+    """Random tokens; ``lengths`` holds the real slices of each case and view."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor(lengths)
+    mask = torch.arange(slices) < counts[..., None]
+    tokens = {name: torch.randn(*mask.shape, *size, generator=generator) for name, size in shape.token_sets.items()}
+    ids = tuple(f"c{number}" for number in range(len(lengths)))
+    return Bag(tokens, mask, torch.linspace(0, 1, slices).expand(mask.shape), ids)
+
+
+def make_head(name: str, outputs: int = 2, *, shape: BagShape = SHAPE, **options: Any) -> nn.Module:
+    """A head in evaluation, with every number of it random, as if it had been trained."""
+    torch.manual_seed(0)
+    sets = (list(shape.token_sets)[-1],) if shape is not SHAPE else reads(name)
+    head = create_head(name, shape, sets, outputs, options=options).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1]))
+        for key, buffer in head.named_buffers():
+            if key.startswith("readout") and not key.endswith("scale"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return head
+
+
+def tensors(head: nn.Module, bag: Bag) -> dict[str, Tensor]:
+    """All that a head says of a bag, masks apart from the padding."""
+    with torch.no_grad():
+        output = head(bag)
+    found = {"logits": output.logits, "embedding": output.embedding}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+BAG = make_bag([[3, 2], [5, 1], [1, 4]])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_outputs_have_the_shapes_of_the_contract(name: str) -> None:
+    head = make_head(name)
+    output = check_output(name, head(BAG), BAG, 2)
+    assert output.logits.isfinite().all()
+    assert output.embedding is not None and output.embedding.shape[0] == 3
+
+
+@pytest.mark.parametrize("garbage", [1e4, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", HEADS)
+def test_what_masked_slices_hold_never_changes_the_result(name: str, garbage: float) -> None:
+    head = make_head(name)
+    dirty = {key: value.masked_fill(~BAG.mask[..., None, None], garbage) for key, value in BAG.tokens.items()}
+    expected, found = tensors(head, BAG), tensors(head, dataclasses.replace(BAG, tokens=dirty))
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    if hasattr(head, "evidence"):
+        evidence = cast(Any, head).evidence(dataclasses.replace(BAG, tokens=dirty), 1)
+        assert torch.equal(evidence, cast(Any, head).evidence(BAG, 1))
+        assert (evidence[~BAG.mask] == 0).all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_more_padding_never_changes_the_result(name: str) -> None:
+    head = make_head(name)
+    longer = make_bag([[3, 2], [5, 1], [1, 4]], slices=9, seed=7)
+    tokens = {key: torch.cat([value, longer.tokens[key][:, :, 5:]], 2) for key, value in BAG.tokens.items()}
+    padded = dataclasses.replace(BAG, tokens=tokens, mask=longer.mask, positions=longer.positions)
+    for key, value in tensors(head, BAG).items():
+        torch.testing.assert_close(tensors(head, padded)[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_case_alone_gets_what_it_gets_among_others(name: str) -> None:
+    head = make_head(name)
+    alone = Bag({k: v[1:2] for k, v in BAG.tokens.items()}, BAG.mask[1:2], BAG.positions[1:2], ("c1",))
+    for key, value in tensors(head, BAG).items():
+        torch.testing.assert_close(tensors(head, alone)[key][0], value[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_order_of_slices_does_not_matter(name: str) -> None:
+    head = make_head(name)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    tokens = {key: value[:, :, order] for key, value in BAG.tokens.items()}
+    mixed = dataclasses.replace(BAG, tokens=tokens, mask=BAG.mask[:, :, order])
+    for key, value in tensors(head, BAG).items():
+        torch.testing.assert_close(tensors(head, mixed)[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_missing_view_one_slice_and_a_case_without_anything_give_finite_logits(name: str) -> None:
+    head = make_head(name)
+    bag = make_bag([[1, 0], [0, 1], [0, 0]], slices=1)
+    assert tensors(head, bag)["logits"].isfinite().all()
+    other = {key: value.clone() for key, value in bag.tokens.items()}
+    for value in other.values():
+        value[0, 1] = 99
+    assert torch.equal(tensors(head, dataclasses.replace(bag, tokens=other))["logits"], tensors(head, bag)["logits"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", HEADS)
+def test_half_precision_stays_near_single(name: str, dtype: torch.dtype) -> None:
+    head = make_head(name)
+    expected = tensors(head, BAG)["logits"]
+    found = tensors(head.to(dtype), BAG.to(dtype=dtype))["logits"]
+    assert found.dtype == dtype
+    scale = max(1.0, float(expected.abs().max()))
+    assert float((found.float() - expected).abs().max()) < (0.01 if dtype == torch.float16 else 0.08) * scale
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    sets = reads(name)
+    torch.manual_seed(0)
+    head = create_head(name, SHAPE, sets, 2).train()
+    head(BAG).logits.square().sum().backward()
+    for key, parameter in head.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+    optimiser = torch.optim.SGD(head.parameters(), lr=0.1)
+    optimiser.step()
+    head.eval()
+    head.zero_grad()
+    (head(BAG).logits * torch.tensor([1.0, -2.0])).sum().backward()
+    for key, parameter in head.named_parameters():
+        assert parameter.grad is not None and (parameter.grad != 0).any(), key
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_a_head_has_at_most_a_million_parameters_at_384_dims(name: str) -> None:
+    shape = BagShape({"cls:12": (1, 384), "patch@8:8": (64, 384)}, {"patch@8:8": (8, 8)}, ("a/axial", "b/axial"))
+    for text in shape.token_sets:
+        if TokenSet.parse(text).kind in load_head(name).reads:
+            head = create_head(name, shape, (text,), 2)
+            assert sum(parameter.numel() for parameter in head.parameters()) <= 1_000_000
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_evidence_adds_up_to_the_change_of_the_logit(name: str) -> None:
+    head = make_head(name)
+    if not hasattr(head, "evidence"):
+        pytest.skip(f"{name} says nothing of its evidence")
+    evidence = cast(Any, head).evidence(BAG, 1)
+    assert evidence.shape == (*BAG.mask.shape, 4)
+    rest = tensors(head, BAG)["logits"][:, 1] - evidence.sum((1, 2, 3))
+    if name == "grid":
+        average = BAG.tokens["patch@2:1"] * 0
+        rest = rest - tensors(head, dataclasses.replace(BAG, tokens={"patch@2:1": average}))["logits"][:, 1]
+        torch.testing.assert_close(rest, torch.zeros(3), rtol=0, atol=1e-4)
+    else:
+        torch.testing.assert_close(rest, rest[:1].expand(3), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["query", "abmil"])
+def test_attention_sums_to_one_over_the_real_slices_of_every_view(name: str) -> None:
+    bag = make_bag([[3, 0], [5, 1]])
+    output = make_head(name)(bag)
+    sums = bag.mask.any(2).float()
+    torch.testing.assert_close(output.slice_attention.sum(2), sums)
+    torch.testing.assert_close(output.token_attention.sum((2, 3)), sums)
+    assert (output.slice_attention[~bag.mask] == 0).all()
+
+
+ONE_VIEW = BagShape({"cls:2": (1, DIM)}, {}, ("a/axial",))
+
+
+def test_linear_is_the_mean_over_slices_and_a_linear_layer_averaged_over_views() -> None:
+    head = cast(Any, make_head("linear"))
+    bag = make_bag([[3, 2], [4, 0]])
+    tokens = bag.tokens["patch@2:1"]
+    first, second = (tokens[0, view, :count].mean((0, 1)) for view, count in ((0, 3), (1, 2)))
+    expected = (head.weight[0] @ first + head.weight[1] @ second) / 2 + head.bias
+    torch.testing.assert_close(head(bag).logits[0], expected)
+    torch.testing.assert_close(head(bag).logits[1], head.weight[0] @ tokens[1, 0, :4].mean((0, 1)) + head.bias)
+
+
+def test_query_pools_by_equation_5() -> None:
+    head = cast(Any, make_head("query", shape=ONE_VIEW))
+    bag = make_bag([[4]], shape=ONE_VIEW)
+    tokens = bag.tokens["cls:2"][0, 0, :4, 0]
+    weights = (tokens @ head.query[0] / math.sqrt(DIM)).softmax(0)
+    output = head(bag)
+    torch.testing.assert_close(output.slice_attention[0, 0, :4], weights)
+    torch.testing.assert_close(output.embedding[0], weights @ tokens)
+    torch.testing.assert_close(output.logits[0], head.classify.weight @ (weights @ tokens) + head.classify.bias)
+
+
+def test_query_pools_views_by_a_second_query() -> None:
+    head = cast(Any, make_head("query"))
+    bag = make_bag([[3, 2]])
+    pooled = []
+    for view, count in ((0, 3), (1, 2)):
+        tokens = bag.tokens["patch@2:1"][0, view, :count].reshape(-1, DIM)
+        pooled.append((tokens @ head.query[view] / math.sqrt(DIM)).softmax(0) @ tokens)
+    stacked = torch.stack(pooled)
+    weights = (stacked @ head.fuse.query / math.sqrt(DIM)).softmax(0)
+    torch.testing.assert_close(head(bag).embedding[0], weights @ stacked)
+
+
+def test_abmil_is_gated_attention() -> None:
+    head = cast(Any, make_head("abmil", shape=ONE_VIEW, width=8, attention_width=5))
+    bag = make_bag([[4]], shape=ONE_VIEW)
+    hidden = torch.relu(head.embed[0](bag.tokens["cls:2"][0, 0, :4, 0]))
+    gated = torch.tanh(hidden @ head.value.weight.T + head.value.bias)
+    gated = gated * torch.sigmoid(hidden @ head.gate.weight.T + head.gate.bias)
+    weights = (gated @ head.score[0]).softmax(0)
+    output = head(bag)
+    torch.testing.assert_close(output.slice_attention[0, 0, :4], weights)
+    torch.testing.assert_close(output.logits[0], head.classify(weights @ hidden))
+
+
+def test_grid_keeps_places_where_mean_pooling_forgets_them() -> None:
+    tokens = torch.zeros(2, 1, 1, 4, DIM)
+    tokens[0, 0, 0, 0] = 3
+    tokens[1, 0, 0, 3] = 3
+    shape = BagShape({"patch@2:1": (4, DIM)}, {"patch@2:1": (2, 2)}, ("a/axial",))
+    bag = Bag({"patch@2:1": tokens}, torch.ones(2, 1, 1, dtype=torch.bool), torch.zeros(2, 1, 1), ("left", "right"))
+    blind, seeing = make_head("linear", shape=shape)(bag).logits, make_head("grid", shape=shape)(bag).logits
+    torch.testing.assert_close(blind[0], blind[1])
+    assert (seeing[0] - seeing[1]).abs().max() > 0.1
+
+
+def test_evidence_of_grid_finds_the_token_that_made_the_difference() -> None:
+    head = cast(Any, make_head("grid"))
+    tokens = torch.zeros_like(BAG.tokens["patch@2:1"])
+    tokens[0, 0, 2, 3] = 2
+    evidence = head.evidence(dataclasses.replace(BAG, tokens={"patch@2:1": tokens}), 0)
+    assert evidence[0].abs().argmax() == (2 * 4 + 3)
+    torch.testing.assert_close(evidence[1:], torch.zeros_like(evidence[1:]))
+
+
+def test_raptor_is_the_projected_mean_over_slices_with_places_side_by_side() -> None:
+    head = cast(Any, make_head("raptor", projections=5))
+    bag = make_bag([[3, 2], [2, 0]])
+    projection = torch.randn(DIM, 5, generator=torch.Generator().manual_seed(0)) / math.sqrt(5)
+    torch.testing.assert_close(head.projection, projection)
+    features = head.features(bag).view(2, 2, 4, 5)
+    torch.testing.assert_close(features[0, 1], bag.tokens["patch@2:1"][0, 1, :2].mean(0) @ projection)
+    each_projected_first = torch.stack([part @ projection for part in bag.tokens["patch@2:1"][0, 1, :2]]).mean(0)
+    torch.testing.assert_close(features[0, 1], each_projected_first)
+    assert features[1, 1].isnan().all() and features[1, 0].isfinite().all()
+
+
+def test_raptor_projections_keep_lengths_and_follow_their_seed() -> None:
+    shape = BagShape({"patch@2:1": (4, 200)}, {}, ("a/axial",))
+    first, again, other = (
+        cast(Any, create_head("raptor", shape, ("patch@2:1",), 1, options={"seed": seed})).projection
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    vectors = torch.randn(50, 200, generator=torch.Generator().manual_seed(3))
+    ratio = (vectors @ first).norm(dim=1) / vectors.norm(dim=1)
+    assert 0.9 < float(ratio.mean()) < 1.1
+
+
+@pytest.mark.parametrize("name", ["logistic", "raptor"])
+def test_a_missing_view_counts_as_average_in_closed_form(name: str) -> None:
+    torch.manual_seed(0)
+    bag = make_bag([[3, 2], [2, 0], [4, 1], [1, 0]] * 5)
+    head = cast(Any, create_head(name, SHAPE, reads(name), 1).eval())
+    targets = (np.arange(20) // 2) % 2
+    features = head.features(bag)
+    head.fit(features, targets, kind="binary", holdouts=[np.arange(20) >= 10], class_weights=True)
+    size = features.shape[1] // 2
+    averaged = features[1:2].clone()
+    averaged[0, size:] = features[:, size:].nanmean(0)
+    torch.testing.assert_close(head.read_out(averaged), head(bag).logits[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_sets_on_two_grids_are_refused_by_every_head() -> None:
+    shape = BagShape({"patch@2:1": (4, DIM), "patch@3:1": (9, DIM)}, {}, ("a/axial",))
+    for name in ("linear", "query", "abmil", "grid", "logistic", "raptor"):
+        with pytest.raises(HeadError, match="4, 9 patches"):
+            create_head(name, shape, ("patch@2:1", "patch@3:1"), 1)
