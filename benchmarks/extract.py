@@ -22,7 +22,7 @@ from embedkit.extraction import extract
 from embedkit.features import Backbone
 from embedkit.manifest import read_manifest
 from embedkit.phantoms import make_phantoms
-from embedkit.pipeline import Rendered, _run_backbone, render_cases
+from embedkit.pipeline import Rendered, render_cases, run_backbone
 from embedkit.recipe import Recipe
 from embedkit.sources import group_cases, read_case
 
@@ -82,7 +82,7 @@ def time_bare_forward(manifest: pl.DataFrame, backbone: Backbone, recipe: Recipe
     images = torch.cat([part.images for part in rendered if isinstance(part, Rendered)])
     started = time.perf_counter()
     for batch in images.split(batch_size):
-        _run_backbone(batch, backbone, recipe)
+        run_backbone(batch, backbone, recipe)
     return time.perf_counter() - started
 
 

@@ -22,15 +22,18 @@ def explain_command(
     class_name: Annotated[
         str | None, typer.Option("--class", help="Explain this class; default: the positive or the predicted one.")
     ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Ask only the fold model that was trained without the case.")
+    ] = False,
 ) -> None:
     """Show where a trained run looked: NIfTI heatmaps in the source geometry, and a picture."""
     from embedkit import explain
 
-    shown = explain(run, cache, case, out, manifest=manifest, class_name=class_name)
+    shown = explain(run, cache, case, out, manifest=manifest, class_name=class_name, held_out=held_out)
     typer.echo(f"{case}: {shown.answer}")
     for view, weights in shown.slice_weights.items():
-        top = ", ".join(f"slice {index} ({weight:.2f})" for index, weight in weights.top(3))
-        typer.echo(f"  {view}: most weight on {top}")
+        top = ", ".join(f"slice {index} ({weight:.0%})" for index, weight in weights.top(3))
+        typer.echo(f"  {view}: most evidence on {top}")
     for path in (*shown.heatmaps.values(), shown.montage):
         typer.echo(str(path))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from embedkit.cli.console import print_json, print_table, show_progress, split_list
@@ -61,12 +62,22 @@ def train_command(
     if json:
         print_json(trained.table.to_dicts())
         return
+    _print_left_aside({run.record.target: run.record.cases for run in trained.runs})
     _print_scores(trained.table)
     for note in dict.fromkeys(note for each in trained.runs for note in each.record.notes):
         typer.echo(f"note: {note}")
 
 
 run = train_command
+
+
+def _print_left_aside(cases_by_target: Mapping[str, Mapping[str, Any]]) -> None:
+    """Which cases a target could not use, and why; nothing is dropped without a word."""
+    for target, cases in cases_by_target.items():
+        for why, ids in cases.items():
+            if isinstance(ids, list) and ids:
+                shown = ", ".join(ids[:4]) + (", ..." if len(ids) > 4 else "")
+                typer.echo(f"{target}: {len(ids)} cases {why.replace('_', ' ')}: {shown}", err=True)
 
 
 def _print_scores(table: pl.DataFrame) -> None:

@@ -122,6 +122,9 @@ def _fit(
         solver="newton-cholesky" if features.shape[1] * (classes if classes > 2 else 1) <= _NEWTON_SIZE else "lbfgs",
         max_iter=5000,
     ).fit(features, targets)
+    if kind == "multiclass" and classes == 2:  # one row in scikit-learn; softmax of these two is its sigmoid
+        weight, bias = model.coef_ / 2, model.intercept_ / 2
+        return np.concatenate([-weight, weight]), np.concatenate([-bias, bias])
     return model.coef_, model.intercept_
 
 

@@ -32,6 +32,7 @@ __all__ = ["DemoResult", "run_demo"]
 _BACKBONE = "embedkit/scattering"
 _TARGETS = ("lesion", "side")
 _MARKER = "embedkit-demo.txt"
+_FEWEST = 40
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ def run_demo(
         on_step: Told what comes next, in a line.
 
     Raises:
-        OptionError: ``out`` exists and may not be replaced.
+        OptionError: ``out`` exists and may not be replaced, or too few cases.
     """
+    if cases < _FEWEST:
+        raise OptionError(f"{cases} phantoms asked for, expected {_FEWEST} or more: five folds need some of each side")
     started = time.perf_counter()
     _clear(out, overwrite=overwrite)
     on_step(f"1/6 phantoms: {cases} CT-like volumes with and without a lung lesion")

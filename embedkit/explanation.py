@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 
 from embedkit.cache import Cache, StackRecord, open_cache
 from embedkit.errors import RunError
+from embedkit.files import explain_os_error
 from embedkit.manifest import read_manifest
 from embedkit.patches import place_patch_scores
+from embedkit.pictures import write_picture
 from embedkit.plots import plot_montage
 from embedkit.runs import Evidence, Run, open_run
 from embedkit.slices import plan_stacks, render_slices
@@ -32,7 +35,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SliceWeights:
-    """How much each slice of one view counted.
+    """Each slice's share of all evidence for the class explained, in one view.
 
     Attributes:
         indices: int32 [slices], index along the plane's axis of the canonical volume.
@@ -100,23 +103,27 @@ def explain(
     evidence = opened.find_evidence(source, case_id, class_name=class_name, held_out=held_out)
     stacks = _stacks_of(source, case_id, evidence.scores)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write the explanation: {explain_os_error(error, folder)}") from error
     positive = {view: np.maximum(scores, 0) for view, scores in evidence.scores.items()}
     highest = max((float(scores.max(initial=0)) for scores in positive.values()), default=0.0) or 1.0
     scaled = {view: (scores / highest).astype(np.float32) for view, scores in positive.items()}
-    heatmaps = {view: folder / f"{_file_name(f'{case_id}_{view}')}_heatmap.nii.gz" for view in stacks}
+    heatmaps = {view: folder / f"{_file_name(case_id)}_{view.replace('/', '_')}_heatmap.nii.gz" for view in stacks}
     for view, stack in stacks.items():
         _write_heatmap(heatmaps[view], scaled[view], source, stack)
     weights = _slice_weights(evidence, source, stacks)
     montage = folder / f"{_file_name(case_id)}.png"
     images = _read_images(source, stacks, case_id, manifest)
-    montage.write_bytes(_draw(images, scaled, weights))
+    write_picture(montage, _draw(images, scaled, weights))
     return Explanation(case_id, evidence.answer, weights, heatmaps, montage)
 
 
 def _file_name(text: str) -> str:
-    """``text`` as a file's name that cannot leave its folder."""
-    return re.sub(r"[^\w-]", "_", text)
+    """``text`` as a file's name that cannot leave its folder; where it had to change, a digest keeps it unique."""
+    safe = re.sub(r"[^\w.-]", "_", text).lstrip(".")
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _stacks_of(cache: Cache, case_id: str, wanted: Mapping[str, Any]) -> dict[str, int]:
@@ -188,7 +195,9 @@ def _draw(
             picture = shown[row]
             pictures.append(picture)
             overlays.append(_upsample(scores[view][row], picture.shape[0]))
-            titles.append(f"{view} slice {weights[view].indices[row]}\nweight {weights[view].weights[row]:.2f}")
+            titles.append(
+                f"{view} slice {weights[view].indices[row]}\n{weights[view].weights[row]:.0%} of the evidence"
+            )
     return plot_montage(pictures, titles, overlays=overlays, columns=_SHOWN, scale="evidence")
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import polars as pl
@@ -14,7 +14,7 @@ import torch
 
 from embedkit.backbones import load_backbone
 from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
-from embedkit.errors import CacheError, OptionError, VolumeError
+from embedkit.errors import BackboneError, CacheError, OptionError, VolumeError
 from embedkit.failures import Failure, clear_failures, record_failure
 from embedkit.features import Backbone
 from embedkit.manifest import read_manifest
@@ -141,7 +141,8 @@ def extract(
 
     Raises:
         OptionError: an option has a value that means nothing.
-        ManifestError: the manifest is unreadable or contradicts itself.
+        ManifestError: the manifest is unreadable, contradicts itself, or gives a cached case another patient or fewer
+            views.
         BackboneError: unknown backbone, or its weights cannot be had.
         RecipeError: ``out`` holds a cache of another recipe.
         CacheError: ``out`` cannot be written, or holds a damaged shard.
@@ -206,6 +207,8 @@ def extract_cases(
 ) -> ExtractionSummary:
     """Extracts the cases that ``cache`` (made by `create_cache`) lacks; the options are those of `extract`."""
     sources = CachedSources(open_cache(cache).stacks, recipe)
+    sources.require_same_patients(cases)
+    sources.require_same_views(cases)
     pending = [case for case in cases if not sources.holds(case)]
     account = _Account(cases=len(cases), pending=len(pending), on_progress=on_progress)
 
@@ -234,18 +237,26 @@ def _settle(
     if isinstance(result, CaseWork):
         try:
             stacks = result.finish()
-        except (CacheError, VolumeError) as error:
+        except (BackboneError, CacheError, VolumeError) as error:
             result = FailedCase(result.case, str(error))
         else:
             writer.add(stacks)
-            account.done(result, changed=sources.holds_other_bytes(result.case))
+            account.done(result, changed=sources.holds_some(result.case))
             return
     if isinstance(result, FailedCase):
         failure = Failure(case_id=result.case.case_id, view="", reason=result.reason)
-        record_failure(cache, failure)
+        record_failure(cache, replace(failure, reason=_without_folders(result)))
         account.failed(failure)
     else:
         account.same(result.case)
+
+
+def _without_folders(failed: FailedCase) -> str:
+    """The reason with file names alone: a folder's name can be a patient's, and the record stays in the cache."""
+    reason = failed.reason
+    for path in failed.case.images.values():
+        reason = reason.replace(str(path), path.name).replace(f"{path.parent}/", "")
+    return reason
 
 
 @dataclass

@@ -2,12 +2,14 @@
 
 A file or folder is first written under a temporary name beside its final one, ``.NAME.HOST.PID.TOKEN.tmp``, then made
 durable (fsync), then given its final name, which it never takes from an existing file. HOST is the host name and its
-process-id namespace, TOKEN names one process, so that a later run can tell a killed writer from a live one.
+process-id namespace, TOKEN names one process, so that a later run can tell a killed writer from a live one. What a
+writer is about to replace it sets aside under the same name with ``.old`` in the place of ``.tmp``.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import platform
 import re
@@ -31,7 +33,10 @@ __all__ = [
 STALE_AFTER_S = 24 * 3600.0
 """Age in seconds after which a temporary file that another host wrote, and writes no more, counts as abandoned."""
 
-_TEMPORARY = re.compile(r"\..+\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})\.tmp")
+_TEMPORARY = re.compile(
+    r"\.(?P<final>.+)\.(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>\d+)\.(?P<token>[0-9a-f]{8})(?:-\d+)?\.(?P<role>tmp|old)"
+)
+_SERIAL = itertools.count()
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -54,9 +59,9 @@ def _token(pid: int) -> str:
 
 
 def temporary_path(final: Path) -> Path:
-    """The hidden name beside ``final`` under which this process writes it."""
+    """A hidden name beside ``final`` under which to write it; no two calls give the same, in threads neither."""
     pid = os.getpid()
-    return final.with_name(f".{final.name}.{_host()}.{pid}.{_token(pid)}.tmp")
+    return final.with_name(f".{final.name}.{_host()}.{pid}.{_token(pid)}-{next(_SERIAL)}.tmp")
 
 
 def publish_file(temporary: Path, final: Path) -> None:
@@ -124,6 +129,7 @@ def write_new_file(final: Path, data: bytes) -> None:
 def remove_stale(folder: Path, *, now_s: float | None = None) -> list[Path]:
     """Removes what killed writers left in ``folder`` and returns it, sorted; a live writer's files are never touched.
 
+    What a killed writer had set aside (``.old``) and not replaced gets its name back; it is not among those returned.
     A temporary file or folder is stale if a process of this host wrote it that has ended, or if another host wrote
     it and it has not changed for `STALE_AFTER_S`.
 
@@ -136,6 +142,11 @@ def remove_stale(folder: Path, *, now_s: float | None = None) -> list[Path]:
     for path in sorted(folder.iterdir()):
         match = _TEMPORARY.fullmatch(path.name)
         if match is None or not _is_stale(path, match, now_s):
+            continue
+        final = path.with_name(match["final"])
+        if match["role"] == "old" and not final.exists():
+            path.rename(final)
+            sync_folder(folder)
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

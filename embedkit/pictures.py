@@ -11,14 +11,15 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.cache import Cache, open_cache
-from embedkit.errors import SearchError
+from embedkit.errors import OptionError, SearchError
+from embedkit.files import explain_os_error, temporary_path
 from embedkit.index import Index
 from embedkit.plots import plot_montage
 from embedkit.recipe import Recipe
 from embedkit.slices import plan_stacks, render_previews, render_slices
 from embedkit.volumes import Volume, read_volume
 
-__all__ = ["draw_similar_cases", "picture_case", "picture_volume"]
+__all__ = ["draw_similar_cases", "picture_case", "picture_volume", "write_picture"]
 
 _PLACES = (0.3, 0.5, 0.7)
 _SIDE = 192
@@ -68,7 +69,25 @@ def draw_similar_cases(
     columns = [query, *columns]
     images = [column[row] for row in range(len(_PLACES)) for column in columns]
     captions = titles + [""] * (len(images) - len(titles))
-    out.write_bytes(plot_montage(images, captions, columns=len(columns), outlined=range(0, len(images), len(columns))))
+    outlined = range(0, len(images), len(columns))
+    write_picture(out, plot_montage(images, captions, columns=len(columns), outlined=outlined))
+
+
+def write_picture(path: Path, png: bytes) -> None:
+    """Writes a PNG, whole or not at all.
+
+    Raises:
+        OptionError: ``path`` does not end in .png, or its folder is not there or may not be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise OptionError(f"{path} does not end in .png, the only kind of picture that is written; rename it")
+    temporary = temporary_path(path.absolute())
+    try:
+        temporary.write_bytes(png)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OptionError(f"cannot write the picture: {explain_os_error(error, path)}") from error
 
 
 def picture_case(cache: Cache, case_id: str, *, places: Sequence[float] = _PLACES) -> Pictures:

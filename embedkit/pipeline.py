@@ -29,7 +29,7 @@ from embedkit.slices import Stack, plan_stacks, render_previews, render_slices
 from embedkit.sources import Case, CaseImages, combine_digests, combine_stats
 from embedkit.tokens import compute_token_sets, needs_attention, required_layers, token_shape
 
-__all__ = ["CaseWork", "FailedCase", "Rendered", "SameCase", "compute_cases", "render_cases"]
+__all__ = ["CaseWork", "FailedCase", "Rendered", "SameCase", "compute_cases", "render_cases", "run_backbone"]
 
 _CHUNKS_AHEAD = 4
 
@@ -73,6 +73,7 @@ class CaseWork:
         self._recipe = recipe
         self.stacks = [_StackWork(stack, recipe, shapes) for stack in plan_stacks(images.volumes, recipe)]
         self.slices = sum(len(work.blank) for work in self.stacks)
+        self.problem = ""
         self._remaining = self.slices
 
     @property
@@ -90,7 +91,10 @@ class CaseWork:
         Raises:
             VolumeError: every slice of a view is blank.
             CacheError: a stack cannot be stored as it is; see `embedkit.cache.check_stack`.
+            BackboneError: a token is outside float16's range.
         """
+        if self.problem:
+            raise BackboneError(self.problem)
         stacks = [self._stack_tokens(work) for work in self.stacks]
         for stack in stacks:
             check_stack(stack, self._recipe)
@@ -230,7 +234,7 @@ def _compute_batch(
 ) -> Iterator[CaseWork]:
     images = torch.cat([part.images for part in parts])
     if len(images):
-        tokens = _run_backbone(_pad(images, batch_size), backbone, recipe)
+        tokens = run_backbone(_pad(images, batch_size), backbone, recipe)
     start = 0
     for part in parts:
         stop = start + len(part.rows)
@@ -238,6 +242,11 @@ def _compute_batch(
             target = part.work.stacks[part.stack].tokens
             for name, values in tokens.items():
                 target[name][part.rows] = values[start:stop]
+                if not np.isfinite(values[start:stop]).all():
+                    part.work.problem = (
+                        f"{backbone.info.name} gives {name} tokens outside float16's range at precision"
+                        f" {recipe.precision}; leave that layer out or use --precision fp32"
+                    )
         start = stop
         if part.work.count_down(part.slices):
             yield part.work
@@ -248,7 +257,8 @@ def _pad(images: Tensor, batch_size: int) -> Tensor:
     return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing > 0 else images
 
 
-def _run_backbone(images: Tensor, backbone: Backbone, recipe: Recipe) -> dict[str, NDArray[np.float16]]:
+def run_backbone(images: Tensor, backbone: Backbone, recipe: Recipe) -> dict[str, NDArray[np.float16]]:
+    """Token sets of images, float [batch channels height width] in 0..1, by name: float16 [batch ...]."""
     token_sets = recipe.parsed_token_sets()
     autocast_dtype = AUTOCAST_DTYPES[recipe.precision]
     with (
@@ -258,14 +268,7 @@ def _run_backbone(images: Tensor, backbone: Backbone, recipe: Recipe) -> dict[st
         output = backbone.forward_layers(images, required_layers(token_sets), attention=needs_attention(token_sets))
     with torch.inference_mode():
         tokens = compute_token_sets(output, token_sets, backbone.info)
-        stored = {name: values.to(torch.float16).cpu().numpy() for name, values in tokens.items()}
-    for name, values in stored.items():
-        if not np.isfinite(values).all():
-            raise BackboneError(
-                f"{backbone.info.name} gives {name} tokens outside float16's range at precision {recipe.precision};"
-                " leave that layer out or use --precision fp32"
-            )
-    return stored
+        return {name: values.to(torch.float16).cpu().numpy() for name, values in tokens.items()}
 
 
 def _read_ahead(

@@ -164,7 +164,12 @@ def build_index(
             recipe=source.recipe,
             out=out,
             centre=True,
-            details={**where, "run": str(Path(run).resolve())},
+            details={
+                **where,
+                "run": str(Path(run).resolve()),
+                "run_digest": opened.digest,
+                "views": list(opened.views),
+            },
         )
     chosen = Embedding.parse(_with_layer(embedding, source))
     found = embed_cases(source, chosen)
@@ -260,7 +265,12 @@ def embed_volume(
 
 def _embed_query(index: Index, cache: Cache) -> FloatArray:
     if "run" in index.details:
-        _, vectors = _run_vectors(open_run(index.details["run"]), cache)
+        run = open_run(index.details["run"])
+        if run.digest != index.details["run_digest"]:
+            raise SearchError(
+                f"run {run.path} was trained again since index {index.path} was made; build the index anew"
+            )
+        _, vectors = _run_vectors(run, cache)
         return cast(FloatArray, vectors[0])
     found = embed_cases(cache, Embedding.parse(index.embedding), views=index.details["views"])
     return cast(FloatArray, found.fuse(index.extras["view_means"])[0])
@@ -273,8 +283,7 @@ def _query_view(index: Index, view: str | None) -> str:
             f"index {index.path} was made with channels {', '.join(recipe.channels)}, and one image has no such"
             " channels; extract the new case to a cache of its own and search by its vector"
         )
-    known = index.details.get("views") or open_run(index.details["run"]).views
-    views = sorted({name.rpartition("/")[0] for name in known})
+    views = sorted({name.rpartition("/")[0] for name in index.details["views"]})
     if view is None and len(views) == 1:
         return str(views[0])
     if view is None or view not in views:
@@ -311,4 +320,9 @@ def _join_labels(table: pl.DataFrame, labels: str | Path | pl.DataFrame | None) 
     if labels is None:
         return table
     frame = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
+    if not set(frame["case_id"]) & set(table["case_id"]):
+        raise SearchError(
+            f"no case_id of the labels ({', '.join(frame['case_id'].head(3))} ...) is a case of the cache"
+            f" ({', '.join(table['case_id'].head(3))} ...); spell them alike"
+        )
     return table.join(frame.drop("patient_id", strict=False), on="case_id", how="left", maintain_order="left")

@@ -62,8 +62,10 @@ class RunRecord:
         parameters: Trainable numbers per member.
         seconds: Time that the fits took.
         versions: Of embedkit and what it stands on.
-        cases: Numbers of cases trained on and left aside, with the ids of the latter.
+        cases: Numbers of cases trained on and left aside, with the ids of the latter and of the patients that were
+            in training but in no test part (``untested_patients``).
         notes: What the user should know, in sentences.
+        sha256: Of the other files, in hex; known once it is written.
     """
 
     name: str
@@ -85,6 +87,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     cases: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
 
     @property
     def token_sets(self) -> tuple[str, ...]:
@@ -113,7 +116,6 @@ def write_run(
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(path.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         tensors = {
@@ -149,7 +151,7 @@ def read_run(path: Path) -> tuple[RunRecord, pl.DataFrame, tuple[Member, ...]]:
     try:
         fields = json.loads((path / "run.json").read_text(encoding="utf-8"))
         record = _from_json(fields)
-        digests = {name: fields["sha256"][name] for name in _FILES[1:]}
+        digests = {name: record.sha256[name] for name in _FILES[1:]}
     except (ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
         raise RunError(
             f"run {path} is damaged: run.json: {type(error).__name__}: {error}; restore it or train again"
@@ -180,11 +182,16 @@ def read_run(path: Path) -> tuple[RunRecord, pl.DataFrame, tuple[Member, ...]]:
 
 
 def require_absent(path: Path, *, overwrite: bool) -> None:
-    """Stops before training where a run is already there.
+    """Stops before training where a run is already there, one included that a killed writer had set aside.
 
     Raises:
-        RunError: ``path`` exists and ``overwrite`` is False, or it exists and is no run.
+        RunError: ``path`` exists and ``overwrite`` is False, it exists and is no run, or the file system refuses.
     """
+    try:
+        if path.parent.is_dir():
+            remove_stale(path.parent)
+    except OSError as error:
+        raise RunError(f"run {path.name} cannot be written: {explain_os_error(error, path)}") from error
     if not path.exists():
         return
     if not overwrite:
@@ -194,12 +201,21 @@ def require_absent(path: Path, *, overwrite: bool) -> None:
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:
-    """Puts ``temporary`` in the place of the run at ``path``, which is whole until the new one is there."""
-    old = temporary.with_name(temporary.name.removesuffix(".tmp") + ".old")
+    """Puts ``temporary`` in the place of the run at ``path``, which is set aside and comes back if that fails.
+
+    No rename exchanges two folders, so for a moment there is none at ``path``; of a writer killed in it the run set
+    aside is put back by the next `remove_stale`.
+    """
+    old = temporary.with_suffix(".old")
+    os.utime(path)  # its age is counted from here
+    path.rename(old)
+    try:
+        publish_folder(temporary, path)
+    except BaseException:
+        if not path.exists():
+            old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
-    os.replace(path, old)  # noqa: PTH105 - the counterpart of the rename in publish_folder
-    publish_folder(temporary, path)
-    shutil.rmtree(old)
 
 
 def _digest(path: Path) -> str:

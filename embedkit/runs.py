@@ -55,8 +55,8 @@ class Run:
     Attributes:
         path: Its folder.
         record: Everything of ``run.json``.
-        predictions: Out of fold: case_id, patient_id, fold, target (class name, labels between ``;``, or value) and
-            the score columns.
+        predictions: Out of fold, of the cases that a fold tested: case_id, patient_id, fold, target (class name,
+            labels between ``;``, or value) and the score columns.
         members: The fitted heads.
     """
 
@@ -73,6 +73,16 @@ class Run:
     @property
     def head(self) -> str:
         return self.record.head
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its weights file in hex, which tells it from any other fit; checked when it was opened."""
+        return self.record.sha256["weights.safetensors"]
+
+    @property
+    def training_patients(self) -> frozenset[str]:
+        """Patients that any member was trained on, those that no fold tested among them."""
+        return frozenset(self.predictions["patient_id"]) | frozenset(self.record.cases.get("untested_patients", ()))
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -173,7 +183,8 @@ def predict(
 
     Args:
         run: A run or its folder.
-        cache: Cache of the run's recipe; it may hold more token sets, planes and views.
+        cache: Cache of the run's recipe; it may hold more token sets, planes and views, and lack some of the run's
+            views, which then count as missing in every case.
         case_ids: Which cases, in this order; None for all of the cache, sorted.
         device: Where the heads run.
 
@@ -183,7 +194,7 @@ def predict(
         All null for a case without a usable slice in the run's views.
 
     Raises:
-        RunError: the cache lacks a token set, view or case that is asked for; or as `open_run`.
+        RunError: the cache lacks a token set, all of the run's views, or a case that is asked for; or as `open_run`.
         RecipeError: the cache has another recipe.
     """
     opened = run if isinstance(run, Run) else open_run(run)
@@ -240,12 +251,13 @@ def evaluate(
     record = opened.record
     cases = source.stacks.select("case_id", "patient_id").unique(maintain_order=True)
     task, _ = encode_targets(table, record.target, cases, kind=record.kind, classes=record.classes or None)
-    known = set(opened.predictions["patient_id"])
+    known = opened.training_patients
     pairs = zip(task.case_ids, task.patient_ids, strict=True)
     if seen := [case for case, patient in pairs if patient in known]:
         raise RunError(
             f"{len(seen)} of the labelled cases are of patients that run {opened.name} was trained on"
-            f" ({', '.join(seen[:5])}), expected others; its own patients are scored out of fold in its run.json"
+            f" ({', '.join(seen[:5])}), expected others; those that a fold"
+            " tested are scored in its run.json"
         )
     answers = predict(opened, source, case_ids=task.case_ids, device=device)
     scores = answers.select(record.score_columns)
@@ -258,11 +270,11 @@ def evaluate(
 
 
 def check_cache(record: RunRecord, cache: Cache) -> None:
-    """Stops where a cache does not hold what a run reads.
+    """Stops where a cache does not hold what a run reads; a view may be absent, as it may in any case.
 
     Raises:
         RecipeError: a field of the recipe that determines the tokens differs.
-        RunError: the cache lacks one of the run's token sets or views.
+        RunError: the cache lacks one of the run's token sets, or all of its views.
     """
     wanted = record.recipe
     found = dataclasses.replace(
@@ -274,17 +286,18 @@ def check_cache(record: RunRecord, cache: Cache) -> None:
         where=f"cache {cache.path}",
         ways_out=f"Extract the new cases with the options of the cache that run {record.name} was trained on",
     )
-    needs = {
-        "token sets": (record.token_sets, cache.recipe.token_sets),
-        "views": (record.shape.views, list_views(cache)),
-    }
-    for what, (needed, held) in needs.items():
-        if absent := [name for name in needed if name not in held]:
-            raise RunError(
-                f"run {record.name} needs the {what} {', '.join(needed)}, but cache {cache.path} lacks"
-                f" {', '.join(absent)} (it holds {', '.join(held) or 'none'}); extract again with the same"
-                " options and view names"
-            )
+    held = cache.recipe.token_sets
+    if absent := [name for name in record.token_sets if name not in held]:
+        raise RunError(
+            f"run {record.name} needs the token sets {', '.join(record.token_sets)}, but cache {cache.path} lacks"
+            f" {', '.join(absent)} (it holds {', '.join(held)}); extract again with the same options"
+        )
+    views = list_views(cache)
+    if not set(record.shape.views) & set(views):
+        raise RunError(
+            f"run {record.name} needs one or more of the views {', '.join(record.shape.views)}, but cache"
+            f" {cache.path} holds {', '.join(views) or 'none'}; extract again with the same planes and view names"
+        )
 
 
 def _read_bags(run: Run, cache: Cache, case_ids: Sequence[str], device: str) -> Iterator[Bag]:

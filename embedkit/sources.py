@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from embedkit.errors import VolumeError
+from embedkit.errors import ManifestError, VolumeError
 from embedkit.recipe import Recipe
 from embedkit.volumes import Volume, read_volume
 
@@ -82,7 +83,7 @@ def stat_source(path: Path) -> SourceStat:
         elif path.suffix.lower() in _ONE_OF_A_SERIES and path.exists():
             files = [file for file in path.parent.iterdir() if file.is_file()]
         elif path.suffix.lower() in _DETACHED_HEADERS:
-            files = [file for file in path.parent.glob(f"{path.stem}.*") if file.is_file()]
+            files = [file for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.is_file()]
         else:
             files = [path]
         stats = [file.stat() for file in files]
@@ -96,49 +97,85 @@ class CachedSources:
 
     def __init__(self, stacks: pl.DataFrame, recipe: Recipe) -> None:
         self._recipe = recipe
-        columns = ("source_bytes", "source_modified_ns", "source_digest")
-        self._known = {
-            (case, view, plane): (size, modified, digest)
-            for case, view, plane, size, modified, digest in stacks.select(
-                "case_id", "view", "plane", *columns
-            ).iter_rows()
-        }
+        self._known: dict[str, dict[tuple[str, str], _CachedStack]] = {}
+        columns = ("case_id", "view", "plane", "patient_id", "source_bytes", "source_modified_ns", "source_digest")
+        for case, view, plane, patient, size, modified, digest in stacks.select(columns).iter_rows():
+            self._known.setdefault(case, {})[view, plane] = _CachedStack(patient, (size, modified), digest)
+
+    def require_same_patients(self, cases: Sequence[Case]) -> None:
+        """Stops where a case is cached under another patient, for that would let a patient into two folds.
+
+        Raises:
+            ManifestError: names the case, both patients and the way out.
+        """
+        for case in cases:
+            for known in self._known.get(case.case_id, {}).values():
+                if known.patient_id != case.patient_id:
+                    raise ManifestError(
+                        f"case {case.case_id} is of patient {case.patient_id} in the manifest but of"
+                        f" {known.patient_id} in the cache; correct the manifest, or extract to another --out"
+                    )
+
+    def require_same_views(self, cases: Sequence[Case]) -> None:
+        """Stops where the cache holds a view of a case that the manifest no longer has: heads would train on it.
+
+        Raises:
+            ManifestError: names the case, the view and the way out.
+        """
+        for case in cases:
+            if extra := self._known.get(case.case_id, {}).keys() - self._expected(case).keys():
+                views = ", ".join(sorted({view for view, _ in extra}))
+                raise ManifestError(
+                    f"the cache holds {views} of case {case.case_id}, which the manifest does not have;"
+                    " add it to the manifest again, or extract to another --out"
+                )
 
     def holds(self, case: Case) -> bool:
         """True where every stack of the case is cached and no file behind it changed size or time since."""
-        stats: dict[str, SourceStat] = {}
+        known, stats = self._known.get(case.case_id, {}), dict[str, SourceStat]()
         for key, views in self._expected(case).items():
-            known = self._known.get(key)
-            if known is None:
+            if key not in known or any(view not in case.images for view in views):
                 return False
             try:
                 stats |= {view: stat_source(case.images[view]) for view in views if view not in stats}
             except VolumeError:
                 return False  # the reader will say what is wrong with it, and the case goes on record
-            if known[:2] != combine_stats([stats[view] for view in views]):
+            if known[key].stat != combine_stats([stats[view] for view in views]):
                 return False
         return True
 
     def holds_same_bytes(self, case: Case, images: CaseImages) -> bool:
         """True where every stack of the case is cached from files of the very same bytes."""
+        known = self._known.get(case.case_id, {})
         return all(
-            key in self._known and self._known[key][2] == combine_digests([images.volumes[view] for view in views])
+            key in known
+            and all(view in images.volumes for view in views)
+            and known[key].digest == combine_digests([images.volumes[view] for view in views])
             for key, views in self._expected(case).items()
         )
 
-    def holds_other_bytes(self, case: Case) -> bool:
-        """True where some stack of the case is cached at all; with `holds_same_bytes` False its source changed."""
-        return any(key in self._known for key in self._expected(case))
+    def holds_some(self, case: Case) -> bool:
+        """True where some stack of the case is cached; with `holds_same_bytes` False its sources changed."""
+        return bool(self._known.get(case.case_id, {}).keys() & self._expected(case).keys())
 
-    def _expected(self, case: Case) -> dict[tuple[str, str, str], tuple[str, ...]]:
-        """Each stack that the recipe makes of the case, and the views behind it."""
+    def _expected(self, case: Case) -> dict[tuple[str, str], tuple[str, ...]]:
+        """Each (view, plane) that the recipe makes of the case, and the views behind it."""
         recipe = self._recipe
         if recipe.channels:
-            present = tuple(dict.fromkeys(view if view in case.images else recipe.fill for view in recipe.channels))
-            stacks = {"+".join(recipe.channels): present}
+            present = (view if view in case.images else recipe.fill for view in recipe.channels)
+            stacks = {"+".join(recipe.channels): tuple(dict.fromkeys(present))}
         else:
             stacks = {view: (view,) for view in case.images}
-        return {(case.case_id, view, plane): views for view, views in stacks.items() for plane in recipe.planes}
+        return {(view, plane): views for view, views in stacks.items() for plane in recipe.planes}
+
+
+@dataclass(frozen=True)
+class _CachedStack:
+    """What the cache knows of the sources of one stack."""
+
+    patient_id: str
+    stat: tuple[int, int]
+    digest: str
 
 
 def combine_stats(stats: list[SourceStat]) -> tuple[int, int]:

@@ -121,7 +121,8 @@ def make_task(
     """Makes a task that can be learned: `encode_targets`, then a check that every class has patients enough.
 
     Args:
-        labels: One row per ``case_id``; any other column is a target, an empty cell an unknown label.
+        labels: One row per ``case_id``; any other column is a target, an empty cell an unknown label. A ``patient_id``
+            must be that of ``cases`` wherever it is given, since splits keep the patients of ``cases`` whole.
         target: Column to learn.
         cases: ``case_id`` and ``patient_id``; a case may stand in several rows.
         kind: As `infer_kind` says if not given.
@@ -166,8 +167,9 @@ def encode_targets(
         labels, target, cases, kind, classes: As in `make_task`.
 
     Raises:
-        TaskError: a column is missing, a case has two labels or two patients, no case has a label, a label is NaN or
-            infinite, all labels are equal and ``classes`` is not given, or the values do not fit ``kind``.
+        TaskError: a column is missing, a case has two labels or two patients, the tables name different patients of a
+            case, no case has a label, a label is NaN or infinite, all labels are equal and ``classes`` is not given,
+            or the values do not fit ``kind``.
         OptionError: ``kind`` is unknown, or ``classes`` is empty, repeats itself or comes with regression.
     """
     _check_options(kind, classes)
@@ -239,8 +241,29 @@ def _join_labels(labels: pl.DataFrame, target: str, cases: pl.DataFrame) -> tupl
             raise TaskError(
                 f"{count_noun(len(twice), 'case')}{list_some(twice)} with several {what}, expected one each"
             )
+    if "patient_id" in labels.columns:
+        _check_patients(labels, known)
     unknown = given.drop_nulls("value").join(known, on="case_id", how="anti", maintain_order="left")
     return known.join(given, on="case_id", how="left", maintain_order="left"), unknown["case_id"].to_list()
+
+
+def _check_patients(labels: pl.DataFrame, known: pl.DataFrame) -> None:
+    """Stops where the label table names another patient of a case than the case table; null or blank says nothing."""
+    claimed = labels.select(
+        pl.col("case_id").cast(pl.String), pl.col("patient_id").cast(pl.String).str.strip_chars().alias("claimed")
+    ).filter(pl.col("claimed") != "")
+    differ = known.join(claimed, on="case_id", maintain_order="left").filter(
+        pl.col("claimed") != pl.col("patient_id").str.strip_chars()
+    )
+    if differ.is_empty():
+        return
+    case, patient, other = differ.row(0)
+    more = f" (and {count_noun(differ.height - 1, 'case')} more)" if differ.height > 1 else ""
+    raise TaskError(
+        f"case {case} is of patient {other} in the label table but of {patient} in the cache{more}, expected one"
+        " patient, whom no split may part; put patient_id into the manifest and extract again to a new --out, or drop"
+        " the column patient_id from the label table"
+    )
 
 
 def _require_column(table: pl.DataFrame, column: str, what: str) -> None:

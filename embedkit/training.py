@@ -239,6 +239,7 @@ def _make_record(
         cases={
             "trained": len(task.case_ids),
             "patients": len(set(task.patient_ids)),
+            "untested_patients": sorted({task.patient_ids[case] for case in np.flatnonzero(target.folds < 0)}),
             "unlabelled": list(target.report.unlabelled),
             "unknown": list(target.report.unknown),
             "left_out": list(target.report.left_out),

@@ -2,6 +2,9 @@
 
 The linear probe of frozen features (Alain and Bengio, "Understanding intermediate layers using linear classifier
 probes", arXiv 1610.01644), on the mean over slices per view.
+
+Its embedding is that mean with every channel times the length of what was learned for it (the L2 norm over the outputs
+of its weights), so that two cases are near each other where they agree in what the task turns on.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class LinearHead(nn.Module):
         share = (present / present.sum(1, keepdim=True).clamp(min=1)).to(pooled.dtype)
         per_view: Tensor = torch.einsum("bvd,vod->bvo", self.dropout(pooled), self.weight)
         logits = torch.einsum("bvo,bv->bo", per_view, share) + self.bias
-        return HeadOutput(logits, embedding=pooled.flatten(1))
+        return HeadOutput(logits, embedding=(pooled * self.weight.norm(dim=1)).flatten(1))
 
     def evidence(self, bag: Bag, output: int) -> Tensor:
         """[batch views slices patches]: what each token adds to the logit, exactly."""

@@ -14,7 +14,7 @@ import pytest
 
 from embedkit.backbones import load_backbone
 from embedkit.cache import open_cache
-from embedkit.errors import CacheError, OptionError, RecipeError
+from embedkit.errors import CacheError, ManifestError, OptionError, RecipeError
 from embedkit.extraction import ExtractionProgress, ExtractionSummary, extract
 from embedkit.failures import read_failures
 from embedkit.planning import choose_device, make_recipe
@@ -321,3 +321,63 @@ def test_no_identity_of_a_dicom_header_reaches_the_cache(tmp_path: Path) -> None
         assert value.encode() not in content
     assert json.loads((tmp_path / "cache" / "recipe.json").read_text())["backbone"] == "embedkit/scattering"
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_another_patient_for_a_cached_case_is_refused_so_that_no_patient_gets_into_two_folds(
+    manifest: Path, tmp_path: Path
+) -> None:
+    run(manifest, tmp_path / "cache")
+    pl.read_csv(manifest).with_columns(patient_id=pl.lit("p1")).write_csv(manifest)
+    with pytest.raises(ManifestError, match=r"case a is of patient p1 in the manifest but of a in the cache"):
+        run(manifest, tmp_path / "cache")
+
+
+def test_a_view_that_left_the_manifest_is_refused_because_heads_would_train_on_it(tmp_path: Path) -> None:
+    rows = [{"case_id": "a", "view": view, "path": write_case(tmp_path, view, seed=0)} for view in ("t1", "t2")]
+    pl.DataFrame(rows).write_csv(tmp_path / "cases.csv")
+    run(tmp_path / "cases.csv", tmp_path / "cache")
+    pl.DataFrame(rows[:1]).write_csv(tmp_path / "cases.csv")
+    with pytest.raises(ManifestError, match=r"the cache holds t2 of case a, which the manifest does not have"):
+        run(tmp_path / "cases.csv", tmp_path / "cache")
+
+
+def test_a_channel_that_went_missing_fails_its_case_alone(tmp_path: Path) -> None:
+    rows = [
+        {"case_id": case, "view": view, "path": write_case(tmp_path, f"{case}{view}", seed=0)}
+        for case in ("a", "b")
+        for view in ("x", "y", "z")
+    ]
+    pl.DataFrame(rows).write_csv(tmp_path / "cases.csv")
+    run(tmp_path / "cases.csv", tmp_path / "cache", channels=("x", "y", "z"))
+    pl.DataFrame(rows[:-1]).write_csv(tmp_path / "cases.csv")
+    summary = run(tmp_path / "cases.csv", tmp_path / "cache", channels=("x", "y", "z"))
+    assert [failure.case_id for failure in summary.failures] == ["b"]
+    assert "lacks the view z" in summary.failures[0].reason
+    assert summary.cases_before == 1
+
+
+def test_the_record_of_failures_names_files_but_not_their_folders(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.nii.gz").write_bytes(b"nothing")
+    summary = run(manifest, tmp_path / "cache")
+    assert str(tmp_path) in summary.failures[0].reason
+    (recorded,) = read_failures(tmp_path / "cache").failures
+    assert "b.nii.gz" in recorded.reason and str(tmp_path) not in recorded.reason
+
+
+def test_tokens_outside_the_range_of_float16_fail_their_case_and_no_other(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedkit import pipeline
+
+    real = pipeline.run_backbone
+
+    def overflowing(*arguments: object) -> dict[str, np.ndarray]:
+        tokens = real(*arguments)  # type: ignore[arg-type]
+        tokens["cls:2"][0] = np.inf
+        return tokens
+
+    monkeypatch.setattr(pipeline, "run_backbone", overflowing)
+    summary = run(manifest, tmp_path / "cache", batch_size=64)
+    assert [failure.case_id for failure in summary.failures] == ["a"]
+    assert "outside float16's range" in summary.failures[0].reason
+    assert summary.cases_done == 3

@@ -201,6 +201,21 @@ def test_linear_is_the_mean_over_slices_and_a_linear_layer_averaged_over_views()
     torch.testing.assert_close(head(bag).logits[1], head.weight[0] @ tokens[1, 0, :4].mean((0, 1)) + head.bias)
 
 
+def test_the_embedding_of_linear_weighs_each_channel_by_what_was_learned_for_it() -> None:
+    head = cast(Any, make_head("linear"))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[0, :, 2] = torch.tensor([3.0, -4.0])
+        head.weight[1, 1, 5] = -2.0
+    bag = make_bag([[3, 2], [4, 0]])
+    tokens = bag.tokens["patch@2:1"]
+    expected = torch.zeros(2, 2, DIM)
+    expected[0, 0, 2] = 5 * tokens[0, 0, :3, :, 2].mean()
+    expected[0, 1, 5] = 2 * tokens[0, 1, :2, :, 5].mean()
+    expected[1, 0, 2] = 5 * tokens[1, 0, :4, :, 2].mean()
+    torch.testing.assert_close(head(bag).embedding, expected.flatten(1))
+
+
 def test_query_pools_by_equation_5() -> None:
     head = cast(Any, make_head("query", shape=ONE_VIEW))
     bag = make_bag([[4]], shape=ONE_VIEW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 from embedkit import runfolder
 from embedkit.cache import Cache, StackTokens, open_cache
 from embedkit.errors import HeadError, RecipeError, RunError, TaskError
+from embedkit.files import remove_stale, temporary_path
 from embedkit.folder import create_cache, write_shard
 from embedkit.recipe import Recipe
 from embedkit.runs import Run, evaluate, open_run, predict
@@ -178,15 +180,45 @@ def test_a_cache_of_another_recipe_is_refused(
         predict(runs["lesion.linear"], other)
 
 
-def test_a_cache_that_lacks_a_token_set_or_a_view_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:
+def test_a_cache_that_lacks_a_token_set_or_every_view_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:
     poor = build_cache(tmp_path / "a", "x", cases=2, recipe=dataclasses.replace(RECIPE, token_sets=("cls:2",)))
     with pytest.raises(
         RunError, match=r"needs the token sets patch@2:1, but cache .* lacks patch@2:1 \(it holds cls:2"
     ):
         predict(runs["lesion.grid"], poor)
-    half = build_cache(tmp_path / "b", "x", cases=2, views=("pre",))
-    with pytest.raises(RunError, match=r"needs the views post/axial, pre/axial, but cache .* lacks post/axial"):
-        predict(runs["lesion.linear"], half)
+    strange = build_cache(tmp_path / "b", "x", cases=2, views=("late",))
+    with pytest.raises(
+        RunError, match=r"one or more of the views post/axial, pre/axial, but cache .* holds late/axial"
+    ):
+        predict(runs["lesion.linear"], strange)
+
+
+@pytest.mark.parametrize("head", ["linear", "query", "abmil", "grid", "logistic", "raptor"])
+def test_a_view_that_no_case_of_a_cache_has_counts_as_missing(
+    runs: dict[str, Run], new: Cache, tmp_path: Path, head: str
+) -> None:
+    """Case new04 lacks `post`, so it is the same in a cache without any `post`."""
+    run = runs[f"lesion.{head}"]
+    half = build_cache(tmp_path / "cache", "new", cases=12, views=("pre",))
+    create_cache(tmp_path / "alone", RECIPE)
+    stacks = new.stacks.filter(pl.col("case_id") == "new04")
+    assert stacks["view"].to_list() == ["pre"]
+    tokens = {name: np.asarray(new.read(stacks["stack"][0], name)) for name in RECIPE.token_sets}
+    record, slices = new.record(stacks["stack"][0]), new.slices(stacks["stack"][0])
+    stack = StackTokens(
+        case_id="new04", patient_id="new-04", view="pre", plane="axial", sources=("pre",), indices=slices.indices,
+        positions_mm=slices.positions_mm, blank=slices.blank, plane_shape=(8, 8), box=(0, 0, 8, 8),
+        source_shape=record.source_shape, source_affine=np.eye(4), source_bytes=1, source_digest="alone", tokens=tokens,
+    )  # fmt: skip
+    write_shard(tmp_path / "alone", RECIPE, [stack])
+    alone = open_cache(tmp_path / "alone")
+    assert predict(run, half)["score"].null_count() == 0
+    assert predict(run, alone)["score"][0] == pytest.approx(predict(run, new, case_ids=["new04"])["score"][0], abs=1e-6)
+    ids, vectors = run.embed(new)
+    np.testing.assert_allclose(run.embed(alone)[1][0], vectors[ids.index("new04")], atol=1e-5)
+    found, expected = (run.find_evidence(each, "new04").scores for each in (alone, new))
+    assert list(found) == ["pre/axial"]
+    np.testing.assert_allclose(found["pre/axial"], expected["pre/axial"], atol=1e-5)
 
 
 def test_an_unknown_case_is_refused(runs: dict[str, Run], new: Cache) -> None:
@@ -209,6 +241,19 @@ def test_evaluation_scores_new_patients_and_refuses_those_of_the_training(
         evaluate(runs["lesion.abmil"], old, build_labels("old"))
     with pytest.raises(TaskError, match="no column lesion"):
         evaluate(runs["lesion.abmil"], new, build_labels("new").drop("lesion"))
+
+
+def test_patients_that_are_in_training_alone_are_refused_too(old: Cache, tmp_path: Path) -> None:
+    labels = build_labels("old").with_columns(part=pl.Series(["train"] * 16 + ["test"] * 8))
+    run = train(old, labels, targets="lesion", out=tmp_path, heads=(), split="part", resamples=0, device="cpu").runs[0]
+    assert run.predictions["case_id"].to_list() == [f"old{case}" for case in range(16, 24)]
+    assert run.training_patients == {f"old-{case:02}" for case in range(24)}
+    with pytest.raises(
+        RunError, match=r"16 of the labelled cases are of patients that run .* was trained on \(old00, "
+    ):
+        evaluate(run, old, labels.head(16))
+    with pytest.raises(RunError, match=r"'old03' was not tested in the training of run lesion.* so no member holds it"):
+        run.find_evidence(old, "old03", held_out=True)
 
 
 @pytest.mark.parametrize("head", ["linear", "grid", "logistic"])
@@ -322,3 +367,46 @@ def test_a_write_that_fails_leaves_no_trace(
     with pytest.raises(RunError, match=r"run lesion\.linear cannot be written: the disk or quota .* is full"):
         runfolder.write_run(tmp_path / "run", run.record, run.members, run.predictions, overwrite=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overwrite_that_fails_leaves_the_old_run(
+    runs: dict[str, Run], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = runs["lesion.grid"]
+
+    def write() -> None:
+        runfolder.write_run(copied, other.record, other.members, other.predictions, overwrite=True)
+
+    def fail(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runfolder, "publish_folder", fail)
+        with pytest.raises(RunError, match=r"run lesion\.grid cannot be written: the disk or quota"):
+            write()
+    assert [path.name for path in copied.parent.iterdir()] == ["run"]
+    assert open_run(copied).digest == runs["lesion.linear"].digest
+    write()
+    assert [path.name for path in copied.parent.iterdir()] == ["run"]
+    assert open_run(copied).digest == other.digest
+
+
+def test_a_run_that_a_killed_writer_had_set_aside_comes_back(runs: dict[str, Run], copied: Path) -> None:
+    """Its name is that of this host and process id, but of another process: the one that had the id before."""
+    temporary = temporary_path(copied)
+    number, _, _ = temporary.name.removesuffix(".tmp").rpartition(".")
+    aside = copied.with_name(f"{number}.00000000.old")
+    shutil.copytree(copied, aside)
+    assert remove_stale(copied.parent) == [aside]
+    copied.rename(aside)
+    run = runs["lesion.linear"]
+    with pytest.raises(RunError, match="exists already; choose another --out, or pass --overwrite"):
+        runfolder.write_run(copied, run.record, run.members, run.predictions, overwrite=False)
+    assert [path.name for path in copied.parent.iterdir()] == ["run"]
+    assert open_run(copied).digest == run.digest
+
+
+def test_the_digest_is_that_of_the_weights_file(runs: dict[str, Run]) -> None:
+    run = runs["lesion.linear"]
+    assert run.digest == hashlib.sha256((run.path / "weights.safetensors").read_bytes()).hexdigest()
+    assert run.digest != runs["lesion.grid"].digest

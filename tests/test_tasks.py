@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedkit.errors import OptionError, TaskError
+from embedkit.manifest import read_labels, read_manifest
 from embedkit.tasks import Task, encode_targets, folds_from_column, infer_kind, inner_split, make_folds, make_task
 
 
@@ -241,6 +242,30 @@ def test_two_labels_or_two_patients_of_a_case_are_refused() -> None:
     cases = pl.DataFrame({"case_id": ["c0", "c0"], "patient_id": ["p", "q"]})
     with pytest.raises(TaskError, match=r"1 case \(c0\) with several patients, expected one each"):
         make_task(labels_of([1]), "y", cases)
+
+
+def test_another_patient_in_the_label_table_is_refused_and_an_unknown_one_is_not() -> None:
+    labels = labels_of([0, 1, 0, 1])
+    cases = cases_of(["p0", "p1", "2", "p3"])
+    agreeing = labels.with_columns(patient_id=pl.Series(["p0", None, " 2 ", ""]))
+    assert make_task(agreeing, "y", cases)[0].patient_ids == ("p0", "p1", "2", "p3")
+    elsewhere = pl.concat([agreeing, pl.DataFrame({"case_id": ["c9"], "y": [1], "patient_id": ["p0"]})])
+    assert make_task(elsewhere, "y", cases)[1].unknown == ("c9",)
+    differing = labels.with_columns(patient_id=pl.Series(["p0", "p0", None, "p4"]))
+    with pytest.raises(
+        TaskError,
+        match=r"case c1 is of patient p0 in the label table but of p1 in the cache \(and 1 case more\).* put patient_id"
+        r" into the manifest and extract again to a new --out, or drop the column patient_id from the label table",
+    ):
+        make_task(differing, "y", cases)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("name", "target"), [("lgg", "death01"), ("hippocampus", "anterior_mm3")])
+def test_real_label_tables_agree_with_their_manifests(real_data: Path, name: str, target: str) -> None:
+    labels = read_labels(real_data / name / "labels.csv")
+    assert "patient_id" in labels.columns
+    assert len(encode_targets(labels, target, read_manifest(real_data / name / "manifest.csv"))[0].case_ids) > 20
 
 
 def test_no_labelled_case_is_refused_and_says_where_the_labels_are() -> None:

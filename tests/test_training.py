@@ -326,3 +326,24 @@ def test_the_number_of_epochs_follows_the_held_out_loss(cache: Cache, tmp_path: 
     assert all(1 <= member["epochs"] <= 8 for member in members)
     assert all(member["held_out_loss"] < 0.7 for member in members)
     assert FitOptions().replace(epochs=2).epochs == 2
+
+
+def test_two_classes_as_multiclass_have_the_probabilities_of_the_binary_fit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(30, 4, generator=generator)
+    targets = (features[:, 0] + torch.randn(30, generator=generator) > 0).long().numpy()
+    holdouts = [np.arange(30) % 5 == part for part in range(5)]
+    binary, multiclass = LinearReadout(4, 1), LinearReadout(4, 2)
+    strengths = [
+        binary.fit(features, targets, kind="binary", holdouts=holdouts),
+        multiclass.fit(features, targets, kind="multiclass", holdouts=holdouts),
+    ]
+    assert strengths[0] == strengths[1]
+    assert binary.weight.abs().max() > 0.1
+    torch.testing.assert_close(multiclass(features).softmax(1)[:, 1], binary(features)[:, 0].sigmoid())
+
+
+def test_two_classes_can_be_trained_as_multiclass(cache: Cache, tmp_path: Path) -> None:
+    result = run_training(cache, tmp_path, kind="multiclass")
+    assert result.runs[0].record.score_columns == ("score_no", "score_yes")
+    assert auroc(result, "logistic") > 0.9
