@@ -34,6 +34,10 @@ def explain_command(
     for view, weights in shown.slice_weights.items():
         top = ", ".join(f"slice {index} ({weight:.0%})" for index, weight in weights.top(3))
         typer.echo(f"  {view}: most evidence on {top}")
+        if shown.slice_attention is not None:
+            attention = shown.slice_attention[view]
+            place = int(attention.argmax())
+            typer.echo(f"  {view}: most attention on slice {weights.indices[place]} ({attention[place]:.0%})")
     for path in (*shown.heatmaps.values(), shown.montage):
         typer.echo(str(path))
 

@@ -58,7 +58,9 @@ class Explanation:
     Attributes:
         case_id: The case.
         answer: The run's answer in words.
-        slice_weights: By ``view/plane``.
+        slice_weights: By ``view/plane``, each slice's share of the evidence.
+        slice_attention: By ``view/plane``, float32 [slices]: the weights that the head itself pools slices with; None
+            where it has no attention.
         heatmaps: By ``view/plane``, the NIfTI file: float32 in 0..1, in the size and geometry of the source image.
         montage: PNG of the slices of most weight with the heatmap over them.
     """
@@ -66,6 +68,7 @@ class Explanation:
     case_id: str
     answer: str
     slice_weights: dict[str, SliceWeights]
+    slice_attention: dict[str, FloatArray] | None
     heatmaps: dict[str, Path]
     montage: Path
 
@@ -117,7 +120,7 @@ def explain(
     montage = folder / f"{_file_name(case_id)}.png"
     images = _read_images(source, stacks, case_id, manifest)
     write_picture(montage, _draw(images, scaled, weights))
-    return Explanation(case_id, evidence.answer, weights, heatmaps, montage)
+    return Explanation(case_id, evidence.answer, weights, evidence.slice_attention, heatmaps, montage)
 
 
 def _file_name(text: str) -> str:

@@ -6,7 +6,7 @@ The folder's format is owned by `embedkit.runfolder`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -42,10 +42,13 @@ class Evidence:
         answer: The prediction in words.
         scores: ``view/plane`` -> float32 [slices grid_height grid_width] (1 x 1 for class tokens): what each token
             adds to the logit of the class explained; negative speaks against it, blank slices have 0.
+        slice_attention: ``view/plane`` -> float32 [slices], the head's own weights, which sum to 1; None where the
+            head has no attention.
     """
 
     answer: str
     scores: dict[str, FloatArray]
+    slice_attention: dict[str, FloatArray] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,14 +157,26 @@ class Run:
         place = choose_class(record.kind, record.classes, prediction, class_name)
         output, sign = (0, 2.0 * place - 1) if record.kind == "binary" else (place, 1.0)
         added = sign * torch.stack([member.evidence(bag, output) for member in members]).mean(0)[0].numpy()
-        lengths = cache.stacks.filter(pl.col("case_id") == case_id).select("view", "plane", "count").iter_rows()
+        stacks = cache.stacks.filter(pl.col("case_id") == case_id).select("view", "plane", "count").iter_rows()
+        counts = {f"{view}/{plane}": count for view, plane, count in stacks if f"{view}/{plane}" in self.views}
         grid = _grid(self.record, added.shape[-1])
         scores = {
-            f"{view}/{plane}": _fit_slices(added[self.views.index(f"{view}/{plane}")], count).reshape(count, *grid)
-            for view, plane, count in lengths
-            if f"{view}/{plane}" in self.views
+            view: _fit_slices(added[self.views.index(view)], count).reshape(count, *grid)
+            for view, count in counts.items()
         }
-        return Evidence(word_answer(record.kind, record.classes, record.target, prediction, place), scores)
+        answer = word_answer(record.kind, record.classes, record.target, prediction, place)
+        return Evidence(answer, scores, self._slice_attention(members, bag, counts))
+
+    def _slice_attention(
+        self, members: Sequence[Member], bag: Bag, counts: Mapping[str, int]
+    ) -> dict[str, FloatArray] | None:
+        """The mean over members of the weights that they give the slices of a bag of one case."""
+        with torch.no_grad():
+            given = [member(bag).slice_attention for member in members]
+        if any(weights is None for weights in given):
+            return None
+        mean = torch.stack([cast(Tensor, weights)[0].float() for weights in given]).mean(0)[..., None].numpy()
+        return {view: _fit_slices(mean[self.views.index(view)], count)[:, 0] for view, count in counts.items()}
 
 
 def open_run(path: Path | str) -> Run:
