@@ -14,7 +14,7 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything the demo makes.")] = Path(
         "embedkit-demo"
     ),
-    cases: Annotated[int, typer.Option(help="How many phantoms.")] = 96,
+    cases: Annotated[int, typer.Option(help="How many phantoms.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the phantoms and the heads.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier demo left there.")] = False,
 ) -> None:

@@ -53,7 +53,7 @@ class DemoResult:
 def run_demo(
     out: Path,
     *,
-    cases: int = 96,
+    cases: int = 64,
     seed: int = 0,
     overwrite: bool = False,
     on_step: Callable[[str], None] = print,

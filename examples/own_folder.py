@@ -19,8 +19,8 @@ def main(scans: Path, labels: Path, target: str, out: Path, backbone: str = "emb
     summary = embedkit.extract(out / "cases.csv", out / "cache", backbone=backbone)
     print(f"{summary.cases_done} cases, {summary.slices} slices, {len(summary.failures)} failed")
 
-    scores = embedkit.train(out / "cache", labels, targets=[target], out=out / "runs")
-    print(scores)
+    trained = embedkit.train(out / "cache", labels, targets=[target], out=out / "runs")
+    print(trained.table.select("head", "tokens", "^(auroc|spearman).*$"))
 
     index = embedkit.build_index(out / "cache", out / "index", labels=labels)
     query = index.cases["case_id"][0]

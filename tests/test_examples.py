@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from embedkit.phantoms import make_phantoms
@@ -17,8 +18,9 @@ def test_the_example_on_an_own_folder_goes_from_scans_to_similar_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_phantoms(tmp_path / "phantoms", cases=24, seed=2)
-    scans = tmp_path / "phantoms"
-    arguments = [str(scans), str(scans / "labels.csv"), "lesion", str(tmp_path / "out")]
+    scans, labels = tmp_path / "phantoms", tmp_path / "labels.csv"
+    pl.read_csv(scans / "labels.csv").drop("patient_id").write_csv(labels)
+    arguments = [str(scans), str(labels), "lesion", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["own_folder.py", *arguments])
     runpy.run_path(str(PROJECT / "examples" / "own_folder.py"), run_name="__main__")
     printed = capsys.readouterr().out
