@@ -78,9 +78,16 @@ class CaseVectors:
     present: NDArray[np.bool_]
 
     def view_means(self) -> FloatArray:
-        """Mean over the cases that have the view, [views dim]."""
-        counts = np.maximum(self.present.sum(0), 1)
-        return cast(FloatArray, (self.vectors.sum(0) / counts[:, None]).astype(np.float32))
+        """Mean over the cases that have the view, [views dim]; a view of one case takes the mean over all views.
+
+        Zeros where there is one vector in all: nothing could be told apart by its difference to itself.
+        """
+        counts = self.present.sum(0)
+        if counts.sum() < 2:
+            return np.zeros(self.vectors.shape[1:], np.float32)
+        means = self.vectors.sum(0) / np.maximum(counts, 1)[:, None]
+        means[counts < 2] = self.vectors[self.present].mean(0)
+        return cast(FloatArray, means.astype(np.float32))
 
     def fuse(self, view_means: FloatArray) -> FloatArray:
         """One vector per case, [cases dim]: the mean over its views of the vector's difference to the view's mean.

@@ -24,7 +24,8 @@ def main(scans: Path, labels: Path, target: str, out: Path, backbone: str = "emb
 
     index = embedkit.build_index(out / "cache", out / "index", labels=labels)
     query = index.cases["case_id"][0]
-    print(embedkit.search(index, case_id=query, k=5, exclude_same="patient_id"))
+    found = embedkit.search(index, case_id=query, k=5, exclude_same="patient_id")
+    print(found.select("rank", "case_id", "similarity"))
 
 
 if __name__ == "__main__":

@@ -130,3 +130,12 @@ def test_an_empty_cache_gives_no_index(tmp_path: Path) -> None:
     create_cache(tmp_path / "cache", RECIPE)
     with pytest.raises(SearchError, match="holds no stack yet"):
         build_index(tmp_path / "cache", tmp_path / "index")
+
+
+def test_a_view_of_one_case_is_compared_with_the_mean_of_all_views(tmp_path: Path) -> None:
+    create_cache(tmp_path / "cache", RECIPE)
+    stacks = [stack("a1", "ct", [[4, 0]]), stack("b1", "image", [[1, 0]]), stack("c1", "image", [[1, 3]])]
+    write_shard(tmp_path / "cache", RECIPE, stacks)
+    means = embed_cases(open_cache(tmp_path / "cache"), Embedding.parse("mean:cls:2")).view_means()
+    np.testing.assert_allclose(means, [[2, 1], [1, 1.5]])
+    assert len(build_index(tmp_path / "cache", tmp_path / "index")) == 3
