@@ -60,8 +60,8 @@ def resolve_token_sets(
 def default_layer(kind: TokenKind, info: BackboneInfo) -> int:
     """The layer of a token set named without one: the last, but two thirds of the depth for a transformer's patches.
 
-    Middle layers know best where things are: on real tasks that ask for a side, block 8 of 12 led the last block (the
-    README's table has the figures).
+    Tokens before the last blocks still know their place; no layer is best for every task (the README has figures), and
+    two thirds of the depth is a compromise.
     """
     if kind == "patch" and info.has_tail:
         return max(1, round(2 * info.depth / 3))
