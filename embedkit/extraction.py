@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import torch
 
+from embedkit.account import Account, ExtractionProgress, ExtractionSummary
 from embedkit.backbones import load_backbone
-from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
+from embedkit.cache import create_cache, open_cache
+from embedkit.casework import CaseWork, FailedCase, SameCase
 from embedkit.errors import BackboneError, CacheError, OptionError, VolumeError
 from embedkit.failures import Failure, clear_failures, record_failure
 from embedkit.features import Backbone
+from embedkit.forward import require_precision
 from embedkit.manifest import read_manifest
-from embedkit.pipeline import CaseWork, FailedCase, SameCase, compute_cases, render_cases
+from embedkit.pipeline import compute_cases, render_cases
 from embedkit.planning import (
     DEFAULT_BACKBONE,
     DEFAULT_TOKENS,
@@ -31,51 +32,9 @@ from embedkit.planning import (
 from embedkit.recipe import Recipe
 from embedkit.slices import window_texts
 from embedkit.sources import CachedSources, Case, CaseImages, group_cases, read_case
+from embedkit.writing import ShardWriter
 
 __all__ = ["ExtractionProgress", "ExtractionSummary", "extract", "extract_cases"]
-
-
-@dataclass(frozen=True)
-class ExtractionProgress:
-    """Where an extraction stands: cases of this call (those cached before are ``cases_before``) and slices so far."""
-
-    cases: int
-    cases_before: int
-    cases_done: int
-    cases_failed: int
-    slices: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ExtractionSummary:
-    """What one call of `extract` did.
-
-    Attributes:
-        cache: The cache's folder.
-        fingerprint: Of its recipe.
-        cases: Cases in the manifest.
-        cases_before: Cases that the cache held already, unchanged.
-        cases_done: Cases extracted by this call.
-        changed: Of those, the ids of cases that were cached from files with other bytes.
-        failures: Cases without tokens, and why.
-        slices: Slices stored by this call, blank ones included.
-        blank_slices: Of those, constant ones: marked, and never sent through the backbone.
-        seconds: Wall time.
-        interrupted: True where ``stop`` was set before all cases were done.
-    """
-
-    cache: Path
-    fingerprint: str
-    cases: int
-    cases_before: int
-    cases_done: int
-    changed: tuple[str, ...]
-    failures: tuple[Failure, ...]
-    slices: int
-    blank_slices: int
-    seconds: float
-    interrupted: bool
 
 
 def extract(
@@ -210,14 +169,28 @@ def extract_cases(
     sources.require_same_patients(cases)
     sources.require_same_views(cases)
     pending = [case for case in cases if not sources.holds(case)]
-    account = _Account(cases=len(cases), pending=len(pending), on_progress=on_progress)
+    account = Account(cases=len(cases), pending=len(pending), on_progress=on_progress)
+    if pending:
+        require_precision(backbone, recipe, device)
 
     def read(case: Case) -> CaseImages | SameCase:
         images = read_case(case)
         return SameCase(case) if sources.holds_same_bytes(case, images) else images
 
-    rendered = render_cases(pending, read, recipe, backbone, batch_size=batch_size, workers=workers, device=device)
-    with _ShardWriter(cache, recipe, shard_bytes=shard_bytes, shard_seconds=shard_seconds) as writer:
+    rendered = render_cases(
+        pending,
+        read,
+        recipe,
+        backbone,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        spill=cache,
+        waits=account.waits,
+    )
+    with ShardWriter(
+        cache, recipe, shard_bytes=shard_bytes, shard_seconds=shard_seconds, waits=account.waits
+    ) as writer:
         for result in compute_cases(rendered, backbone, recipe, batch_size=batch_size):
             _settle(result, account, writer, cache, sources)
             if stop is not None and stop.is_set():
@@ -228,8 +201,8 @@ def extract_cases(
 
 def _settle(
     result: CaseWork | FailedCase | SameCase,
-    account: _Account,
-    writer: _ShardWriter,
+    account: Account,
+    writer: ShardWriter,
     cache: Path,
     sources: CachedSources,
 ) -> None:
@@ -257,109 +230,3 @@ def _without_folders(failed: FailedCase) -> str:
     for path in failed.case.images.values():
         reason = reason.replace(str(path), path.name).replace(f"{path.parent}/", "")
     return reason
-
-
-@dataclass
-class _Account:
-    """Counts of one extraction."""
-
-    cases: int
-    pending: int
-    on_progress: Callable[[ExtractionProgress], None] | None
-    started: float = field(default_factory=time.perf_counter)
-    settled: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    cases_same: int = 0
-    slices: int = 0
-    blank_slices: int = 0
-
-    @property
-    def left(self) -> int:
-        return self.pending - len(self.settled) - len(self.failures)
-
-    def done(self, work: CaseWork, *, changed: bool) -> None:
-        self.settled.append(work.case.case_id)
-        self.slices += work.slices
-        self.blank_slices += work.blank_slices
-        if changed:
-            self.changed.append(work.case.case_id)
-        self._report()
-
-    def failed(self, failure: Failure) -> None:
-        self.failures.append(failure)
-        self._report()
-
-    def same(self, case: Case) -> None:
-        self.settled.append(case.case_id)
-        self.cases_same += 1
-        self._report()
-
-    def _report(self) -> None:
-        if self.on_progress is not None:
-            self.on_progress(
-                ExtractionProgress(
-                    cases=self.cases,
-                    cases_before=self.cases - self.pending + self.cases_same,
-                    cases_done=len(self.settled) - self.cases_same,
-                    cases_failed=len(self.failures),
-                    slices=self.slices,
-                    seconds=time.perf_counter() - self.started,
-                )
-            )
-
-    def summarise(self, cache: Path, recipe: Recipe, *, interrupted: bool) -> ExtractionSummary:
-        return ExtractionSummary(
-            cache=cache,
-            fingerprint=recipe.fingerprint,
-            cases=self.cases,
-            cases_before=self.cases - self.pending + self.cases_same,
-            cases_done=len(self.settled) - self.cases_same,
-            changed=tuple(self.changed),
-            failures=tuple(self.failures),
-            slices=self.slices,
-            blank_slices=self.blank_slices,
-            seconds=time.perf_counter() - self.started,
-            interrupted=interrupted,
-        )
-
-
-class _ShardWriter:
-    """Collects finished cases and writes them as shards in one background thread, at most one shard behind."""
-
-    def __init__(self, cache: Path, recipe: Recipe, *, shard_bytes: int, shard_seconds: float) -> None:
-        self._cache, self._recipe = cache, recipe
-        self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
-        self._stacks: list[StackTokens] = []
-        self._bytes, self._since = 0, time.monotonic()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="embedkit-write")
-        self._writing: Future[Path] | None = None
-
-    def add(self, stacks: Sequence[StackTokens]) -> None:
-        """Takes all stacks of one case; they land in the same shard."""
-        self._stacks.extend(stacks)
-        self._bytes += sum(tokens.nbytes for stack in stacks for tokens in stack.tokens.values())
-        if self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._wait()
-        if self._stacks:
-            self._writing = self._pool.submit(write_shard, self._cache, self._recipe, self._stacks)
-        self._stacks, self._bytes, self._since = [], 0, time.monotonic()
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
-
-    def __enter__(self) -> _ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Writes what is left, also when the block ends by an error: finished cases are never thrown away."""
-        try:
-            self._flush()
-            self._wait()
-        finally:
-            self._pool.shutdown()

@@ -367,16 +367,16 @@ def test_the_record_of_failures_names_files_but_not_their_folders(manifest: Path
 def test_tokens_outside_the_range_of_float16_fail_their_case_and_no_other(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from embedkit import pipeline
+    from embedkit.forward import PendingTokens
 
-    real = pipeline.run_backbone
+    real = PendingTokens.result
 
-    def overflowing(*arguments: object) -> dict[str, np.ndarray]:
-        tokens = real(*arguments)  # type: ignore[arg-type]
+    def overflowing(self: PendingTokens) -> dict[str, np.ndarray]:
+        tokens = real(self)
         tokens["cls:2"][0] = np.inf
         return tokens
 
-    monkeypatch.setattr(pipeline, "run_backbone", overflowing)
+    monkeypatch.setattr(PendingTokens, "result", overflowing)
     summary = run(manifest, tmp_path / "cache", batch_size=64)
     assert [failure.case_id for failure in summary.failures] == ["a"]
     assert "outside float16's range" in summary.failures[0].reason

@@ -1,0 +1,185 @@
+"""Owns one case on its way through extraction: the token arrays of its stacks, filled batch by batch, then handed over.
+
+The tokens of a stack that would take much memory are kept in a nameless temporary file instead, so that one huge scan
+takes no more memory than many small ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedkit.cache import StackTokens, check_stack
+from embedkit.errors import BackboneError, CacheError, VolumeError
+from embedkit.features import BackboneInfo
+from embedkit.files import explain_os_error
+from embedkit.recipe import Recipe
+from embedkit.slices import Stack, plan_stacks
+from embedkit.sources import Case, CaseImages, combine_digests, combine_stats
+from embedkit.tokens import token_shape
+from embedkit.volumes import Volume
+
+__all__ = ["SPILL_BYTES", "CaseWork", "FailedCase", "SameCase"]
+
+SPILL_BYTES = 256 << 20
+"""Tokens of one stack and token set that take more bytes than this are kept in a file until they are written."""
+
+
+@dataclass(frozen=True)
+class FailedCase:
+    """A case that gives no tokens, and why, in one line."""
+
+    case: Case
+    reason: str
+
+
+@dataclass(frozen=True)
+class SameCase:
+    """A case whose files were touched since they were cached, but hold the same bytes."""
+
+    case: Case
+
+
+@dataclass(frozen=True, eq=False)
+class StackWork:
+    """One stack in progress: what is known before it is rendered, and the arrays that rendering and backbone fill."""
+
+    stack: Stack
+    facts: Mapping[str, Any]
+    blank: NDArray[np.bool_]
+    tokens: dict[str, NDArray[np.float16]]
+    preview: NDArray[np.uint8] | None
+
+
+class CaseWork:
+    """One case in progress: complete once the backbone has seen every slice of every stack that is not blank.
+
+    Attributes:
+        case: Whose tokens these are.
+        volumes: Its views, until `release_volumes`.
+        stacks: One per view and plane.
+        slices: In all stacks.
+        problem: Why its tokens cannot be kept; empty where they can.
+    """
+
+    def __init__(self, case: Case, images: CaseImages, recipe: Recipe, info: BackboneInfo, *, spill: Path) -> None:
+        """Plans the stacks of a case.
+
+        Args:
+            case: The case.
+            images: What was read for it.
+            recipe: Of the cache.
+            info: Of the backbone.
+            spill: Folder for the temporary files of large stacks.
+
+        Raises:
+            VolumeError: the views do not give what the recipe asks for.
+            CacheError: there is no room for a temporary file.
+        """
+        shapes = {str(kept): token_shape(kept, info) for kept in recipe.parsed_token_sets()}
+        self.case = case
+        self.volumes: Mapping[str, Volume] = images.volumes
+        self._recipe = recipe
+        self.stacks = [
+            _start_stack(stack, images, recipe, shapes, spill) for stack in plan_stacks(images.volumes, recipe)
+        ]
+        self.slices = sum(len(work.blank) for work in self.stacks)
+        self.problem = ""
+        self._remaining = self.slices
+
+    @property
+    def blank_slices(self) -> int:
+        """Slices found blank so far."""
+        return sum(int(work.blank.sum()) for work in self.stacks)
+
+    def release_volumes(self) -> None:
+        """Lets go of the images, once all slices are rendered."""
+        self.volumes = {}
+
+    def count_down(self, slices: int) -> bool:
+        """Marks ``slices`` as computed; True once none is left."""
+        self._remaining -= slices
+        return self._remaining == 0
+
+    def finish(self) -> list[StackTokens]:
+        """The stacks as the cache takes them.
+
+        Raises:
+            VolumeError: every slice of a view is blank.
+            CacheError: a stack cannot be stored as it is; see `embedkit.cache.check_stack`.
+            BackboneError: a token is outside float16's range.
+        """
+        if self.problem:
+            raise BackboneError(self.problem)
+        stacks = [self._stack_tokens(work) for work in self.stacks]
+        for stack in stacks:
+            check_stack(stack, self._recipe)
+        return stacks
+
+    def _stack_tokens(self, work: StackWork) -> StackTokens:
+        stack = work.stack
+        if work.blank.all():
+            raise VolumeError(
+                f"view {stack.view} has no content: all {len(work.blank)} {stack.plane} slices are constant after the"
+                " grey window; check the image and the window"
+            )
+        return StackTokens(
+            case_id=self.case.case_id,
+            patient_id=self.case.patient_id,
+            view=stack.view,
+            plane=stack.plane,
+            sources=stack.sources,
+            indices=stack.indices,
+            positions_mm=stack.positions_mm,
+            blank=work.blank,
+            plane_shape=stack.plane_shape,
+            box=stack.box,
+            tokens=work.tokens,
+            preview=work.preview,
+            **work.facts,
+        )
+
+
+def _start_stack(
+    stack: Stack, images: CaseImages, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], spill: Path
+) -> StackWork:
+    count, views = len(stack.indices), list(dict.fromkeys(stack.sources))
+    sources = [images.volumes[view] for view in views]
+    source_bytes, source_modified_ns = combine_stats([images.stats[view] for view in views])
+    return StackWork(
+        stack=stack,
+        facts={
+            "source_shape": sources[0].source_shape,
+            "source_affine": sources[0].source_affine,
+            "source_bytes": source_bytes,
+            "source_modified_ns": source_modified_ns,
+            "source_digest": combine_digests(sources),
+        },
+        blank=np.zeros(count, bool),
+        tokens={name: _allocate((count, *shape), spill) for name, shape in shapes.items()},
+        preview=np.zeros((count, recipe.preview, recipe.preview), np.uint8) if recipe.preview else None,
+    )
+
+
+def _allocate(shape: tuple[int, ...], folder: Path) -> NDArray[np.float16]:
+    """Zeros, in memory or in a file of ``folder`` that has no name and is gone with the array."""
+    size = math.prod(shape) * np.dtype(np.float16).itemsize
+    if size <= SPILL_BYTES:
+        return np.zeros(shape, np.float16)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now, not by a crash later
+            return np.memmap(file, np.float16, "r+", shape=shape)
+    except OSError as error:
+        raise CacheError(
+            f"cannot keep {size >> 20} MiB of tokens of one stack: {explain_os_error(error, folder)}"
+        ) from error
