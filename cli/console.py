@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,11 @@ from typing import Any, Protocol
 
 import typer
 
-__all__ = ["Meter", "print_json", "print_table", "show_progress", "split_list"]
+__all__ = ["Meter", "format_seconds", "parse_size", "print_json", "print_table", "show_progress", "split_list"]
 
 _PLAIN_EVERY_S = 10.0
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>|B|kB|MB|GB|TB)", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 class Meter(Protocol):
@@ -25,6 +28,25 @@ class Meter(Protocol):
 def split_list(text: str) -> list[str]:
     """``"a, b"`` as ``["a", "b"]``; empty text gives an empty list."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``500MB``; units are powers of ten."""
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match["number"]) * _UNITS[match["unit"].lower()]) if match else 0
+    if size < 1:
+        raise typer.BadParameter(
+            f"size {text!r} means nothing; give a number above 0 with B, kB, MB, GB or TB, or plain bytes: 500MB",
+            param_hint="--shard-size",
+        )
+    return size
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: ``40 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def print_json(value: Any) -> None:

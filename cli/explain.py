@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from embedkit.cli.console import print_json
+
+if TYPE_CHECKING:
+    from embedkit.explanation import Explanation
 
 __all__ = ["run"]
 
@@ -25,11 +29,15 @@ def explain_command(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Ask only the fold model that was trained without the case.")
     ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print answer, weights and files as JSON.")] = False,
 ) -> None:
     """Show where a trained run looked: NIfTI heatmaps in the source geometry, and a picture."""
     from embedkit import explain
 
     shown = explain(run, cache, case, out, manifest=manifest, class_name=class_name, held_out=held_out)
+    if json:
+        print_json(_as_fields(shown))
+        return
     typer.echo(f"{case}: {shown.answer}")
     for view, weights in shown.slice_weights.items():
         top = ", ".join(f"slice {index} ({weight:.0%})" for index, weight in weights.top(3))
@@ -43,3 +51,17 @@ def explain_command(
 
 
 run = explain_command
+
+
+def _as_fields(shown: Explanation) -> dict[str, Any]:
+    """Plain values: per ``view/plane`` each slice's index, weight and, where the head has it, attention."""
+    views = {}
+    for view, weights in shown.slice_weights.items():
+        attention = None if shown.slice_attention is None else shown.slice_attention[view].tolist()
+        views[view] = {
+            "heatmap": shown.heatmaps.get(view),
+            "slices": weights.indices.tolist(),
+            "weights": weights.weights.tolist(),
+            "attention": attention,
+        }
+    return {"case_id": shown.case_id, "answer": shown.answer, "montage": shown.montage, "views": views}

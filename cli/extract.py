@@ -12,9 +12,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from embedkit.cli.console import Meter, print_json, show_progress, split_list
+from embedkit.cli.console import (
+    Meter,
+    format_seconds,
+    parse_size,
+    print_json,
+    print_table,
+    show_progress,
+    split_list,
+)
 
 if TYPE_CHECKING:
+    from embedkit.estimate import EstimateOptions
     from embedkit.extraction import ExtractionProgress, ExtractionSummary
 
 __all__ = ["run"]
@@ -51,51 +60,126 @@ def extract_command(
     fill: Annotated[str, typer.Option(help="View that stands for an absent channel.")] = "",
     crop: Annotated[str, typer.Option(help="none or foreground.")] = "none",
     resize: Annotated[str, typer.Option(help="pad (keeps the aspect) or stretch.")] = "pad",
-    dtype: Annotated[str, typer.Option(help="How tokens are stored: float16.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="How tokens are stored: float16, or int8 for half the bytes.")] = "float16",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
     preview: Annotated[int, typer.Option(help="Side in pixels of the preview kept per slice; 0 keeps none.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, mps; cuda:all or cuda:0,cuda:1 takes one process each.")
+    ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Slices per forward pass.")] = 32,
-    workers: Annotated[int, typer.Option(help="Cases read ahead.")] = 2,
+    workers: Annotated[int, typer.Option(help="Cases read ahead, per process.")] = 2,
+    part: Annotated[
+        str | None, typer.Option(help="i/n: only the i-th of n parts of the cases; one job each on one cache.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray for a Ray cluster (pip install 'embedkit[ray]').")] = (
+        "local"
+    ),
+    ray_address: Annotated[str | None, typer.Option(help="Of the cluster; without it Ray on this machine.")] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(help="Ray actors; without it one per GPU, or per four CPUs.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="A shard is closed at this size of tokens: 64MB, 1GB.")] = "64MB",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell size and time, from a few slices of a few cases.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Run the backbone once over every slice and keep its tokens; resumes where it was stopped."""
+    options: EstimateOptions = {
+        "backbone": backbone,
+        "weights": weights,
+        "image_size": image_size,
+        "tokens": split_list(tokens),
+        "layers": [_layer(text) for text in split_list(layers)] or None,
+        "cut": cut,
+        "planes": split_list(planes),
+        "slices": slices,
+        "window": split_list(window),
+        "channels": split_list(channels),
+        "fill": fill,
+        "crop": crop,
+        "resize": resize,
+        "dtype": dtype,
+        "precision": precision,
+        "preview": preview,
+        "device": device,
+        "batch_size": batch_size,
+        "workers": workers,
+        "part": part,
+    }
+    if dry_run:
+        _print_estimate(manifest, out, options, json=json)
+        return
+    summary, signals = _extract(
+        manifest,
+        out,
+        options,
+        engine=engine,
+        ray_address=ray_address,
+        ray_workers=ray_workers,
+        shard_bytes=parse_size(shard_size),
+    )
+    _print_summary(summary, json=json)
+    if part is not None and not summary.cases:
+        typer.echo(f"part {part} holds no case: the manifest has fewer cases than parts", err=True)
+    if summary.interrupted:
+        raise typer.Exit(128 + signals[0])
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+run = extract_command
+
+
+def _extract(
+    manifest: Path,
+    out: Path,
+    options: EstimateOptions,
+    *,
+    engine: str,
+    ray_address: str | None,
+    ray_workers: int | None,
+    shard_bytes: int,
+) -> tuple[ExtractionSummary, list[int]]:
+    """What was done, and the signals that came meanwhile."""
     from embedkit.extraction import extract
 
     with _stop_on_signals() as (stop, caught), show_progress("extract", "cases") as meter:
         summary = extract(
             manifest,
             out,
-            backbone=backbone,
-            weights=weights,
-            image_size=image_size,
-            tokens=split_list(tokens),
-            layers=[_layer(text) for text in split_list(layers)] or None,
-            cut=cut,
-            planes=split_list(planes),
-            slices=slices,
-            window=split_list(window),
-            channels=split_list(channels),
-            fill=fill,
-            crop=crop,
-            resize=resize,
-            dtype=dtype,
-            precision=precision,
-            preview=preview,
-            device=device,
-            batch_size=batch_size,
-            workers=workers,
+            **options,
+            engine=engine,
+            ray_address=ray_address,
+            ray_workers=ray_workers,
+            shard_bytes=shard_bytes,
             on_progress=lambda progress: _show(meter, progress),
+            on_notice=lambda notice: typer.echo(notice, err=True),
             stop=stop,
         )
-    _print_summary(summary, json=json)
-    if summary.interrupted:
-        raise typer.Exit(128 + caught[0])
-    if summary.failures:
-        raise typer.Exit(1)
+    return summary, caught
 
 
-run = extract_command
+def _print_estimate(manifest: Path, out: Path, options: EstimateOptions, *, json: bool) -> None:
+    from embedkit.estimate import estimate_extraction
+
+    estimate = estimate_extraction(manifest, out, **options)
+    if json:
+        print_json(dataclasses.asdict(estimate))
+        return
+    typer.echo(
+        f"{estimate.cases} cases left to do, about {estimate.slices} slices ({estimate.blank_share:.0%} blank),"
+        f" told from {estimate.sampled_cases} cases\n"
+        f"size  about {estimate.bytes / 1e9:.3g} GB, {estimate.bytes_per_slice} bytes per slice\n"
+        f"time  about {format_seconds(estimate.seconds)}: reading {estimate.read_seconds_per_case:.2f} s per case,"
+        f" rendering {estimate.render_ms_per_slice:.1f} ms, backbone {estimate.forward_ms_per_slice:.1f} ms per slice"
+    )
+    rows = [
+        [name, *(f"{sizes[dtype] / 1e9:.3g}" for dtype in sizes)] for name, sizes in sorted(estimate.choices.items())
+    ]
+    print_table(["token set, GB", *next(iter(estimate.choices.values()))], rows)
+    for problem in estimate.unreadable:
+        typer.echo(f"  unreadable: {problem}", err=True)
 
 
 def _layer(text: str) -> int:
@@ -108,8 +192,9 @@ def _layer(text: str) -> int:
 def _show(meter: Meter, progress: ExtractionProgress) -> None:
     done = progress.cases_before + progress.cases_done + progress.cases_failed
     rate = progress.slices / progress.seconds if progress.seconds else 0.0
-    failed = f", {progress.cases_failed} failed" if progress.cases_failed else ""
-    meter(done, progress.cases, f"{rate:.1f} slices/s{failed}")
+    left = f", about {format_seconds(progress.seconds_left)} left" if progress.seconds_left is not None else ""
+    counts = f"{progress.cases_done} done, {progress.cases_failed} failed, {progress.cases_left} left"
+    meter(done, progress.cases, f"{counts}, {rate:.1f} slices/s{left}")
 
 
 def _print_summary(summary: ExtractionSummary, *, json: bool) -> None:
@@ -139,8 +224,8 @@ def _stop_on_signals() -> Iterator[tuple[threading.Event, list[int]]]:
         caught.append(number)
         stop.set()
         typer.echo("stopping: writing the finished cases (again to stop at once)", err=True)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
 
     for number in before:
         signal.signal(number, handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from embedkit.cli.console import print_json, print_table
 
 if TYPE_CHECKING:
-    from embedkit.inspection import CacheSummary
+    from embedkit.inspection import CacheSummary, StorageChoice
 
 __all__ = ["run"]
 
@@ -26,6 +27,7 @@ def info_command(
     if json:
         fields = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
         fields["recipe"] = dataclasses.asdict(summary.recipe)
+        fields["choices"] = [dataclasses.asdict(choice) for choice in summary.choices]
         fields["token_sets"] = {name: dataclasses.asdict(kept) for name, kept in summary.token_sets.items()}
         fields["failures"] = [dataclasses.asdict(failure) for failure in summary.failures]
         fields["duplicates"] = summary.duplicates.to_dicts()
@@ -52,20 +54,26 @@ def _print_summary(summary: CacheSummary) -> None:
         (name, " x ".join(map(str, kept.shape)), kept.dtype, str(kept.bytes), f"{summary.token_bytes[name] / 1e6:.1f}")
         for name, kept in summary.token_sets.items()
     ]
-    rows.append(
-        (
-            "preview",
-            f"{recipe.preview} x {recipe.preview}",
-            "uint8",
-            str(recipe.preview**2),
-            f"{summary.preview_bytes / 1e6:.1f}",
-        )
-    )
+    side = recipe.preview
+    rows.append(("preview", f"{side} x {side}", "uint8", str(side**2), f"{summary.preview_bytes / 1e6:.1f}"))
     typer.echo()
     print_table(("token set", "per slice", "stored as", "bytes/slice", "MB"), rows)
+    _print_choices(summary.choices)
     for failure in summary.failures:
         typer.echo(f"failed    {failure.case_id}: {failure.reason}")
     if len(summary.duplicates):
         typer.echo(f"note      {len(summary.duplicates)} stacks are stored twice; embedkit pack drops the copies")
     if summary.unreadable_failures:
         typer.echo(f"note      {len(summary.unreadable_failures)} lines of the failure record cannot be read")
+
+
+def _print_choices(choices: Sequence[StorageChoice]) -> None:
+    """A row per token set: what one layer of it takes as float16 and as int8."""
+    if not choices:
+        return
+    rows: dict[str, list[str]] = {}
+    for choice in choices:
+        row = rows.setdefault(choice.token_set, [choice.token_set, " x ".join(map(str, choice.shape))])
+        row += [str(choice.slice_bytes), f"{choice.cache_bytes / 1e6:.1f}"]
+    typer.echo("\nwhat one layer of each token set would take here (extract --tokens, --dtype)")
+    print_table(("token set", "per slice", "float16 bytes/slice", "MB", "int8 bytes/slice", "MB"), list(rows.values()))

@@ -6,22 +6,29 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from embedkit.cli.console import show_progress
+from embedkit.cli.console import parse_size, show_progress
 
 __all__ = ["run"]
 
 
 def pack_command(
     cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The single .h5 file to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The single .h5 file to write; with --shard-size a new folder.")
+    ],
+    shard_size: Annotated[
+        str, typer.Option(help="Write a cache folder of shards of about this size: 500MB, 2GB, or plain bytes.")
+    ] = "",
 ) -> None:
-    """Merge all shards of a cache into one file."""
+    """Merge all shards of a cache into one file, or into few of a given size."""
     from embedkit import pack_cache
 
+    shard_bytes = parse_size(shard_size) if shard_size else None
     with show_progress("pack", "bytes") as meter:
-        packed = pack_cache(cache, out, progress=meter)
+        packed = pack_cache(cache, out, shard_bytes=shard_bytes, progress=meter)
     typer.echo(
-        f"{packed.path}: {packed.stacks} stacks, {packed.bytes / 1e6:.1f} MB, {packed.duplicates} copies dropped"
+        f"{packed.path}: {packed.stacks} stacks in {packed.shards} shards, {packed.bytes / 1e6:.1f} MB,"
+        f" {packed.duplicates} copies dropped"
     )
     if packed.failures:
         typer.echo(

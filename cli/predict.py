@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from embedkit.cli.console import print_json
 
 __all__ = ["run"]
 
@@ -15,6 +16,7 @@ def predict_command(
     cache: Annotated[Path, typer.Argument(help="Cache of the new cases, of the run's recipe.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Table to write: .parquet, .csv or .tsv.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the predictions as JSON too, a row per case.")] = False,
 ) -> None:
     """Predict the cases of a cache with a trained run."""
     from embedkit import predict
@@ -22,6 +24,9 @@ def predict_command(
 
     predictions = predict(run, cache, device=device)
     write_table(predictions, out)
+    if json:
+        print_json(predictions.to_dicts())
+        return
     typer.echo(f"{out}: {len(predictions)} cases; columns {', '.join(predictions.columns)}")
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from embedkit.cli.console import show_progress
+from embedkit.cli.console import print_json, show_progress
 
 __all__ = ["run"]
 
 
-def verify_command(cache: Annotated[Path, typer.Argument(help="Folder or packed file of the cache.")]) -> None:
+def verify_command(
+    cache: Annotated[Path, typer.Argument(help="Folder or packed file of the cache.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the damage as JSON.")] = False,
+) -> None:
     """Check every byte of a cache against its checksums."""
     from embedkit import verify_cache
 
     with show_progress("verify", "bytes") as meter:
         damages = verify_cache(cache, progress=meter)
+    if json:
+        print_json({"cache": str(cache), "damages": [dataclasses.asdict(damage) for damage in damages]})
+        raise typer.Exit(1 if damages else 0)
     for damage in damages:
         typer.echo(f"{damage.file} {damage.part}: {damage.problem}", err=True)
     if damages:

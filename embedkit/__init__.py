@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from embedkit.backbones import load_backbone as load_backbone
     from embedkit.cache import open_cache as open_cache
     from embedkit.errors import EmbedkitError as EmbedkitError
+    from embedkit.estimate import estimate_extraction as estimate_extraction
     from embedkit.explanation import explain as explain
     from embedkit.extraction import extract as extract
     from embedkit.inspection import describe_cache as describe_cache
@@ -38,6 +39,7 @@ _HOMES = {
     "backbones": ("list_backbones", "load_backbone"),
     "cache": ("open_cache",),
     "errors": ("EmbedkitError",),
+    "estimate": ("estimate_extraction",),
     "explanation": ("explain",),
     "extraction": ("extract",),
     "inspection": ("describe_cache", "verify_cache"),

@@ -1,7 +1,7 @@
 """Owns an open cache: its stack table and its tokens, mapped in place; knows nothing of how tokens are made.
 
-Opening reads and checks the tables of every shard and no token; tokens are views of a memory map, copied by nobody,
-read under no lock, the same for any number of processes.
+Opening reads and checks the tables of every shard and no token; tokens are read from a memory map, under no lock, the
+same for any number of processes: float16 as views that nobody copies, int8 restored to float16 as they are read.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from embedkit.errors import CacheError
 from embedkit.failures import Failure, FailureLog, clear_failures, read_failures, record_failure
 from embedkit.files import explain_os_error
 from embedkit.folder import create_cache, describe_folder, list_shards, parse_recipe, stored_recipe, write_shard
+from embedkit.quantisation import TOKEN_DTYPES, bytes_per_slice, dequantise_tokens
 from embedkit.recipe import Recipe, require_same_recipe
-from embedkit.shards import Shard, load_shard
+from embedkit.shards import Shard, array_names, load_shard
 from embedkit.tables import StackTokens, check_stack
 
 __all__ = [
@@ -55,7 +56,7 @@ class TokenSetInfo:
     Attributes:
         shape: Per slice: [dim], [patches dim], [heads patches] or [tokens dim].
         dtype: Of a stored value.
-        bytes: Per slice.
+        bytes: Per slice; of int8 with the scales of its tokens, without those of the channels, which are per stack.
     """
 
     shape: tuple[int, ...]
@@ -101,23 +102,39 @@ class Cache:
         self.stacks, self.duplicates = join_tables(self.shards)
         rows = self.stacks.select("shard_number", "first_row", "count")
         self._rows: list[tuple[int, int, int]] = list(rows.iter_rows())
+        quantised = self.shards if recipe.dtype == "int8" else ()
+        self._starts = [np.ascontiguousarray(shard.stacks["first_row"]) for shard in quantised]
         self._check_tokens = check_tokens
         self._maps: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
 
     def read(self, stack: int, token_set: str) -> NDArray[np.float16]:
-        """The tokens of a stack: read-only float16 [slices ...], a view of the memory map.
+        """The tokens of a stack: read-only float16 [slices ...].
+
+        A view of the memory map where the cache stores float16; where it stores int8, a copy restored from that.
 
         Raises:
-            CacheError: no such stack or token set; the shard was removed or changed since the cache was opened.
+            CacheError: no such stack or token set; the shard was removed or changed since the cache was opened; a
+                scale that is NaN, infinite or negative.
         """
         number, first, count = self._row(stack)
-        tokens = self._map(number).get(f"tokens/{token_set}")
+        arrays = self._map(number)
+        tokens = arrays.get(f"tokens/{token_set}")
         if tokens is None:
             raise CacheError(
                 f"cache {self.path} has no token set {token_set}; it holds {', '.join(self.recipe.token_sets)}."
                 " Choose one of these, or extract again with it"
             )
-        return tokens[first : first + count]
+        if self.recipe.dtype == "float16":
+            return tokens[first : first + count]
+        place = int(np.searchsorted(self._starts[number], first))
+        restored = dequantise_tokens(
+            tokens[first : first + count],
+            arrays[f"scales/{token_set}"][first : first + count],
+            arrays[f"channels/{token_set}"][place],
+            what=f"{self.shards[number].path}, {token_set} of stack {stack},",
+        )
+        restored.flags.writeable = False
+        return restored
 
     def preview(self, stack: int) -> NDArray[np.uint8] | None:
         """Grey pictures of a stack's slices: read-only uint8 [slices height width]; None where none are kept.
@@ -256,13 +273,15 @@ def _require_one_recipe(shards: Sequence[Shard], recipe: Recipe, path: Path) -> 
                 where=f"shard {shard.path}",
                 ways_out=f"The shard is of another cache than {path}: move it out of there",
             )
-    if recipe.dtype != "float16":
-        raise CacheError(f"{path} stores {recipe.dtype}, this embedkit reads float16; upgrade embedkit")
+    if recipe.dtype not in TOKEN_DTYPES:
+        raise CacheError(
+            f"{path} stores {recipe.dtype}, this embedkit reads {' and '.join(TOKEN_DTYPES)}; upgrade embedkit"
+        )
 
 
 def _common_token_sets(shards: Sequence[Shard], recipe: Recipe) -> dict[str, TokenSetInfo]:
     """What every shard stores per slice; a shard that stores anything else raises CacheError."""
-    expected = {f"tokens/{name}" for name in recipe.token_sets} | ({"preview"} if recipe.preview else set())
+    expected = set(array_names(recipe))
     shapes: dict[str, tuple[int, ...]] = {"preview": (recipe.preview, recipe.preview)}
     for shard in shards:
         if shard.arrays.keys() != expected:
@@ -277,5 +296,5 @@ def _common_token_sets(shards: Sequence[Shard], recipe: Recipe) -> dict[str, Tok
     infos = {}
     for name in recipe.token_sets if shards else ():
         place = shards[0].arrays[f"tokens/{name}"]
-        infos[name] = TokenSetInfo(place.shape[1:], place.dtype.name, place.bytes // place.shape[0])
+        infos[name] = TokenSetInfo(place.shape[1:], place.dtype.name, bytes_per_slice(place.shape[1:], recipe.dtype))
     return infos

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
+from embedkit.dicomelements import find_damage
 from embedkit.dicomheaders import (
     DicomSeries,
     DicomSlice,
@@ -44,6 +45,8 @@ __all__ = [
 
 Array = np.ndarray[Any, Any]
 
+_SMALL_SLICE = 2**26  # bytes that a slice may take however few its file holds: an empty one compresses to nothing
+_COMPRESSION = 1000  # a larger slice is not compressed further than this
 _CHUNK = 16  # slices per call into GDCM, so that never more than these are held twice
 # Uncompressed little-endian transfer syntaxes (DICOM PS3.5, section 10.1 and A.2), by which a short pixel element shows
 _NATIVE_SYNTAXES = (b"1.2.840.10008.1.2\0", b"1.2.840.10008.1.2.1\0")
@@ -93,6 +96,10 @@ def find_dicom_series(
                 with file.open("rb") as stream:
                     head = stream.read(1024)
                 if not looks_like_dicom(file, head):
+                    continue
+                if damage := find_damage(file):
+                    reason = f"{file}: damaged, truncated or not DICOM ({damage}); copy the file again or remove it"
+                    others.append((file, reason, True))
                     continue
                 try:
                     reader.SetFileName(str(file))
@@ -152,14 +159,20 @@ def read_dicom_series(series: DicomSeries) -> SourceImage:
 
 
 def _check_pixel_bytes(item: DicomSlice, content: bytes) -> None:
-    """GDCM fills pixels that an uncompressed file lacks with zeros: refuses such a file.
+    """GDCM fills pixels that an uncompressed file lacks with zeros, and reserves room for all that a header promises.
 
     Raises:
-        VolumeError: no pixel element (7FE0,0010) of the file is as long as the header promises.
+        VolumeError: no pixel element (7FE0,0010) of the file is as long as the header promises, or the promise is
+            beyond what compressed pixels could hold.
     """
-    if not any(syntax in content[:1024] for syntax in _NATIVE_SYNTAXES):
-        return
     expected = item.shape[0] * item.shape[1] * item.bits[0] // 8
+    if not any(syntax in content[:1024] for syntax in _NATIVE_SYNTAXES):
+        if expected > max(_SMALL_SLICE, _COMPRESSION * len(content)):
+            raise VolumeError(
+                f"{item.file}: its header promises {item.shape[1]}x{item.shape[0]} pixels ({expected} bytes), more than"
+                f" {len(content)} compressed bytes can hold; it is damaged: fetch it again"
+            )
+        return
     at = content.rfind(b"\xe0\x7f\x10\x00")
     while at >= 0:
         explicit = content[at + 4 : at + 6] in (b"OW", b"OB")

@@ -11,28 +11,21 @@ import polars as pl
 import torch
 
 from embedkit.account import Account, ExtractionProgress, ExtractionSummary
-from embedkit.backbones import load_backbone
 from embedkit.cache import create_cache, open_cache
-from embedkit.casework import CaseWork, FailedCase, SameCase
-from embedkit.errors import BackboneError, CacheError, OptionError, VolumeError
-from embedkit.failures import Failure, clear_failures, record_failure
+from embedkit.engines import dispatch_cases, take_part
+from embedkit.errors import OptionError
+from embedkit.failures import clear_failures
 from embedkit.features import Backbone
 from embedkit.forward import require_precision
 from embedkit.manifest import read_manifest
-from embedkit.pipeline import compute_cases, render_cases
-from embedkit.planning import (
-    DEFAULT_BACKBONE,
-    DEFAULT_TOKENS,
-    DEFAULT_WINDOW,
-    choose_device,
-    choose_precision,
-    make_recipe,
-    require_channel_count,
-)
+from embedkit.orders import Transport
+from embedkit.planning import DEFAULT_BACKBONE, DEFAULT_TOKENS, DEFAULT_WINDOW, choose_device
+from embedkit.processes import ProcessTransport, split_devices
+from embedkit.rayengine import RayTransport
 from embedkit.recipe import Recipe
-from embedkit.slices import window_texts
-from embedkit.sources import CachedSources, Case, CaseImages, group_cases, read_case
-from embedkit.writing import ShardWriter
+from embedkit.sources import CachedSources, Case, group_cases
+from embedkit.stream import extract_stream
+from embedkit.worker import ExtractionJob
 
 __all__ = ["ExtractionProgress", "ExtractionSummary", "extract", "extract_cases"]
 
@@ -60,9 +53,14 @@ def extract(
     device: str = "auto",
     batch_size: int = 32,
     workers: int = 2,
+    part: str | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    ray_workers: int | None = None,
     shard_bytes: int = 64 << 20,
     shard_seconds: float = 120.0,
     on_progress: Callable[[ExtractionProgress], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
 ) -> ExtractionSummary:
     """Runs a frozen backbone once over every slice of every image and keeps its tokens in a cache.
@@ -87,15 +85,23 @@ def extract(
         fill: The view that stands for an absent channel.
         crop: ``none``, or ``foreground`` for the bounding square of body or head, common to all views of a case.
         resize: ``pad`` keeps the physical aspect, ``stretch`` does not.
-        dtype: How tokens are stored: ``float16``.
+        dtype: How tokens are stored: ``float16`` or ``int8`` (half the bytes).
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: the fastest that the device computes natively.
         preview: Side in pixels of the grey preview kept per slice; 0 keeps none.
-        device: ``auto`` or a torch device.
+        device: ``auto`` or a torch device. Several with commas between them (``cuda:0,cuda:1``) or ``cuda:all`` take
+            one spawned process each, so that a script needs ``if __name__ == "__main__":`` around the call.
         batch_size: Slices per forward pass.
-        workers: Cases read ahead, each in a thread.
+        workers: Cases read ahead, each in a thread; per process.
+        part: ``i/n`` for the i-th of n parts of the manifest's cases, each done by a call of its own, wherever it
+            runs; a part without cases does nothing.
+        engine: ``local``, or ``ray`` for a Ray cluster, whose machines all find images, weights and ``out`` under the
+            same paths.
+        ray_address: Of the cluster; None is the one of this process or of ``RAY_ADDRESS``, else this machine alone.
+        ray_workers: Actors; None is one per GPU, or one per four CPUs where there is no GPU.
         shard_bytes: A shard is closed once it holds this many bytes of tokens.
         shard_seconds: A shard is closed at the latest after this many seconds, so that a kill costs little.
         on_progress: Called after every case.
+        on_notice: Called with a line of text when a worker process or actor is lost or replaced.
         stop: Once set, the finished cases are written and the call returns with ``interrupted``.
 
     Raises:
@@ -105,46 +111,92 @@ def extract(
         BackboneError: unknown backbone, or its weights cannot be had.
         RecipeError: ``out`` holds a cache of another recipe.
         CacheError: ``out`` cannot be written, or holds a damaged shard.
+        ExtractionError: every worker process or actor was lost, and those in their places as well.
     """
     if batch_size < 1 or workers < 1:
         raise OptionError(f"batch_size is {batch_size} and workers is {workers}, expected at least 1 of each")
     cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
-    target = choose_device(device)
-    require_channel_count(channels, window)
-    model = load_backbone(
-        backbone,
+    if part is not None:
+        cases = take_part(cases, part)
+    job = ExtractionJob(
+        backbone=backbone,
         weights=None if weights is None else Path(weights),
         image_size=image_size,
-        channels=max(len(channels), len(window_texts(window))),
-        device=str(target),
-    )
-    recipe = make_recipe(
-        model.info,
-        tokens=tokens,
-        layers=layers,
-        cut=cut,
-        planes=planes,
-        slices=slices,
-        window=window,
-        channels=channels,
-        fill=fill,
-        crop=crop,
-        resize=resize,
-        dtype=dtype,
-        precision=choose_precision(precision, target, model.info),
-        preview=preview,
-    )
-    create_cache(Path(out), recipe)
-    return extract_cases(
-        cases,
-        Path(out),
-        model,
-        recipe,
-        device=target,
+        precision=precision,
+        recipe_options={
+            "tokens": tokens,
+            "layers": layers,
+            "cut": cut,
+            "planes": planes,
+            "slices": slices,
+            "window": window,
+            "channels": channels,
+            "fill": fill,
+            "crop": crop,
+            "resize": resize,
+            "dtype": dtype,
+            "preview": preview,
+        },
         batch_size=batch_size,
         workers=workers,
         shard_bytes=shard_bytes,
         shard_seconds=shard_seconds,
+    )
+    transport = _choose_transport(job, engine, device, ray_address=ray_address, ray_workers=ray_workers)
+    if transport is None:
+        return _extract_here(job, cases, Path(out), device, on_progress=on_progress, stop=stop)
+    return dispatch_cases(
+        [_absolute(case) for case in cases],
+        Path(out).absolute(),
+        transport,
+        on_progress=on_progress,
+        on_notice=on_notice,
+        stop=stop,
+    )
+
+
+def _choose_transport(
+    job: ExtractionJob, engine: str, device: str, *, ray_address: str | None, ray_workers: int | None
+) -> Transport | None:
+    """What carries cases to worker processes; None where this process does all."""
+    if engine not in {"local", "ray"}:
+        raise OptionError(f"engine {engine!r} is unknown; expected local or ray")
+    if engine == "local" and (ray_address is not None or ray_workers is not None):
+        raise OptionError("a Ray address or a number of Ray workers is given, but the engine is local; use engine ray")
+    elsewhere = job if job.weights is None else replace(job, weights=job.weights.absolute())
+    if engine == "ray":
+        return RayTransport(elsewhere, device, address=ray_address, workers=ray_workers)
+    devices = split_devices(device)
+    return ProcessTransport(elsewhere, devices) if len(devices) > 1 else None
+
+
+def _absolute(case: Case) -> Case:
+    return replace(case, images={view: path.absolute() for view, path in case.images.items()})
+
+
+def _extract_here(
+    job: ExtractionJob,
+    cases: Sequence[Case],
+    cache: Path,
+    device: str,
+    *,
+    on_progress: Callable[[ExtractionProgress], None] | None,
+    stop: threading.Event | None,
+) -> ExtractionSummary:
+    (only,) = split_devices(device)
+    target = choose_device(only)
+    backbone, recipe = job.load(target)
+    create_cache(cache, recipe)
+    return extract_cases(
+        cases,
+        cache,
+        backbone,
+        recipe,
+        device=target,
+        batch_size=job.batch_size,
+        workers=job.workers,
+        shard_bytes=job.shard_bytes,
+        shard_seconds=job.shard_seconds,
         on_progress=on_progress,
         stop=stop,
     )
@@ -173,60 +225,21 @@ def extract_cases(
     if pending:
         require_precision(backbone, recipe, device)
 
-    def read(case: Case) -> CaseImages | SameCase:
-        images = read_case(case)
-        return SameCase(case) if sources.holds_same_bytes(case, images) else images
-
-    rendered = render_cases(
+    extract_stream(
         pending,
-        read,
-        recipe,
+        cache,
         backbone,
+        recipe,
+        sources=sources,
+        tally=account,
+        device=device,
         batch_size=batch_size,
         workers=workers,
-        device=device,
-        spill=cache,
-        waits=account.waits,
+        shard_bytes=shard_bytes,
+        shard_seconds=shard_seconds,
+        stop=stop,
     )
-    with ShardWriter(
-        cache, recipe, shard_bytes=shard_bytes, shard_seconds=shard_seconds, waits=account.waits
-    ) as writer:
-        for result in compute_cases(rendered, backbone, recipe, batch_size=batch_size):
-            _settle(result, account, writer, cache, sources)
-            if stop is not None and stop.is_set():
-                break
-    clear_failures(cache, [(case_id, "") for case_id in account.settled])
+    left = {case.case_id for case in pending}
+    held = [case.case_id for case in cases if case.case_id not in left]  # mended before a kill, and not yet cleared
+    clear_failures(cache, [(case_id, "") for case_id in [*held, *account.settled]])
     return account.summarise(cache, recipe, interrupted=account.left > 0)
-
-
-def _settle(
-    result: CaseWork | FailedCase | SameCase,
-    account: Account,
-    writer: ShardWriter,
-    cache: Path,
-    sources: CachedSources,
-) -> None:
-    """Hands a finished case to the writer, or puts a failed one on record."""
-    if isinstance(result, CaseWork):
-        try:
-            stacks = result.finish()
-        except (BackboneError, CacheError, VolumeError) as error:
-            result = FailedCase(result.case, str(error))
-        else:
-            writer.add(stacks)
-            account.done(result, changed=sources.holds_some(result.case))
-            return
-    if isinstance(result, FailedCase):
-        failure = Failure(case_id=result.case.case_id, view="", reason=result.reason)
-        record_failure(cache, replace(failure, reason=_without_folders(result)))
-        account.failed(failure)
-    else:
-        account.same(result.case)
-
-
-def _without_folders(failed: FailedCase) -> str:
-    """The reason with file names alone: a folder's name can be a patient's, and the record stays in the cache."""
-    reason = failed.reason
-    for path in failed.case.images.values():
-        reason = reason.replace(str(path), path.name).replace(f"{path.parent}/", "")
-    return reason

@@ -16,12 +16,21 @@ from numpy.typing import NDArray
 
 from embedkit.errors import CacheError, RecipeError
 from embedkit.files import explain_os_error, remove_stale, sync_folder, write_new_file
+from embedkit.quantisation import quantise_tokens
 from embedkit.recipe import Recipe, require_same_recipe
 from embedkit.sealing import array_chunks, write_sealed
-from embedkit.shards import load_shard
+from embedkit.shards import array_names, load_shard
 from embedkit.tables import StackTokens, check_stack, slice_table, stack_table
 
-__all__ = ["create_cache", "describe_folder", "list_shards", "parse_recipe", "stored_recipe", "write_shard"]
+__all__ = [
+    "create_cache",
+    "describe_folder",
+    "list_shards",
+    "parse_recipe",
+    "shard_path",
+    "stored_recipe",
+    "write_shard",
+]
 
 _RECIPE_FILE = "recipe.json"
 _SHARDS_FOLDER = "shards"
@@ -125,20 +134,15 @@ def write_shard(
     for stack in stacks:
         check_stack(stack, recipe)
     _require_distinct(stacks)
-    columns: dict[str, list[NDArray[Any]]] = {
-        f"tokens/{name}": [stack.tokens[name] for stack in stacks] for name in recipe.token_sets
-    }
-    if recipe.preview:
-        columns["preview"] = [stack.preview for stack in stacks if stack.preview is not None]
-    slices = slice_table(stacks)
-    arrays = {name: _joined(name, parts, len(slices)) for name, parts in columns.items()}
+    columns = _columns(stacks, recipe)
+    arrays = {name: _joined(name, parts) for name, parts in columns.items()}
     created_ns = _next_created_ns(cache_path, clock_ns())
-    final = cache_path / _SHARDS_FOLDER / f"{created_ns:016x}-{secrets.token_hex(8)}{_SHARD_SUFFIX}"
+    final = shard_path(cache_path, created_ns, secrets.token_hex(8))
     write_sealed(
         final,
         recipe=recipe,
         stacks=stack_table(stacks),
-        slices=slices,
+        slices=slice_table(stacks),
         arrays=arrays,
         chunks=lambda name: array_chunks(columns[name]),
         created_ns=created_ns,
@@ -146,12 +150,34 @@ def write_shard(
     return final
 
 
-def _joined(name: str, parts: Sequence[NDArray[Any]], slices: int) -> tuple[tuple[int, ...], str]:
+def shard_path(cache_path: Path, created_ns: int, name: str) -> Path:
+    """The file of a shard, by which shards sort from the oldest to the newest; ``name`` has 16 hex digits."""
+    return cache_path / _SHARDS_FOLDER / f"{created_ns:016x}-{name}{_SHARD_SUFFIX}"
+
+
+def _columns(stacks: Sequence[StackTokens], recipe: Recipe) -> dict[str, list[NDArray[Any]]]:
+    """Dataset name to its parts, one per stack, in the order of `array_names`."""
+    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in array_names(recipe)}
+    for stack in stacks:
+        for name, tokens in stack.tokens.items():
+            if recipe.dtype == "float16":
+                columns[f"tokens/{name}"].append(tokens)
+                continue
+            stored = quantise_tokens(tokens, stack.blank)
+            columns[f"tokens/{name}"].append(stored.values)
+            columns[f"scales/{name}"].append(stored.scales)
+            columns[f"channels/{name}"].append(stored.channels[None])
+        if stack.preview is not None:
+            columns["preview"].append(stack.preview)
+    return columns
+
+
+def _joined(name: str, parts: Sequence[NDArray[Any]]) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a dataset that holds ``parts`` one after the other."""
     shapes = sorted({part.shape[1:] for part in parts})
     if len(shapes) > 1:
         raise CacheError(f"{name} has shapes {shapes[0]} and {shapes[1]} per slice; one backbone gives one shape")
-    return (slices, *shapes[0]), parts[0].dtype.newbyteorder("<").str
+    return (sum(map(len, parts)), *shapes[0]), parts[0].dtype.newbyteorder("<").str
 
 
 def _require_distinct(stacks: Sequence[StackTokens]) -> None:

@@ -6,6 +6,7 @@ Knows nothing of voxel values and of the canonical index order; of DICOM only ho
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 
 from embedkit.errors import VolumeError
@@ -86,7 +87,7 @@ def read_header(path: Path, kind: str) -> SourceHeader:
         else:
             header, available, packed = parse_with_itk(path, kind, _read_head(path))
     except DAMAGE as error:
-        raise VolumeError(f"{path}: damaged or unreadable ({error}); copy the file again") from error
+        raise VolumeError(f"{path}: damaged or unreadable ({str(error)[:120]}); copy the file again") from error
     check_promise(path, header, available, packed=packed)
     check_affine(path, header.affine)
     return header
@@ -113,6 +114,8 @@ def _format_by_content(head: bytes) -> tuple[str, str]:
 
 def _read_head(path: Path, size: int = 2**16) -> bytes:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe waits for its other end
+            raise VolumeError(f"{path}: is a pipe or device, expected a file; give the image itself")
         with path.open("rb") as stream:
             head = stream.read(size)
     except FileNotFoundError as error:

@@ -48,7 +48,7 @@ def start_backbone(images: Tensor, backbone: Backbone, recipe: Recipe) -> Pendin
     if images.device.type != "cuda":
         return PendingTokens({name: values.to(torch.float16).cpu() for name, values in tokens.items()}, None)
     hosts = {name: _copy_out(values.to(torch.float16)) for name, values in tokens.items()}
-    done = torch.cuda.Event()
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record(torch.cuda.current_stream(images.device))
     return PendingTokens(hosts, done)
 

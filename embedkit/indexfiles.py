@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ _FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 23
 _MOST_JSON_BYTES = 1 << 26
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+_PLACES = ("cache", "run")  # details that are folders: given and read in full, kept relative to the index
 _RESERVED = ("query", "rank", "similarity")
 
 
@@ -60,7 +63,7 @@ class IndexContent:
         cases: case_id, patient_id and metadata.
         vectors: FAISS index of unit vectors.
         mean: float32 [dim] or None.
-        details: Plain JSON values.
+        details: Plain JSON values; ``cache`` and ``run`` are folders, absolute here and relative to the index on disk.
         extras: Arrays by name.
     """
 
@@ -124,18 +127,27 @@ def _write_files(folder: Path, content: IndexContent, vectors: NDArray[np.float3
         with (folder / name).open("xb") as file:
             np.save(file, array, allow_pickle=False)
     content.cases.write_parquet(folder / "cases.parquet")
-    (folder / "index.faiss").write_bytes(faiss.serialize_index(content.vectors).data)
+    with (folder / "index.faiss").open("xb") as file:  # serialize_index fails where SimpleITK was loaded after faiss
+        faiss.write_index(content.vectors, faiss.PyCallbackIOWriter(file.write))
     fields = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "embedding": content.embedding,
         "recipe": content.recipe.to_json(),
-        "details": content.details,
+        "details": _map_places(content.details, lambda place: os.path.relpath(place, folder.resolve())),
         "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }
     fields = json.loads(json.dumps(fields))
     fields["sha256"] = _sha256_of_fields(fields)
     (folder / "index.json").write_text(json.dumps(fields, indent=1, sort_keys=True, ensure_ascii=True) + "\n")
+
+
+def _map_places(details: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The details, the folders among them changed: kept relative to the index, so that it tells no more of the machine.
+
+    An index and its cache can so be moved together.
+    """
+    return {name: change(value) if name in _PLACES else value for name, value in details.items()}
 
 
 def read_index_files(path: Path) -> IndexContent:
@@ -167,7 +179,7 @@ def _parse_files(path: Path, fields: dict[str, Any]) -> IndexContent:
         cases=cases,
         vectors=vectors,
         mean=arrays.get("mean.npy"),
-        details=dict(fields["details"]),
+        details=_map_places(fields["details"], lambda place: os.path.normpath(path.resolve() / place)),
         extras={
             name.removeprefix("extra-").removesuffix(".npy"): array
             for name, array in arrays.items()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +17,16 @@ from embedkit.errors import CacheError, RecipeError
 from embedkit.failures import Failure, read_failures
 from embedkit.files import explain_os_error
 from embedkit.folder import list_shards, stored_recipe
-from embedkit.recipe import Recipe
+from embedkit.quantisation import TOKEN_DTYPES, bytes_per_slice, bytes_per_stack
+from embedkit.recipe import Recipe, TokenSet
 from embedkit.seal import CHUNK_BYTES, Region
 from embedkit.shards import Shard, load_shard
 
-__all__ = ["CacheSummary", "Damage", "describe_cache", "verify_cache"]
+__all__ = ["CacheSummary", "Damage", "StorageChoice", "describe_cache", "list_choices", "verify_cache"]
+
+_GRIDS = (4, 7)
+_TRANSFORMER = re.compile(r"(?:vit|deit|deit3|beit|beitv2|eva02)_.*patch(?P<side>[1-9]\d?)(?:_|\.|$)")
+"""timm's names of transformers with one grid throughout, and the side of their patches in pixels."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,25 @@ class Damage:
     file: Path
     part: str
     problem: str
+
+
+@dataclass(frozen=True)
+class StorageChoice:
+    """What one token set takes, or would have taken, for the slices of a cache.
+
+    Attributes:
+        token_set: Of one layer, named without it where all layers are of one shape: ``cls``, ``patch@7``.
+        shape: Per slice.
+        dtype: float16 or int8.
+        slice_bytes: Per slice.
+        cache_bytes: For all slices and stacks of the cache.
+    """
+
+    token_set: str
+    shape: tuple[int, ...]
+    dtype: str
+    slice_bytes: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +80,8 @@ class CacheSummary:
         blank_slices: Of these slices, those that show nothing.
         views: ``view/plane`` to number of stacks, sorted.
         token_sets: What is stored per slice.
-        token_bytes: Token set to bytes in all shards.
+        token_bytes: Token set to bytes in all shards, scales included.
+        choices: What other token sets and dtypes would have taken, as far as the cache tells; see `list_choices`.
         preview_bytes: In all shards.
         duplicates: Copies of stacks left out, one row each; see `Cache`.
         failures: Cases recorded as failed and not made good.
@@ -74,6 +101,7 @@ class CacheSummary:
     views: dict[str, int]
     token_sets: dict[str, TokenSetInfo]
     token_bytes: dict[str, int]
+    choices: tuple[StorageChoice, ...]
     preview_bytes: int
     duplicates: pl.DataFrame
     failures: tuple[Failure, ...]
@@ -90,10 +118,11 @@ def describe_cache(path: Path | str) -> CacheSummary:
     cache = open_cache(path)
     stacks = cache.stacks
     log = read_failures(cache.path) if cache.path.is_dir() else None
-    sizes = {f"tokens/{name}": 0 for name in cache.token_sets} | {"preview": 0}
+    sizes = dict.fromkeys([*cache.token_sets, "preview"], 0)
     for shard in cache.shards:
         for name, place in shard.arrays.items():
-            sizes[name] += place.bytes
+            sizes[name.rpartition("/")[2]] += place.bytes
+    slices = int(stacks["count"].sum())
     views = stacks.group_by(pl.format("{}/{}", "view", "plane").alias("name")).len().sort("name")
     return CacheSummary(
         path=cache.path,
@@ -104,16 +133,66 @@ def describe_cache(path: Path | str) -> CacheSummary:
         cases=stacks["case_id"].n_unique(),
         patients=stacks["patient_id"].n_unique(),
         stacks=len(stacks),
-        slices=int(stacks["count"].sum()),
+        slices=slices,
         blank_slices=int(stacks["blank_count"].sum()),
         views=dict(views.iter_rows()),
         token_sets=cache.token_sets,
-        token_bytes={name: sizes[f"tokens/{name}"] for name in cache.token_sets},
+        token_bytes={name: sizes[name] for name in cache.token_sets},
+        choices=list_choices(cache.recipe, cache.token_sets, slices=slices, stacks=len(stacks)),
         preview_bytes=sizes["preview"],
         duplicates=cache.duplicates,
         failures=log.failures if log else (),
         unreadable_failures=log.unreadable_lines if log else (),
     )
+
+
+def list_choices(
+    recipe: Recipe, token_sets: Mapping[str, TokenSetInfo], *, slices: int, stacks: int
+) -> tuple[StorageChoice, ...]:
+    """What each token set would take per layer and dtype, smallest first.
+
+    What cannot be told from the cache is left out: the width of the tokens and the number of patches come from the
+    token sets that are there, the latter else from the name of a vision transformer (``patch16`` at 224 pixels).
+    """
+    choices = [
+        StorageChoice(name, shape, dtype, size, size * slices + bytes_per_stack(shape, dtype) * stacks)
+        for name, shape in _possible_shapes(recipe, token_sets).items()
+        for dtype in TOKEN_DTYPES
+        for size in [bytes_per_slice(shape, dtype)]
+    ]
+    return tuple(sorted(choices, key=lambda choice: (math.prod(choice.shape), choice.token_set, choice.dtype)))
+
+
+def _possible_shapes(recipe: Recipe, token_sets: Mapping[str, TokenSetInfo]) -> dict[str, tuple[int, ...]]:
+    """Token sets that the backbone surely gives, with their shapes per slice."""
+    kept = [(TokenSet.parse(name), info.shape) for name, info in token_sets.items()]
+    found: dict[str, tuple[int, ...]] = {
+        token_set.kind: shape for token_set, shape in kept if token_set.kind in ("attention", "cut")
+    }
+    widths = {token_set.layer: shape[-1] for token_set, shape in kept if token_set.kind != "attention"}
+    alike = len(set(widths.values())) == 1
+    for layer, width in widths.items():
+        suffix = "" if alike else f":{layer}"
+        near = [token_set for token_set, _ in kept if alike or token_set.layer == layer]
+        patches = _count_patches(recipe, kept, layer)
+        grids = {token_set.grid for token_set in near if token_set.grid is not None}
+        for grid in grids.union(grid for grid in _GRIDS if grid**2 < patches):
+            found[f"patch@{grid}{suffix}"] = (grid**2, width)
+        if patches:
+            found[f"patch{suffix}"] = (patches, width)
+        if any(token_set.kind == "cls" for token_set in near):
+            found[f"cls{suffix}"] = (width,)
+    return found
+
+
+def _count_patches(recipe: Recipe, kept: Sequence[tuple[TokenSet, tuple[int, ...]]], layer: int) -> int:
+    """Patches of the full grid of a layer; 0 where the cache does not tell."""
+    for token_set, shape in kept:
+        if token_set.kind == "patch" and token_set.grid is None and token_set.layer == layer:
+            return shape[0]
+    match = _TRANSFORMER.match(recipe.backbone)
+    side = int(match["side"]) if match else 0
+    return (recipe.image_size // side) ** 2 if side and recipe.image_size % side == 0 else 0
 
 
 def verify_cache(path: Path | str, *, progress: Callable[[int, int], None] | None = None) -> list[Damage]:

@@ -5,6 +5,7 @@ Knows nothing of file formats, DICOM series and the canonical index order.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ def quiet_itk() -> Iterator[None]:
 def explain_itk_error(error: RuntimeError) -> str:
     """The last sentence of an ITK exception on one line, without source paths and addresses, 200 characters at most."""
     text = " ".join(str(error).split())
-    return text.rpartition("ERROR: ")[2][:200]
+    return re.sub(r"\(0x[0-9a-f]+\)", "", text.rpartition("ERROR: ")[2])[:200]
 
 
 def affine_of_itk(reader: sitk.ImageFileReader) -> Array:

@@ -5,6 +5,7 @@ Knows nothing of other formats, and never reads a voxel.
 
 from __future__ import annotations
 
+import ast
 import io
 import zipfile
 from pathlib import Path
@@ -19,6 +20,8 @@ from embedkit.sourceimage import SourceHeader, grey_shape
 __all__ = ["parse_npy", "parse_npz"]
 
 Array = np.ndarray[Any, Any]
+
+_LONGEST_HEADER = 10_000  # bytes; numpy itself reads no longer one without being told to trust the file
 
 
 def parse_npy(path: Path) -> tuple[SourceHeader, int]:
@@ -64,12 +67,22 @@ def _parse_small_array(path: Path, content: bytes) -> Array:
 
 
 def _parse_npy_header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """(shape, whether the first axis runs fastest, type, bytes of the header), read as numpy's NEP 1 says."""
+    magic = stream.read(8)
+    length_bytes = 2 if magic[6:7] == b"\x01" else 4
+    length = int.from_bytes(stream.read(length_bytes), "little")
     try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(stream)
-    except ValueError as error:
-        raise VolumeError(f"{path}: its header is damaged ({error}); save the array again") from error
+        if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3) or length > _LONGEST_HEADER:
+            raise ValueError(f"it begins with {magic!r} and a header of {length} bytes")
+        fields = ast.literal_eval(stream.read(length).decode("latin1" if magic[6] < 3 else "utf-8").strip())
+        shape, fortran_order, kind = fields["shape"], fields["fortran_order"], fields["descr"]
+        if not isinstance(kind, str) or not isinstance(shape, tuple) or not isinstance(fortran_order, bool):
+            raise ValueError("its descr, shape or fortran_order is of another type")
+        if not all(type(axis) is int and axis >= 0 for axis in shape):
+            raise ValueError(f"its shape is {shape}")
+        dtype = np.dtype(kind)
+    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
+        raise VolumeError(f"{path}: its header is damaged ({str(error)[:200]!r}); save the array again") from error
     if dtype.kind not in "biuf":
         raise VolumeError(f"{path}: holds values of type {dtype}, expected real numbers; save it as such")
     return shape, fortran_order, dtype, stream.tell()

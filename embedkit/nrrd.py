@@ -34,7 +34,7 @@ _ITK_TYPES = {
 
 def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, int, bool]:
     """(header, bytes that hold the voxels, whether they are compressed); ``head`` is how the file begins."""
-    offset, encoding, data_file = _parse_text_header(path, kind, head)
+    offset, encoding, data_file, order = _parse_text_header(path, kind, head)
     payload = None if data_file is None else _payload_file(path, data_file)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(ITK_READERS[kind])
@@ -43,6 +43,8 @@ def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, in
         with quiet_itk():
             reader.ReadImageInformation()
             type_name = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+            size: tuple[int, ...] = reader.GetSize()
+            shape = grey_shape(path, size[::-1], trailing=0)
             affine = affine_of_itk(reader)
     except RuntimeError as error:
         raise VolumeError(f"{path}: cannot be read ({explain_itk_error(error)}); check its header") from error
@@ -51,10 +53,9 @@ def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, in
             f"{path}: its values are {type_name} with {reader.GetNumberOfComponents()} components, expected one real "
             "number per voxel; convert it"
         )
-    size: tuple[int, ...] = reader.GetSize()
     header = SourceHeader(
-        shape=grey_shape(path, size[::-1], trailing=0),
-        dtype=np.dtype(_ITK_TYPES[type_name]),
+        shape=shape,
+        dtype=np.dtype(order + _ITK_TYPES[type_name]),
         affine=affine,
         offset=0 if payload else offset,
         payload=payload,
@@ -64,8 +65,12 @@ def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, in
     return header, file.stat().st_size - header.offset, encoding == "compressed"
 
 
-def _parse_text_header(path: Path, kind: str, head: bytes) -> tuple[int, str, str | None]:
-    """(bytes of the header, ``raw`` or ``compressed``, name of the file of the voxels or None for this one)."""
+def _parse_text_header(path: Path, kind: str, head: bytes) -> tuple[int, str, str | None, str]:
+    """(bytes of the header, ``raw`` or ``compressed``, file of the voxels or None for this one, byte order).
+
+    The byte order is given for a MetaImage alone; ITK sees to that of an NRRD.
+    """
+    order = "="
     if kind == "nrrd":
         end = re.search(rb"\r?\n\r?\n", head)
         fields = dict(
@@ -79,9 +84,36 @@ def _parse_text_header(path: Path, kind: str, head: bytes) -> tuple[int, str, st
         named = fields.get(b"ElementDataFile", b"").strip()
         named = None if named.upper() == b"LOCAL" else named
         encoding = "compressed" if fields.get(b"CompressedData", b"").strip().lower() == b"true" else "raw"
+        orders = (fields.get(name, b"").strip().lower() for name in (b"BinaryDataByteOrderMSB", b"ElementByteOrderMSB"))
+        order = ">" if b"true" in orders else "<"
     if named == b"" or (end is None and named is None):
         raise VolumeError(f"{path}: its header does not end; the file is truncated or damaged: copy it again")
-    return (end.end() if end else 0), encoding, None if named is None else named.decode("utf-8", "replace").strip()
+    return (
+        (end.end() if end else 0),
+        encoding,
+        None if named is None else named.decode("utf-8", "replace").strip(),
+        order,
+    )
+
+
+def _check_metaimage(path: Path, fields: dict[bytes, bytes]) -> None:
+    """Refuses a MetaImage header of which ITK would complain on stderr, in words of its own."""
+    axes, lengths = fields.get(b"NDims", b"").split(), fields.get(b"DimSize", b"").split()
+    kind = fields.get(b"ElementType", b"").strip()
+    if not all(number.isdigit() for number in axes + lengths) or len(axes) != 1 or int(axes[0]) != len(lengths):
+        raise VolumeError(
+            f"{path}: its header says NDims {_shown(axes)} and DimSize {_shown(lengths)}, expected as many lengths as"
+            " axes; it is damaged: copy the file again"
+        )
+    if not kind.startswith(b"MET_"):
+        raise VolumeError(
+            f"{path}: its header says ElementType {_shown([kind])}, expected one such as MET_SHORT; it is damaged: copy"
+            " the file again"
+        )
+
+
+def _shown(words: list[bytes]) -> str:
+    return repr(b" ".join(words)[:40].decode("ascii", "replace"))
 
 
 def _payload_file(path: Path, name: str) -> Path:
@@ -89,7 +121,7 @@ def _payload_file(path: Path, name: str) -> Path:
     if name.split(" ", 1)[0].upper() == "LIST" or "%" in name:
         raise VolumeError(f"{path}: spreads its voxels over several files ({name}); save it as one .nrrd or .mha file")
     if not name.isprintable():
-        raise VolumeError(f"{path}: names {name!r} for its voxels; the header is damaged: copy the file again")
+        raise VolumeError(f"{path}: names {name[:80]!r} for its voxels; the header is damaged: copy the file again")
     file = path.parent / name
     if file.resolve().parent != path.parent.resolve():
         raise VolumeError(

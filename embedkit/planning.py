@@ -8,6 +8,7 @@ import torch
 
 from embedkit.errors import OptionError
 from embedkit.features import BackboneInfo
+from embedkit.quantisation import TOKEN_DTYPES
 from embedkit.recipe import Recipe
 from embedkit.slices import PLANES, slice_choice_text, window_texts
 from embedkit.tokens import resolve_token_sets
@@ -73,7 +74,7 @@ def make_recipe(
     _require_one_of("plane", planes, PLANES)
     _require_one_of("crop", [crop], ("none", "foreground"))
     _require_one_of("resize", [resize], ("pad", "stretch"))
-    _require_one_of("dtype", [dtype], ("float16",))
+    _require_one_of("dtype", [dtype], TOKEN_DTYPES)
     _require_one_of("precision", [precision], tuple(AUTOCAST_DTYPES))
     if fill and not channels:
         raise OptionError(f"fill {fill!r} names a stand-in for absent channels, but no channels are given")

@@ -79,7 +79,7 @@ class Recipe:
         fill: View that stands for an absent channel; empty means none.
         crop: ``none`` or ``foreground``.
         resize: ``pad`` (physical aspect kept) or ``stretch``.
-        dtype: How tokens are stored: ``float16``.
+        dtype: How tokens are stored: ``float16`` or ``int8`` (half the bytes, a scale per token and channel).
         precision: How the backbone computes: ``fp32``, ``bf16`` or ``fp16``.
         preview: Side in pixels of the grey preview kept per slice; 0 keeps none.
         version: Raised when the code changes what the numbers are.

@@ -123,7 +123,8 @@ def write_run(
             for number, member in enumerate(members)
             for name, tensor in member.state_dict().items()
         }
-        safetensors.torch.save_file(tensors, temporary / "weights.safetensors")
+        weights = safetensors.torch.save(tensors)  # save_file would hide the file from other users
+        (temporary / "weights.safetensors").write_bytes(weights)
         predictions.write_parquet(temporary / "predictions.parquet")
         digests = {name: _digest(temporary / name) for name in _FILES[1:]}
         (temporary / "run.json").write_text(_to_json(record, digests), encoding="utf-8")

@@ -13,17 +13,18 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from embedkit.errors import CacheError
 from embedkit.files import explain_os_error
 
-__all__ = ["CHUNK_BYTES", "FORMAT", "FORMAT_VERSION", "Metadata", "Region", "Seal", "read_sealed", "userblock_bytes"]
+__all__ = ["CHUNK_BYTES", "FORMAT", "FORMAT_VERSIONS", "Metadata", "Region", "Seal", "read_sealed", "userblock_bytes"]
 
 FORMAT = "embedkit-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"float16": 1, "int8": 2}
+"""Version of the format of a shard, by how it stores tokens."""
 CHUNK_BYTES = 1 << 23
 """Bytes read, hashed or copied at a time."""
 
@@ -62,6 +63,7 @@ class Seal:
         fingerprint: Of the recipe.
         metadata_sha256: Hex digest over all bytes after the user block that are in no region, in order.
         regions: Sorted by offset, none overlapping.
+        version: Of the format.
     """
 
     userblock: int
@@ -70,12 +72,13 @@ class Seal:
     fingerprint: str
     metadata_sha256: str
     regions: tuple[Region, ...]
+    version: int = 1
 
     def to_bytes(self) -> bytes:
         """The user block: ``userblock`` bytes."""
-        fields = {name: value for name, value in asdict(self).items() if name != "userblock"}
+        fields = {name: value for name, value in asdict(self).items() if name not in ("userblock", "version")}
         text = json.dumps(fields, separators=(",", ":"), ensure_ascii=True).encode()
-        head = f"{FORMAT} {FORMAT_VERSION} {self.userblock} ".encode()
+        head = f"{FORMAT} {self.version} {self.userblock} ".encode()
         rest = text.ljust(self.userblock - len(head) - 65)
         sealed = head + hashlib.sha256(head + rest).hexdigest().encode() + b"\n" + rest
         if len(sealed) != self.userblock:
@@ -184,13 +187,14 @@ def _read_seal(descriptor: int, size: int, path: Path) -> Seal:
     rest = os.pread(descriptor, userblock - line.end(), line.end())
     if hashlib.sha256(line["head"] + rest).hexdigest().encode() != line["sha256"]:
         raise _damaged(path, "its seal is broken")
-    if int(line["version"]) != FORMAT_VERSION:
+    version, known = int(line["version"]), FORMAT_VERSIONS.values()
+    if version not in known:
         raise CacheError(
-            f"{path} has cache format {int(line['version'])}, this embedkit reads format {FORMAT_VERSION};"
+            f"{path} has cache format {version}, this embedkit reads formats {min(known)} to {max(known)};"
             " upgrade embedkit"
         )
     try:
-        seal = _parse_seal(userblock, json.loads(rest))
+        seal = replace(_parse_seal(userblock, json.loads(rest)), version=version)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, f"its seal makes no sense ({error})") from error
     if seal.file_bytes != size:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from embedkit.errors import CacheError
 from embedkit.files import explain_os_error, publish_file, temporary_path
 from embedkit.recipe import Recipe
-from embedkit.seal import FORMAT, FORMAT_VERSION, Region, Seal, userblock_bytes
+from embedkit.seal import FORMAT, FORMAT_VERSIONS, Region, Seal, userblock_bytes
 from embedkit.shards import ArrayPlace
 from embedkit.tables import Table
 
@@ -126,7 +126,7 @@ def write_sealed(
                 file,
                 skeleton,
                 places,
-                fingerprint=recipe.fingerprint,
+                recipe=recipe,
                 chunks=chunks,
                 created_ns=created_ns,
             )
@@ -139,7 +139,8 @@ def write_sealed(
             " again to go on"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():  # unlinking what is not there is an error on a read-only disk
+            temporary.unlink(missing_ok=True)
 
 
 def _lay_out(
@@ -150,7 +151,11 @@ def _lay_out(
     created_ns: int,
 ) -> tuple[_SparseFile, dict[str, ArrayPlace]]:
     """The HDF5 file without its arrays, and their places in file order, behind everything else."""
-    smallest = min(int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize for shape, dtype in arrays.values())
+    smallest = min(
+        int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+        for name, (shape, dtype) in arrays.items()
+        if not name.startswith(("scales/", "channels/"))  # smaller than tokens, they may lie anywhere
+    )
     skeleton = _SparseFile()
     places = {}
     with h5py.File(
@@ -164,7 +169,7 @@ def _lay_out(
         texts = {"format": FORMAT, "recipe": recipe.to_json(), "fingerprint": recipe.fingerprint}
         for name, text in (texts | {"embedkit_version": _embedkit_version()}).items():
             file.attrs.create(name, text.encode(), dtype=h5py.string_dtype("utf-8", len(text.encode())))
-        file.attrs.create("format_version", FORMAT_VERSION, dtype="<i8")
+        file.attrs.create("format_version", FORMAT_VERSIONS[recipe.dtype], dtype="<i8")
         file.attrs.create("created_ns", created_ns, dtype="<i8")
         file.create_dataset("stacks", data=stacks)
         file.create_dataset("slices", data=slices)
@@ -193,7 +198,7 @@ def _write_body(
     skeleton: _SparseFile,
     places: Mapping[str, ArrayPlace],
     *,
-    fingerprint: str,
+    recipe: Recipe,
     chunks: Callable[[str], Iterable[NDArray[np.uint8]]],
     created_ns: int,
 ) -> None:
@@ -213,7 +218,15 @@ def _write_body(
             piece = skeleton.read(stop - start) or b""
             metadata.update(piece)
             file.write(piece)
-    seal = Seal(userblock, skeleton.size, created_ns, fingerprint, metadata.hexdigest(), tuple(regions))
+    seal = Seal(
+        userblock,
+        skeleton.size,
+        created_ns,
+        recipe.fingerprint,
+        metadata.hexdigest(),
+        tuple(regions),
+        FORMAT_VERSIONS[recipe.dtype],
+    )
     file.seek(0)
     file.write(seal.to_bytes())
 

@@ -16,10 +16,15 @@ import h5py
 import numpy as np
 
 from embedkit.errors import CacheError
-from embedkit.seal import FORMAT, FORMAT_VERSION, Metadata, Seal, read_sealed
+from embedkit.recipe import Recipe
+from embedkit.seal import FORMAT, FORMAT_VERSIONS, Metadata, Seal, read_sealed
 from embedkit.tables import SLICE_DTYPE, TEXT_COLUMNS, Table, check_tables, require_columns, stack_dtype
 
-__all__ = ["ArrayPlace", "Shard", "load_shard"]
+__all__ = ["ArrayPlace", "Shard", "array_names", "load_shard"]
+
+_FOLDERS = {1: ("tokens",), 2: ("tokens", "scales", "channels")}
+"""Groups with one dataset per token set, by version of the format."""
+_TOKEN_TYPES = {1: "<f2", 2: "|i1"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Shard:
         recipe_json: Canonical JSON of its recipe.
         stacks: [stacks], one row per stack; columns in docs/cache-format.md.
         slices: [slices] with index, position_mm and blank.
-        arrays: Dataset name (``tokens/cls:12``, ``preview``) to its place.
+        arrays: Dataset name (``tokens/cls:12``, ``preview``; of int8 also ``scales/cls:12`` and ``channels/cls:12``)
+            to its place. Rows are slices, but those of ``channels`` are stacks.
     """
 
     path: Path
@@ -68,10 +74,11 @@ def load_shard(path: Path) -> Shard:
         with h5py.File(metadata, "r") as file:
             recipe_json = _read_attributes(file, seal, path)
             _require_hard_links(file.id, path)
-            _require_hard_links(h5py.h5g.open(file.id, b"tokens"), path)
+            for folder in _FOLDERS[seal.version]:
+                _require_hard_links(h5py.h5g.open(file.id, folder.encode()), path)
             stacks = _read_table(file, "stacks", metadata, path)
             slices = _read_table(file, "slices", metadata, path)
-            arrays = _find_arrays(file, seal, len(slices), path)
+            arrays = {name: _find_array(file, name, seal, path) for name in _stored_names(file, seal.version)}
     except CacheError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -79,14 +86,28 @@ def load_shard(path: Path) -> Shard:
     require_columns(stacks.dtype, stack_dtype(dict.fromkeys(TEXT_COLUMNS, 1)), what=f"{path}: its stack table")
     require_columns(slices.dtype, SLICE_DTYPE, what=f"{path}: its slice table")
     check_tables(stacks, slices, what=str(path))
+    _check_arrays(arrays, stacks=len(stacks), slices=len(slices), version=seal.version, path=path)
     return Shard(path, seal, recipe_json, stacks, slices, arrays)
 
 
+def array_names(recipe: Recipe) -> tuple[str, ...]:
+    """The arrays of a shard of this recipe, by their dataset names.
+
+    Raises:
+        CacheError: the recipe stores tokens in a way that the format does not have.
+    """
+    if recipe.dtype not in FORMAT_VERSIONS:
+        raise CacheError(f"recipe stores {recipe.dtype}, the format has {' and '.join(FORMAT_VERSIONS)}; choose one")
+    folders = _FOLDERS[FORMAT_VERSIONS[recipe.dtype]]
+    names = [f"{folder}/{name}" for folder in folders for name in recipe.token_sets]
+    return (*names, "preview") if recipe.preview else tuple(names)
+
+
 def _read_attributes(file: Any, seal: Seal, path: Path) -> str:
-    version = h5py.h5a.open(file.id, b"format_version")
-    if not version.get_type().equal(h5py.h5t.STD_I64LE) or version.shape != ():
+    stored = h5py.h5a.open(file.id, b"format_version")
+    if not stored.get_type().equal(h5py.h5t.STD_I64LE) or stored.shape != ():
         raise CacheError(f"{path}: its format_version is not one int64")
-    if _read_text(file, "format", path) != FORMAT or file.attrs["format_version"] != FORMAT_VERSION:
+    if _read_text(file, "format", path) != FORMAT or file.attrs["format_version"] != seal.version:
         raise CacheError(f"{path}: its HDF5 attributes name another format than its seal")
     recipe_json = _read_text(file, "recipe", path)
     fingerprint = hashlib.sha256(recipe_json.encode()).hexdigest()[:16]
@@ -141,19 +162,32 @@ def _read_table(file: Any, name: str, metadata: Metadata, path: Path) -> Table:
     return np.frombuffer(data, place.dtype)
 
 
-def _find_arrays(file: Any, seal: Seal, slices: int, path: Path) -> dict[str, ArrayPlace]:
-    regions = {region.name: region for region in seal.regions}
-    names = [f"tokens/{name}" for name in file["tokens"]] + ["preview"] * ("preview" in file)
-    arrays = {}
-    for name in names:
-        place = _open_plain(file, name, path)
-        region = regions.get(name)
-        if region is None or (region.offset, region.bytes) != (place.offset, place.bytes):
-            raise CacheError(f"{path}: {name} lies elsewhere than its seal says")
-        wanted, ranks = ("uint8", {3}) if name == "preview" else ("<f2", {2, 3})
-        if place.dtype != np.dtype(wanted) or len(place.shape) not in ranks or place.shape[0] != slices:
-            raise CacheError(
-                f"{path}: {name} is {place.dtype} {list(place.shape)}, expected {wanted} with {slices} slices"
-            )
-        arrays[name] = place
-    return arrays
+def _stored_names(file: Any, version: int) -> list[str]:
+    return [f"{folder}/{name}" for folder in _FOLDERS[version] for name in file[folder]] + ["preview"] * (
+        "preview" in file
+    )
+
+
+def _find_array(file: Any, name: str, seal: Seal, path: Path) -> ArrayPlace:
+    place = _open_plain(file, name, path)
+    if not any((name, place.offset, place.bytes) == (part.name, part.offset, part.bytes) for part in seal.regions):
+        raise CacheError(f"{path}: {name} lies elsewhere than its seal says")
+    return place
+
+
+def _check_arrays(arrays: dict[str, ArrayPlace], *, stacks: int, slices: int, version: int, path: Path) -> None:
+    """Raises CacheError where an array has another element type or shape than the format asks for."""
+    for name, place in arrays.items():
+        folder, _, token_set = name.partition("/")
+        if folder in ("tokens", "preview"):
+            wanted, ranks = ("uint8", {3}) if folder == "preview" else (_TOKEN_TYPES[version], {2, 3})
+            fits = len(place.shape) in ranks and place.shape[0] == slices
+            expected = f"{wanted} with {slices} slices"
+        else:
+            tokens = arrays.get(f"tokens/{token_set}")
+            if tokens is None:
+                raise CacheError(f"{path}: {name} belongs to no token set")
+            wanted, shape = ("<f4", tokens.shape[:-1]) if folder == "scales" else ("<f2", (stacks, 2, tokens.shape[-1]))
+            fits, expected = place.shape == shape, f"{wanted} {list(shape)}"
+        if place.dtype != np.dtype(wanted) or not fits:
+            raise CacheError(f"{path}: {name} is {place.dtype} {list(place.shape)}, expected {expected}")

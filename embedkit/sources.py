@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import glob
-from collections.abc import Mapping, Sequence
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
@@ -28,8 +32,7 @@ class Case:
     images: Mapping[str, Path]
 
 
-@dataclass(frozen=True)
-class SourceStat:
+class SourceStat(NamedTuple):
     """Size in bytes and latest change (ns since the epoch) of the files behind one image."""
 
     bytes: int
@@ -46,17 +49,19 @@ class CaseImages:
 
 def group_cases(manifest: pl.DataFrame) -> list[Case]:
     """The cases of a manifest in the order of their first row; see `embedkit.manifest.read_manifest`."""
-    return [
-        Case(rows["case_id"][0], rows["patient_id"][0], dict(zip(rows["view"], map(Path, rows["path"]), strict=True)))
-        for rows in manifest.partition_by("case_id", maintain_order=True)
-    ]
+    patients: dict[str, str] = {}
+    images: dict[str, dict[str, Path]] = {}
+    for case_id, patient_id, view, path in manifest.select("case_id", "patient_id", "view", "path").iter_rows():
+        patients.setdefault(case_id, patient_id)
+        images.setdefault(case_id, {})[view] = Path(path)
+    return [Case(case_id, patients[case_id], paths) for case_id, paths in images.items()]
 
 
 def read_case(case: Case) -> CaseImages:
     """Reads every view of a case.
 
     Raises:
-        VolumeError: one of the images cannot be read; the message names the view.
+        VolumeError: one of the images cannot be read, or changed meanwhile; the message names the view.
     """
     volumes: dict[str, Volume] = {}
     stats: dict[str, SourceStat] = {}
@@ -64,6 +69,8 @@ def read_case(case: Case) -> CaseImages:
         try:
             stats[view] = stat_source(path)
             volumes[view] = read_volume(path)
+            if stat_source(path) != stats[view]:
+                raise VolumeError(f"{path} changed while it was read; run the same command again once it is whole")
         except VolumeError as error:
             raise VolumeError(f"view {view}: {error}") from error
     return CaseImages(volumes, stats)
@@ -78,18 +85,45 @@ def stat_source(path: Path) -> SourceStat:
         VolumeError: ``path`` does not exist or may not be read.
     """
     try:
-        if path.is_dir():
-            files = [file for file in path.rglob("*") if file.is_file()]
-        elif path.suffix.lower() in _ONE_OF_A_SERIES and path.exists():
-            files = [file for file in path.parent.iterdir() if file.is_file()]
-        elif path.suffix.lower() in _DETACHED_HEADERS:
-            files = [file for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.is_file()]
-        else:
-            files = [path]
-        stats = [file.stat() for file in files]
+        own = path.stat()
+        stats = _stat_more(path, own)
     except OSError as error:
         raise VolumeError(f"{path} cannot be read: {error.strerror}; check the path in the manifest") from error
-    return SourceStat(sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0))
+    if stats is None:
+        return SourceStat(own.st_size, own.st_mtime_ns)
+    return SourceStat(sum(each.st_size for each in stats), max((each.st_mtime_ns for each in stats), default=0))
+
+
+def _stat_more(path: Path, own: os.stat_result) -> list[os.stat_result] | None:
+    """States of all files behind an image that is more than the one file ``path``; None where it is that file alone."""
+    if stat.S_ISDIR(own.st_mode):
+        return list(_stat_files(path, below=True))
+    suffix = path.suffix.lower()
+    if suffix in _ONE_OF_A_SERIES:
+        return list(_stat_files(path.parent, below=False))
+    if suffix in _DETACHED_HEADERS:
+        return [file.stat() for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.is_file()]
+    return None
+
+
+def _stat_files(folder: Path | str, *, below: bool) -> Iterator[os.stat_result]:
+    """States of the files in a folder and ``below`` it; the listing tells files from folders: each is asked once."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_file(entry):
+                yield entry.stat()
+            elif below and entry.is_dir(follow_symlinks=False):
+                yield from _stat_files(entry.path, below=True)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """False for a link that leads in circles too, of which one among good files must not fail them all."""
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 class CachedSources:
@@ -100,7 +134,7 @@ class CachedSources:
         self._known: dict[str, dict[tuple[str, str], _CachedStack]] = {}
         columns = ("case_id", "view", "plane", "patient_id", "source_bytes", "source_modified_ns", "source_digest")
         for case, view, plane, patient, size, modified, digest in stacks.select(columns).iter_rows():
-            self._known.setdefault(case, {})[view, plane] = _CachedStack(patient, (size, modified), digest)
+            self._known.setdefault(case, {})[view, plane] = _CachedStack(patient, SourceStat(size, modified), digest)
 
     def require_same_patients(self, cases: Sequence[Case]) -> None:
         """Stops where a case is cached under another patient, for that would let a patient into two folds.
@@ -132,17 +166,21 @@ class CachedSources:
 
     def holds(self, case: Case) -> bool:
         """True where every stack of the case is cached and no file behind it changed size or time since."""
-        known, stats = self._known.get(case.case_id, {}), dict[str, SourceStat]()
-        for key, views in self._expected(case).items():
-            if key not in known or any(view not in case.images for view in views):
-                return False
-            try:
-                stats |= {view: stat_source(case.images[view]) for view in views if view not in stats}
-            except VolumeError:
-                return False  # the reader will say what is wrong with it, and the case goes on record
-            if known[key].stat != combine_stats([stats[view] for view in views]):
-                return False
-        return True
+        known = self._known.get(case.case_id)
+        return known is not None and all(
+            self._holds_view(known, view, sources, case) for view, sources in self._views(case).items()
+        )
+
+    def _holds_view(
+        self, known: Mapping[tuple[str, str], _CachedStack], view: str, sources: tuple[str, ...], case: Case
+    ) -> bool:
+        cached = {known[view, plane].stat if (view, plane) in known else None for plane in self._recipe.planes}
+        if None in cached or any(source not in case.images for source in sources):
+            return False
+        try:
+            return cached == {combine_stats([stat_source(case.images[source]) for source in sources])}
+        except VolumeError:
+            return False  # the reader will say what is wrong with it, and the case goes on record
 
     def holds_same_bytes(self, case: Case, images: CaseImages) -> bool:
         """True where every stack of the case is cached from files of the very same bytes."""
@@ -160,27 +198,30 @@ class CachedSources:
 
     def _expected(self, case: Case) -> dict[tuple[str, str], tuple[str, ...]]:
         """Each (view, plane) that the recipe makes of the case, and the views behind it."""
+        return {(view, plane): sources for view, sources in self._views(case).items() for plane in self._recipe.planes}
+
+    def _views(self, case: Case) -> dict[str, tuple[str, ...]]:
+        """Each view that the recipe makes of the case, and the views of the manifest behind it."""
         recipe = self._recipe
         if recipe.channels:
             present = (view if view in case.images else recipe.fill for view in recipe.channels)
-            stacks = {"+".join(recipe.channels): tuple(dict.fromkeys(present))}
-        else:
-            stacks = {view: (view,) for view in case.images}
-        return {(view, plane): views for view, views in stacks.items() for plane in recipe.planes}
+            return {"+".join(recipe.channels): tuple(dict.fromkeys(present))}
+        return {view: (view,) for view in case.images}
 
 
-@dataclass(frozen=True)
-class _CachedStack:
+class _CachedStack(NamedTuple):
     """What the cache knows of the sources of one stack."""
 
     patient_id: str
-    stat: tuple[int, int]
+    stat: SourceStat
     digest: str
 
 
-def combine_stats(stats: list[SourceStat]) -> tuple[int, int]:
+def combine_stats(stats: Sequence[SourceStat]) -> SourceStat:
     """Total bytes and latest change of several images."""
-    return sum(stat.bytes for stat in stats), max(stat.modified_ns for stat in stats)
+    if len(stats) == 1:
+        return stats[0]
+    return SourceStat(sum(stat.bytes for stat in stats), max(stat.modified_ns for stat in stats))
 
 
 def combine_digests(volumes: list[Volume]) -> str:

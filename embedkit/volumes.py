@@ -38,6 +38,9 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 
+_SMALLEST_MM, _LARGEST_MM = 1e-6, 1e6
+
+
 @dataclass(frozen=True, eq=False)
 class Volume:
     """One grey 3D image, its array turned to the canonical index order.
@@ -84,11 +87,12 @@ def read_volume(path: Path | str) -> Volume:
     Raises:
         VolumeError: no such file, or one that is empty, truncated, damaged, not of the format that its name says or of
             none of these formats; not three axes; colours or vectors; NaN, infinite or complex values; a geometry
-            that is singular or has skewed axes; a promise of more voxels than the bytes could hold; and all that
-            `embedkit.dicom.read_dicom_series` refuses.
+            that is singular, has skewed axes or is beyond 1e-6 to 1e6 mm; a promise of more voxels than the bytes
+            could hold; and all that `embedkit.dicom.read_dicom_series` refuses.
     """
     path = Path(path)
     source = _read_source(path, image_format(path))
+    _check_scale(path, source.affine)
     array, affine = to_canonical(source.array, source.affine)
     depth, height, width = source.array.shape
     return Volume(
@@ -196,6 +200,16 @@ def _read_source(path: Path, kind: str) -> SourceImage:
     if kind == "dicom":
         return read_dicom_series(_find_series(path))
     return read_voxels(path, kind, read_header(path, kind))
+
+
+def _check_scale(path: Path, affine: Array) -> None:
+    """Refuses voxels of no physical size and places beyond the float32 in which positions are kept."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if lengths.min() < _SMALLEST_MM or np.abs(affine[:3]).max() > _LARGEST_MM:
+        raise VolumeError(
+            f"{path}: its voxels measure {lengths.tolist()} mm from {affine[:3, 3].tolist()} mm on, expected lengths"
+            f" between {_SMALLEST_MM:g} and {_LARGEST_MM:g} mm; repair the header"
+        )
 
 
 def _find_series(path: Path) -> DicomSeries:

@@ -41,7 +41,7 @@ def read_voxels(path: Path, kind: str, header: SourceHeader) -> SourceImage:
         payload = header.payload.read_bytes() if header.payload else b""
         array = _decode_voxels(path, kind, header, raw, payload)
     except DAMAGE as error:
-        raise VolumeError(f"{path}: damaged or unreadable ({error}); copy the file again") from error
+        raise VolumeError(f"{path}: damaged or unreadable ({str(error)[:120]}); copy the file again") from error
     digest = hashlib.sha256(raw)
     digest.update(payload)
     return SourceImage(_grey_values(path, array), header.affine, len(raw) + len(payload), digest.hexdigest())
@@ -50,8 +50,10 @@ def read_voxels(path: Path, kind: str, header: SourceHeader) -> SourceImage:
 def _decode_voxels(path: Path, kind: str, header: SourceHeader, raw: bytes, payload: bytes) -> Array:
     """The values as the file holds them, of the header's shape, rescaled where it says so."""
     if kind in ("nrrd", "metaimage"):
-        if header.zlib_stream:  # ITK gives garbage for a damaged stream
-            _inflate(path, (payload or raw)[header.offset :], math.prod(header.shape) * header.dtype.itemsize, 15)
+        if header.zlib_stream:  # ITK gives garbage for a damaged stream, and for one whose length the header leaves out
+            needed = math.prod(header.shape) * header.dtype.itemsize
+            data = _inflate(path, (payload or raw)[header.offset :], needed, 15)
+            return np.frombuffer(data, header.dtype, math.prod(header.shape)).reshape(header.shape)
         try:
             with quiet_itk():
                 image = sitk.ReadImage(str(path), imageIO=ITK_READERS[kind])

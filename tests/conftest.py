@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="How often tests/test_crash.py kills an extraction.")
+
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 

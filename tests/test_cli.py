@@ -97,12 +97,16 @@ def test_verify_passes_a_whole_cache_and_names_a_damaged_file(work: Path, tmp_pa
     assert "all checksums are right" in call("verify", work / "cache")
     call("pack", work / "cache", "-o", tmp_path / "packed.h5")
     assert "24 cases" in call("info", tmp_path / "packed.h5")
+    whole = json.loads(call("verify", tmp_path / "packed.h5", "--json"))
+    assert whole == {"cache": str(tmp_path / "packed.h5"), "damages": []}
     content = bytearray((tmp_path / "packed.h5").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "packed.h5").write_bytes(content)
     done = spawn("verify", tmp_path / "packed.h5")
     assert done.returncode == 1
     assert "packed.h5" in done.stderr and "damaged" in done.stderr
+    (damage,) = json.loads(call("verify", tmp_path / "packed.h5", "--json", code=1))["damages"]
+    assert damage["file"] == str(tmp_path / "packed.h5") and damage["problem"]
 
 
 def test_a_second_extraction_repeats_nothing(work: Path) -> None:
@@ -129,6 +133,31 @@ def test_predictions_of_new_cases_are_written_with_their_columns(work: Path, tmp
     assert len(frame) == 24
     assert {"case_id", "patient_id", "score"} <= set(frame.columns)
     assert frame["score"].is_between(0, 1).all()
+
+
+def test_predictions_as_json_are_those_of_the_table(work: Path, tmp_path: Path) -> None:
+    run = work / "runs" / "lesion.grid"
+    rows = json.loads(call("predict", run, work / "cache", "-o", tmp_path / "predictions.parquet", "--json"))
+    assert rows == pl.read_parquet(tmp_path / "predictions.parquet").to_dicts()
+    assert len(rows) == 24
+
+
+def test_an_index_as_json_tells_cases_embedding_and_columns(work: Path, tmp_path: Path) -> None:
+    labels = work / "scans" / "labels.csv"
+    made = json.loads(call("index", work / "cache", "-o", tmp_path / "index", "--labels", labels, "--json"))
+    assert (made["cases"], made["embedding"], made["dim"]) == (24, "mean:cls:2", 417)
+    assert made["columns"][:2] == ["case_id", "patient_id"] and "lesion" in made["columns"]
+
+
+def test_an_explanation_as_json_tells_the_weight_of_every_slice(work: Path, tmp_path: Path) -> None:
+    case = pl.read_csv(work / "scans" / "manifest.csv")["case_id"][1]
+    run = work / "runs" / "lesion.grid"
+    shown = json.loads(call("explain", run, work / "cache", "--case", case, "-o", tmp_path / "shown", "--json"))
+    assert shown["case_id"] == case and "lesion" in shown["answer"]
+    (view,) = shown["views"].values()
+    assert len(view["slices"]) == len(view["weights"]) == 6
+    assert sum(view["weights"]) == pytest.approx(1, abs=1e-4)
+    assert Path(view["heatmap"]).is_file() and Path(shown["montage"]).is_file()
 
 
 def test_training_writes_a_run_for_the_head_and_both_baselines(work: Path) -> None:

@@ -379,3 +379,17 @@ def test_faiss_is_imported_without_a_warning() -> None:
     code = "import embedkit.index"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_index_is_written_where_faiss_was_loaded_before_simpleitk(tmp_path: Path) -> None:
+    code = f"""
+import faiss, SimpleITK, numpy as np, polars as pl
+from embedkit.index import open_index, write_index
+from embedkit.recipe import Recipe
+recipe = Recipe("toy", "builtin:1", ("cls:2",), 32, (0.5,), (0.25,))
+table = pl.DataFrame({{"case_id": ["a", "b"], "patient_id": ["a", "b"]}})
+write_index(np.eye(2, dtype=np.float32), table, embedding="mean:cls:2", recipe=recipe, out={str(tmp_path / "i")!r})
+print(len(open_index({str(tmp_path / "i")!r})))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2"], done.stderr

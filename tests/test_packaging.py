@@ -14,17 +14,27 @@ PROJECT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "timm", "faiss", "polars", "SimpleITK", "h5py", "sklearn", "matplotlib"}
 STAGES = {"manifest", "volumes", "slices", "backbones", "tokens", "cache", "tasks", "bags", "metrics", "index"}
 ABOVE = {
+    "account",
+    "casework",
     "demo",
+    "engines",
+    "estimate",
     "explanation",
     "extraction",
+    "ledger",
+    "orders",
     "pictures",
     "pipeline",
+    "processes",
+    "rayengine",
     "report",
     "retrieval",
     "runs",
     "scanning",
     "sources",
+    "stream",
     "training",
+    "worker",
 }
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from embedkit.cache import Cache, create_cache, open_cache, write_shard
 from embedkit.errors import CacheError, EmbedkitError
 from embedkit.inspection import verify_cache
 from embedkit.recipe import Recipe
-from embedkit.seal import Region, Seal, read_sealed, userblock_bytes
-from embedkit.shards import load_shard
+from embedkit.seal import FORMAT_VERSIONS, Region, Seal, userblock_bytes
+from embedkit.shards import array_names, load_shard
 from embedkit.tables import StackTokens, check_stack
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe("toy", "builtin:1", ("cls:2", "patch@2:1"), 32, (0.5,), (0.25,), preview=4)
-FUZZ_COPIES = int(os.environ.get("EMBEDKIT_FUZZ_COPIES", "550"))
+INT8 = replace(RECIPE, dtype="int8")
+FUZZ_COPIES = int(os.environ.get("EMBEDKIT_FUZZ_COPIES", "900"))
 
 
 def make_stack(number: int, slices: int = 3, dim: int = 6, **changes: Any) -> StackTokens:
@@ -61,6 +63,12 @@ def make_stack(number: int, slices: int = 3, dim: int = 6, **changes: Any) -> St
 def shard(tmp_path: Path) -> Path:
     create_cache(tmp_path / "cache", RECIPE)
     return write_shard(tmp_path / "cache", RECIPE, [make_stack(0), make_stack(1, slices=5)])
+
+
+@pytest.fixture
+def int8_shard(tmp_path: Path) -> Path:
+    create_cache(tmp_path / "int8", INT8)
+    return write_shard(tmp_path / "int8", INT8, [make_stack(0), make_stack(1, slices=5)])
 
 
 def mapped(path: Path, name: str) -> Any:
@@ -108,12 +116,15 @@ def test_any_h5py_reads_the_same_numbers_and_tables(shard: Path) -> None:
         assert file.attrs["fingerprint"].decode() == RECIPE.fingerprint
 
 
-def test_the_example_in_the_format_document_works(shard: Path) -> None:
+def test_the_examples_in_the_format_document_work(shard: Path, int8_shard: Path) -> None:
     document = (PROJECT / "docs" / "cache-format.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", document, re.DOTALL)
-    assert example is not None
+    examples = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    assert len(examples) == 2
     names: dict[str, Any] = {}
-    exec(example[1], names)
+    for example in examples:
+        exec(example, names)
+    restored = names["restore_tokens"](int8_shard, "patch@2:1", "case-1", "flair", "axial")
+    assert np.array_equal(restored, open_cache(int8_shard).read(1, "patch@2:1"))
     tokens = names["read_tokens"](shard, "cls:2", "case-1", "flair", "axial")
     assert np.array_equal(tokens, make_stack(1, slices=5).tokens["cls:2"])
     with pytest.raises(KeyError):
@@ -128,10 +139,24 @@ def test_the_seal_is_as_the_format_document_says(shard: Path) -> None:
     assert rest.rstrip(b" ").endswith(b"}")
 
 
+def test_an_int8_shard_is_of_format_2_which_a_reader_of_format_1_refuses(int8_shard: Path) -> None:
+    block = int8_shard.read_bytes()[:8192]
+    assert block[:22] == b"embedkit-cache 2 8192 "
+    assert block[22:86].decode() == hashlib.sha256(block[:22] + block[87:]).hexdigest()
+    with h5py.File(int8_shard) as file:
+        assert file.attrs["format_version"] == 2
+        assert (file["tokens/patch@2:1"].dtype, file["tokens/patch@2:1"].shape) == (np.int8, (8, 4, 6))
+        assert (file["scales/patch@2:1"].dtype, file["scales/patch@2:1"].shape) == (np.float32, (8, 4))
+        assert (file["scales/cls:2"].dtype, file["scales/cls:2"].shape) == (np.float32, (8,))
+        assert (file["channels/cls:2"].dtype, file["channels/cls:2"].shape) == (np.float16, (2, 2, 6))
+        assert all(file[name].chunks is None for name in array_names(INT8))
+    assert {region.name for region in load_shard(int8_shard).seal.regions} == set(array_names(INT8))
+
+
 def test_large_arrays_begin_at_page_boundaries_behind_everything_else(tmp_path: Path) -> None:
     create_cache(tmp_path, RECIPE)
     path = write_shard(tmp_path, RECIPE, [make_stack(n, slices=200, dim=64) for n in range(2)])
-    seal, _ = read_sealed(path)
+    seal = load_shard(path).seal
     assert [region.offset % 4096 for region in seal.regions] == [0, 0, 0]
     assert len(list(seal.metadata_spans())) == 1 + 1  # before the first array, and the padding before the previews
 
@@ -158,7 +183,7 @@ def test_a_seal_with_many_regions_takes_a_larger_user_block(tmp_path: Path) -> N
     tokens = {name: np.full((3, 16, 2), layer, np.float16) for layer, name in enumerate(names)}
     create_cache(tmp_path, recipe)
     path = write_shard(tmp_path, recipe, [make_stack(0, tokens=tokens, preview=None)])
-    assert read_sealed(path)[0].userblock == 16384
+    assert load_shard(path).seal.userblock == 16384
     with h5py.File(path) as file:
         assert file.userblock_size == 16384
         assert file["tokens/patch@4:2"][0, 0, 0] == names.index("patch@4:2")
@@ -273,9 +298,20 @@ def mutate(data: bytes, random: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-def test_no_damage_crashes_the_reader_or_passes_for_sound(tmp_path: Path) -> None:
-    create_cache(tmp_path, RECIPE)
-    shard = write_shard(tmp_path, RECIPE, [make_stack(number, slices=40) for number in range(3)])
+def read_all(cache: Cache) -> None:
+    """Reads every token: it raises CacheError, or gives tokens of the right shape, as int8 finite ones."""
+    for stack, count in cache.stacks.select("stack", "count").iter_rows():
+        for name, shape in (("cls:2", (6,)), ("patch@2:1", (4, 6))):
+            tokens = cache.read(stack, name)
+            assert tokens.shape == (count, *shape) and tokens.dtype == np.float16
+            assert cache.recipe.dtype == "float16" or np.isfinite(tokens).all()
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, INT8], ids=["float16", "int8"])
+def test_no_damage_crashes_the_reader_or_passes_for_sound(tmp_path: Path, recipe: Recipe) -> None:
+    create_cache(tmp_path, recipe)
+    shard = write_shard(tmp_path, recipe, [make_stack(number, slices=40) for number in range(3)])
+    names = array_names(recipe)
     data, tables = shard.read_bytes(), open_cache(tmp_path).stacks.to_dicts()
     random = np.random.default_rng(2512)
     opened = refused = 0
@@ -294,14 +330,18 @@ def test_no_damage_crashes_the_reader_or_passes_for_sound(tmp_path: Path) -> Non
             continue
         opened += 1  # then the damage is in the bytes of tokens or previews alone
         assert cache.stacks.to_dicts() == tables
-        assert all(damage.part in ("tokens/cls:2", "tokens/patch@2:1", "preview") for damage in damages)
+        assert all(damage.part in names for damage in damages)
+        with suppress(CacheError):
+            read_all(cache)
         with pytest.raises(CacheError, match="is damaged"):
             open_cache(tmp_path, check_tokens=True).read(0, "cls:2")
     assert opened > FUZZ_COPIES // 50 and refused > FUZZ_COPIES // 2
 
 
-def test_every_byte_outside_the_tokens_is_guarded_at_opening(shard: Path) -> None:
-    data, seal = shard.read_bytes(), read_sealed(shard)[0]
+@pytest.mark.parametrize("written", ["shard", "int8_shard"])
+def test_every_byte_outside_the_tokens_is_guarded_at_opening(written: str, request: pytest.FixtureRequest) -> None:
+    shard: Path = request.getfixturevalue(written)
+    data, seal = shard.read_bytes(), load_shard(shard).seal
     guarded = np.ones(len(data), bool)
     for region in seal.regions:
         guarded[region.offset : region.offset + region.bytes] = False
@@ -338,9 +378,9 @@ def test_a_message_says_what_is_wrong_with_a_shard(shard: Path, make: Callable[[
 
 def test_a_shard_of_a_newer_format_says_to_upgrade(shard: Path) -> None:
     rest = b'{"something": "else"}'.ljust(8192 - 87)
-    head = b"embedkit-cache 2 8192 "
+    head = b"embedkit-cache 3 8192 "
     shard.write_bytes(head + hashlib.sha256(head + rest).hexdigest().encode() + b"\n" + rest)
-    with pytest.raises(CacheError, match="has cache format 2, this embedkit reads format 1; upgrade embedkit"):
+    with pytest.raises(CacheError, match="has cache format 3, this embedkit reads formats 1 to 2; upgrade embedkit"):
         load_shard(shard)
 
 
@@ -357,7 +397,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
 # --- what is hostile, though sealed, is refused ----------------------------------------------------------------------
 
 
-def seal_file(path: Path, arrays: tuple[str, ...]) -> None:
+def seal_file(path: Path, arrays: tuple[str, ...], recipe: Recipe = RECIPE, version: int = 1) -> None:
     """Seals an HDF5 file with a user block of 8192 bytes, as its adversary would."""
     with h5py.File(path, "r") as file:
         places = [(name, file[name].id.get_offset(), file[name].id.get_storage_size()) for name in arrays]
@@ -366,22 +406,25 @@ def seal_file(path: Path, arrays: tuple[str, ...]) -> None:
         Region(name, offset, size, hashlib.sha256(data[offset : offset + size]).hexdigest())
         for name, offset, size in sorted(places, key=lambda place: place[1])
     )
-    seal = Seal(8192, len(data), 1, RECIPE.fingerprint, "0" * 64, regions)
+    seal = Seal(8192, len(data), 1, recipe.fingerprint, "0" * 64, regions, version)
     metadata = hashlib.sha256(b"".join(data[start:stop] for start, stop in seal.metadata_spans()))
     path.write_bytes(replace(seal, metadata_sha256=metadata.hexdigest()).to_bytes() + data[8192:])
 
 
-def forge(path: Path, shard: Path, change: Callable[[Any], None]) -> None:
+def forge(
+    path: Path, shard: Path, change: Callable[[Any], None], recipe: Recipe = RECIPE, version: int | None = None
+) -> None:
     """A sealed shard with the content of ``shard`` after ``change``, made with h5py alone."""
     with h5py.File(shard, "r") as source, h5py.File(path, "w", userblock_size=8192, libver=("v108", "v110")) as file:
         file.attrs.update(dict(source.attrs))
-        for name in ("stacks", "slices", "tokens", "preview"):
+        for name in source:
             source.copy(name, file)
         change(file)
-        arrays = ["preview", *(f"tokens/{name}" for name in file.get("tokens", ()))]
+        folders = [name for name in ("tokens", "scales", "channels") if name in file]
+        arrays = ["preview", *(f"{folder}/{name}" for folder in folders for name in file[folder])]
         hard = [name for name in arrays if isinstance(file.get(name, getlink=True), h5py.HardLink)]
         arrays = [name for name in hard if file[name].id.get_offset() is not None]
-    seal_file(path, tuple(arrays))
+    seal_file(path, tuple(arrays), recipe, version or FORMAT_VERSIONS[recipe.dtype])
 
 
 def set_dataset(name: str, **options: Any) -> Callable[[Any], None]:
@@ -499,6 +542,89 @@ def test_a_sealed_file_with_anything_the_format_forbids_is_refused(
         open_cache(forged)
 
 
+INT8_LIES: list[tuple[Callable[[Any], None], str]] = [
+    (drop("scales"), "not what the format says"),
+    (drop("channels"), "not what the format says"),
+    (drop("scales/cls:2"), r"holds .*, its recipe says .*scales/cls:2"),
+    (drop("tokens/cls:2"), "scales/cls:2 belongs to no token set"),
+    (
+        set_dataset("tokens/cls:2", data=np.zeros((8, 6), np.float16)),
+        r"cls:2 is float16 \[8, 6\], expected \|i1 with 8",
+    ),
+    (set_dataset("tokens/cls:2", data=np.zeros((8, 7), np.int8)), r"expected <f2 \[2, 2, 7\]"),
+    (set_dataset("scales/cls:2", data=np.ones(7, np.float32)), r"scales/cls:2 is float32 \[7\], expected <f4 \[8\]"),
+    (set_dataset("scales/cls:2", data=np.ones(8)), r"scales/cls:2 is float64 \[8\], expected <f4 \[8\]"),
+    (set_dataset("scales/patch@2:1", data=np.ones(8, np.float32)), r"expected <f4 \[8, 4\]"),
+    (set_dataset("scales/cls:2", chunks=(8,)), "scales/cls:2 is not one plain contiguous array"),
+    (set_dataset("channels/cls:2", data=np.ones((8, 2, 6), np.float16)), r"expected <f2 \[2, 2, 6\]"),
+    (set_dataset("channels/cls:2", data=np.ones((2, 2, 6), np.float32)), r"is float32 \[2, 2, 6\], expected <f2"),
+    (set_attribute("format_version", 1), "name another format than its seal"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), INT8_LIES)
+def test_a_sealed_int8_file_with_anything_the_format_forbids_is_refused(
+    int8_shard: Path, tmp_path: Path, change: Callable[[Any], None], message: str
+) -> None:
+    forge(tmp_path / "forged.h5", int8_shard, change, INT8)
+    with pytest.raises(CacheError, match=message):
+        open_cache(tmp_path / "forged.h5")
+
+
+def set_values(name: str, place: Any, value: float) -> Callable[[Any], None]:
+    def change(file: Any) -> None:
+        file[name][place] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((set_values("scales/cls:2", 4, value), "a token scale is NaN") for value in (np.nan, np.inf, -1e-9)),
+        *((set_values("channels/cls:2", (1, 0, 5), value), "a channel's centre") for value in (np.nan, np.inf)),
+        *((set_values("channels/cls:2", (1, 1, 5), value), "a channel's centre") for value in (np.nan, 0, -2)),
+    ],
+)
+def test_scales_that_are_sealed_but_make_no_sense_are_refused_when_their_stack_is_read(
+    int8_shard: Path, tmp_path: Path, change: Callable[[Any], None], message: str
+) -> None:
+    forge(tmp_path / "forged.h5", int8_shard, change, INT8)
+    cache = open_cache(tmp_path / "forged.h5")
+    assert np.isfinite(cache.read(0, "cls:2")).all() and np.isfinite(cache.read(1, "patch@2:1")).all()
+    with pytest.raises(CacheError, match=rf"forged.h5, cls:2 of stack 1, is damaged: {message}"):
+        cache.read(1, "cls:2")
+
+
+@pytest.mark.parametrize(
+    ("written", "recipe", "version", "message"),
+    [
+        ("shard", INT8, 2, "not what the format says"),
+        ("shard", INT8, 1, r"holds preview, tokens/cls:2, tokens/patch@2:1, its recipe says channels/cls:2, "),
+        ("int8_shard", RECIPE, 1, r"tokens/cls:2 is int8 \[8, 6\], expected <f2 with 8 slices"),
+        (
+            "int8_shard",
+            RECIPE,
+            2,
+            r"holds channels/cls:2, .*, its recipe says preview, tokens/cls:2, tokens/patch@2:1$",
+        ),
+    ],
+)
+def test_a_shard_that_stores_otherwise_than_its_recipe_says_is_refused(
+    request: pytest.FixtureRequest, written: str, recipe: Recipe, version: int, message: str
+) -> None:
+    def change(file: Any) -> None:
+        file.attrs["recipe"] = np.bytes_(recipe.to_json())
+        file.attrs["fingerprint"] = np.bytes_(recipe.fingerprint)
+        file.attrs["format_version"] = version
+
+    source: Path = request.getfixturevalue(written)
+    forged = source.with_name("forged.h5")
+    forge(forged, source, change, recipe, version)
+    with pytest.raises(CacheError, match=message):
+        open_cache(forged)
+
+
 def test_an_honest_file_made_with_h5py_alone_opens(shard: Path, tmp_path: Path) -> None:
     forged = tmp_path / "forged.h5"
     forge(forged, shard, lambda file: file.create_dataset("my_notes", data=[1, 2, 3]))
@@ -515,7 +641,7 @@ def test_tokens_that_lie_elsewhere_than_the_seal_says_are_refused(shard: Path, t
 
 
 def test_seals_that_contradict_themselves_are_refused(shard: Path) -> None:
-    seal, data = read_sealed(shard)[0], shard.read_bytes()
+    seal, data = load_shard(shard).seal, shard.read_bytes()
     first, second = seal.regions[:2]
     lies: list[tuple[Seal, str]] = [
         (replace(seal, regions=(first, replace(second, offset=first.offset))), "overlaps"),
@@ -531,8 +657,12 @@ def test_seals_that_contradict_themselves_are_refused(shard: Path) -> None:
             load_shard(shard)
 
 
-def test_metadata_that_is_damaged_and_sealed_again_never_crashes_the_reader(shard: Path) -> None:
-    data, seal = shard.read_bytes(), read_sealed(shard)[0]
+@pytest.mark.parametrize("written", ["shard", "int8_shard"])
+def test_metadata_that_is_damaged_and_sealed_again_never_crashes_the_reader(
+    written: str, request: pytest.FixtureRequest
+) -> None:
+    shard: Path = request.getfixturevalue(written)
+    data, seal = shard.read_bytes(), load_shard(shard).seal
     spans = [place for span in seal.metadata_spans() for place in range(*span)]
     random = np.random.default_rng(5)
     opened = 0
@@ -546,6 +676,8 @@ def test_metadata_that_is_damaged_and_sealed_again_never_crashes_the_reader(shar
             cache = open_cache(shard)
         except EmbedkitError:
             continue
+        with suppress(CacheError):
+            read_all(cache)
         opened += isinstance(cache, Cache)
     assert opened < 150
 

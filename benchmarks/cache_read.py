@@ -1,0 +1,211 @@
+"""Speed of reading a cache beside a plain memory map, h5py on the same shards, and the layout that other tools write.
+
+Usage: python benchmarks/cache_read.py [--stacks N] [--slices N] [--dim N] [--shards N] [--repeats N]
+
+A synthetic cache of class tokens and one of 49 pooled patch tokens, float16. `sequential` takes every stack whole,
+`random` single slices of any stack. The sides:
+
+- embedkit: `Cache.read`, a view of the memory map;
+- memory map: `numpy.memmap` over the same shard files, sliced by the same first row and count, known beforehand;
+- bare array: the same map as a plain `ndarray`, which spares numpy's bookkeeping of a `memmap` per slice;
+- h5py: the same rows of the same shards through HDF5, files held open;
+- (1, D) chunks: one HDF5 file per stack in which every token is a chunk, without filters, as TRIDENT and CLAM write
+  their features; files held open, or opened for every read as their data sets do.
+
+Every side sums what it reads as integers, so that all touch the same bytes; the sums must agree. The page cache is
+warm. Numbers are the best of some rounds in which the sides take turns. The last line is `ratio N.NN`: bytes per second
+of embedkit over the memory map, sequentially, on both token sets together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from embedkit.cache import Cache, StackTokens, create_cache, open_cache, write_shard
+from embedkit.recipe import Recipe
+
+TOKEN_SETS = ("cls:12", "patch@7:12")
+RECIPE = Recipe("toy", "builtin:1", TOKEN_SETS, 224, (0.5,), (0.25,), preview=0)
+SLOW_S = 0.5
+"""A side that takes longer for all reads is timed twice only."""
+Reader = Callable[[int, int, int], NDArray[np.float16]]
+"""From a stack, a first slice and a count to those tokens: float16 [slices ...]."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", type=int, default=120)
+    parser.add_argument("--slices", type=int, default=40)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--reads", type=int, default=2000, help="random slices per round")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        measure(options, Path(folder), stack)
+
+
+def measure(options: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
+    cache = stack.enter_context(write_cache(options, folder / "cache"))
+    counts = cache.stacks["count"].to_list()
+    random = np.random.default_rng(0)
+    chosen = random.integers(0, len(counts), options.reads)
+    orders = {
+        "sequential": [(number, 0, count) for number, count in enumerate(counts)],
+        "random": [(int(number), int(random.integers(counts[number])), 1) for number in chosen],
+    }
+    rates: dict[tuple[str, str], list[float]] = {}
+    for token_set in TOKEN_SETS:
+        files = write_chunked(cache, token_set, folder / token_set.partition(":")[0])
+        readers = {
+            "embedkit": read_cache(cache, token_set),
+            "memory map": read_map(cache, token_set),
+            "bare array": read_map(cache, token_set, bare=True),
+            "h5py": read_hdf5(cache, token_set, stack),
+            "(1, D) chunks, held open": read_chunked(cache, token_set, files, stack),
+            "(1, D) chunks, opened": read_chunked(cache, token_set, files, None),
+        }
+        for order, reads in orders.items():
+            size, seconds = time_readers(readers, reads, options.repeats)
+            for side, each in seconds.items():
+                rates.setdefault((order, side), []).append(each)
+                print(
+                    f"{token_set} {order}, {side}: {size / each / 1e9:.2f} GB/s,"
+                    f" {1e6 * each / len(reads):.1f} us a read, {seconds['memory map'] / each:.2f} of the memory map"
+                )
+    for order in ("random", "sequential"):
+        for side in ("bare array", "h5py", "(1, D) chunks, held open", "(1, D) chunks, opened"):
+            print(f"{order}, embedkit over {side}: {sum(rates[order, side]) / sum(rates[order, 'embedkit']):.2f} times")
+    random_ratio = sum(rates["random", "memory map"]) / sum(rates["random", "embedkit"])
+    print(f"random, embedkit over the memory map: {random_ratio:.2f}")
+    print(f"ratio {sum(rates['sequential', 'memory map']) / sum(rates['sequential', 'embedkit']):.2f}")
+
+
+def time_readers(
+    readers: dict[str, Reader], reads: list[tuple[int, int, int]], repeats: int
+) -> tuple[int, dict[str, float]]:
+    """Bytes that every reader touched, and its least seconds."""
+    best = dict.fromkeys(readers, float("inf"))
+    sides = list(readers.items())
+    found = set()
+    for turn in range(repeats + 1):
+        for side, read in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
+            if turn > 1 and best[side] > SLOW_S:
+                continue
+            total = size = 0
+            started = time.perf_counter()
+            for number, first, count in reads:
+                tokens = read(number, first, count)
+                total += int(tokens.view(np.uint16).sum(dtype=np.uint64))
+                size += tokens.nbytes
+            best[side] = min(best[side], time.perf_counter() - started)
+            found.add((size, total))
+    if len(found) != 1:
+        raise SystemExit(f"the sides read different tokens: {sorted(found)}")
+    return size, best
+
+
+def read_cache(cache: Cache, token_set: str) -> Reader:
+    return lambda number, first, count: cache.read(number, token_set)[first : first + count]
+
+
+def read_map(cache: Cache, token_set: str, *, bare: bool = False) -> Reader:
+    maps: list[NDArray[np.float16]] = [
+        np.memmap(shard.path, mode="r", dtype=place.dtype, shape=place.shape, offset=place.offset)
+        for shard in cache.shards
+        for place in (shard.arrays[f"tokens/{token_set}"],)
+    ]
+    if bare:
+        maps = [mapped.view(np.ndarray) for mapped in maps]
+    places = cache.stacks.select("shard_number", "first_row").rows()
+
+    def read(number: int, first: int, count: int) -> NDArray[np.float16]:
+        shard, start = places[number]
+        tokens: NDArray[np.float16] = maps[shard][start + first : start + first + count]
+        return tokens
+
+    return read
+
+
+def read_hdf5(cache: Cache, token_set: str, stack: ExitStack) -> Reader:
+    files = [stack.enter_context(h5py.File(shard.path, "r", locking=False)) for shard in cache.shards]
+    arrays = [file[f"tokens/{token_set}"] for file in files]
+    places = cache.stacks.select("shard_number", "first_row").rows()
+
+    def read(number: int, first: int, count: int) -> NDArray[np.float16]:
+        shard, start = places[number]
+        tokens: NDArray[np.float16] = arrays[shard][start + first : start + first + count]
+        return tokens
+
+    return read
+
+
+def write_chunked(cache: Cache, token_set: str, folder: Path) -> list[Path]:
+    """The same tokens rewritten: `features` [tokens dim] in chunks of one token, one file per stack."""
+    folder.mkdir()
+    dim = cache.token_sets[token_set].shape[-1]
+    files = [folder / f"{number}.h5" for number in range(len(cache))]
+    for number, path in enumerate(files):
+        tokens = cache.read(number, token_set).reshape(-1, dim)
+        with h5py.File(path, "w") as file:
+            file.create_dataset("features", data=tokens, chunks=(1, dim), maxshape=(None, dim))
+    return files
+
+
+def read_chunked(cache: Cache, token_set: str, files: list[Path], stack: ExitStack | None) -> Reader:
+    """Reads what `write_chunked` wrote; without a ``stack`` that keeps the files open, opens one for every read."""
+    per_slice = int(np.prod(cache.token_sets[token_set].shape[:-1]))
+
+    def take(file: h5py.File, first: int, count: int) -> NDArray[np.float16]:
+        return np.asarray(file["features"][first * per_slice : (first + count) * per_slice], np.float16)
+
+    def read(number: int, first: int, count: int) -> NDArray[np.float16]:
+        with h5py.File(files[number], "r", locking=False) as file:
+            return take(file, first, count)
+
+    if stack is None:
+        return read
+    held = [stack.enter_context(h5py.File(path, "r", locking=False)) for path in files]
+    return lambda number, first, count: take(held[number], first, count)
+
+
+def write_cache(options: argparse.Namespace, path: Path) -> Cache:
+    create_cache(path, RECIPE)
+    for part in np.array_split(np.arange(options.stacks), options.shards):
+        write_shard(path, RECIPE, [make_stack(int(number), options.slices, options.dim) for number in part])
+    return open_cache(path)
+
+
+def make_stack(number: int, slices: int, dim: int) -> StackTokens:
+    random = np.random.default_rng(number)
+    shapes = {"cls:12": (slices, dim), "patch@7:12": (slices, 49, dim)}
+    return StackTokens(
+        case_id=f"case-{number:05d}",
+        patient_id=f"case-{number:05d}",
+        view="image",
+        plane="axial",
+        sources=("image",),
+        indices=np.arange(slices, dtype=np.int32),
+        positions_mm=np.arange(slices, dtype=np.float32),
+        blank=np.zeros(slices, bool),
+        plane_shape=(224, 224),
+        box=(0, 0, 224, 224),
+        source_shape=(slices, 224, 224),
+        source_affine=np.eye(4),
+        source_bytes=1,
+        source_digest="0" * 64,
+        tokens={name: random.random(shape, np.float32).astype(np.float16) for name, shape in shapes.items()},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Owns the way of cases, as they come, into shards of a cache, each failed one on record; knows no manifest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from embedkit.casework import CaseWork, FailedCase, SameCase
+from embedkit.errors import BackboneError, CacheError, VolumeError
+from embedkit.failures import Failure, record_failure
+from embedkit.features import Backbone
+from embedkit.pipeline import compute_cases, render_cases
+from embedkit.readahead import Waits
+from embedkit.recipe import Recipe
+from embedkit.sources import CachedSources, Case, CaseImages, read_case
+from embedkit.writing import ShardWriter
+
+__all__ = ["Tally", "extract_stream"]
+
+
+class Tally(Protocol):
+    """Is told what became of each case."""
+
+    waits: Waits
+
+    def done(self, work: CaseWork, *, changed: bool) -> None:
+        """The case is extracted; ``changed`` where it was cached from files with other bytes."""
+
+    def failed(self, failure: Failure) -> None:
+        """The case gives no tokens; the failure is on record."""
+
+    def same(self, case: Case) -> None:
+        """The files of the case were touched, but hold the cached bytes."""
+
+
+def extract_stream(
+    cases: Iterable[Case],
+    cache: Path,
+    backbone: Backbone,
+    recipe: Recipe,
+    *,
+    sources: CachedSources,
+    tally: Tally,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    shard_bytes: int,
+    shard_seconds: float,
+    stop: threading.Event | None,
+) -> None:
+    """Extracts cases as they come and writes their shards; all are on disk when it returns.
+
+    Args:
+        cases: Taken one by one, in a thread.
+        cache: Made by `create_cache`.
+        backbone: Frozen.
+        recipe: Of the cache.
+        sources: What the cache holds already.
+        tally: Told of every case once its tokens are with the shard writer.
+        device: Of the backbone.
+        batch_size: As for `embedkit.extract`, like all that follow.
+        workers: Cases read ahead.
+        shard_bytes: Of a full shard.
+        shard_seconds: Most time that a shard stays open.
+        stop: Once set, what is finished is written and no more begun.
+
+    Raises:
+        CacheError: a shard cannot be written.
+    """
+
+    def read(case: Case) -> CaseImages | SameCase:
+        images = read_case(case)
+        return SameCase(case) if sources.holds_same_bytes(case, images) else images
+
+    rendered = render_cases(
+        cases,
+        read,
+        recipe,
+        backbone,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        spill=cache,
+        waits=tally.waits,
+    )
+    with ShardWriter(cache, recipe, shard_bytes=shard_bytes, shard_seconds=shard_seconds, waits=tally.waits) as writer:
+        for result in compute_cases(rendered, backbone, recipe, batch_size=batch_size):
+            _settle(result, tally, writer, cache, sources)
+            if stop is not None and stop.is_set():
+                break
+
+
+def _settle(
+    result: CaseWork | FailedCase | SameCase, tally: Tally, writer: ShardWriter, cache: Path, sources: CachedSources
+) -> None:
+    """Hands a finished case to the writer, or puts a failed one on record."""
+    if isinstance(result, CaseWork):
+        try:
+            stacks = result.finish()
+        except (BackboneError, CacheError, VolumeError) as error:
+            result = FailedCase(result.case, str(error))
+        else:
+            writer.add(stacks)
+            tally.done(result, changed=sources.holds_some(result.case))
+            return
+    if isinstance(result, FailedCase):
+        failure = Failure(case_id=result.case.case_id, view="", reason=result.reason)
+        record_failure(cache, replace(failure, reason=_without_folders(result)))
+        tally.failed(failure)
+    else:
+        tally.same(result.case)
+
+
+def _without_folders(failed: FailedCase) -> str:
+    """The reason with file names alone: a folder's name can be a patient's, and the record stays in the cache."""
+    reason = failed.reason
+    for path in failed.case.images.values():
+        if path.is_dir():
+            reason = reason.replace(f"{path}/", "").replace(str(path), "its folder")
+        reason = reason.replace(str(path), path.name).replace(f"{path.parent}/", "")
+        reason = reason.replace(str(path.parent), "its folder")
+    return reason
