@@ -62,6 +62,9 @@ def extract_command(
     resize: Annotated[str, typer.Option(help="pad (keeps the aspect) or stretch.")] = "pad",
     dtype: Annotated[str, typer.Option(help="How tokens are stored: float16, or int8 for half the bytes.")] = "float16",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer's blocks: for long runs on a GPU.")
+    ] = False,
     preview: Annotated[int, typer.Option(help="Side in pixels of the preview kept per slice; 0 keeps none.")] = 64,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1, mps; cuda:all or cuda:0,cuda:1 takes one process each.")
@@ -101,6 +104,7 @@ def extract_command(
         "resize": resize,
         "dtype": dtype,
         "precision": precision,
+        "compiled": compiled,
         "preview": preview,
         "device": device,
         "batch_size": batch_size,

@@ -27,6 +27,7 @@ __all__ = [
     "BackboneNote",
     "BackboneOutput",
     "LayerTokens",
+    "compile_backbone",
     "list_backbones",
     "load_backbone",
     "suggest_backbones",
@@ -116,6 +117,20 @@ def load_backbone(
     _resize(model, size, name)
     model.eval().requires_grad_(False).to(device)
     return _wrap(model, name=name, weights=digest, image_size=size)
+
+
+def compile_backbone(backbone: Backbone) -> None:
+    """Compiles the blocks of a transformer in place, at the first batch; its tokens change by rounding alone.
+
+    One compilation serves all blocks of a backbone, so that it takes seconds and not minutes.
+
+    Raises:
+        BackboneError: the backbone has no transformer blocks.
+    """
+    if not isinstance(backbone, VitBackbone):
+        raise BackboneError(f"{backbone.info.name} has no transformer blocks to compile; leave --compile out")
+    for block in backbone.model.blocks:
+        block.compile(dynamic=False)
 
 
 def suggest_backbones(name: str, count: int = 4) -> list[str]:

@@ -85,6 +85,7 @@ class EstimateOptions(TypedDict, total=False):
     resize: str
     dtype: str
     precision: str
+    compiled: bool
     preview: int
     device: str
     batch_size: int
@@ -92,7 +93,9 @@ class EstimateOptions(TypedDict, total=False):
     part: str | None
 
 
-_NOT_OF_THE_RECIPE = {"backbone", "weights", "image_size", "precision", "device", "batch_size", "workers", "part"}
+_NOT_OF_THE_RECIPE = frozenset(
+    {"backbone", "weights", "image_size", "precision", "compiled", "device", "batch_size", "workers", "part"}
+)
 
 
 @dataclass
@@ -133,6 +136,7 @@ def estimate_extraction(
         weights=None if weights is None else Path(weights),
         image_size=options.get("image_size"),
         precision=options.get("precision", "auto"),
+        compiled=options.get("compiled", False),
         recipe_options={name: value for name, value in options.items() if name not in _NOT_OF_THE_RECIPE},
         batch_size=batch_size,
         workers=workers,

@@ -49,6 +49,7 @@ def extract(
     resize: str = "pad",
     dtype: str = "float16",
     precision: str = "auto",
+    compiled: bool = False,
     preview: int = 64,
     device: str = "auto",
     batch_size: int = 32,
@@ -87,6 +88,7 @@ def extract(
         resize: ``pad`` keeps the physical aspect, ``stretch`` does not.
         dtype: How tokens are stored: ``float16`` or ``int8`` (half the bytes).
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: the fastest that the device computes natively.
+        compiled: Compile the blocks of a transformer with torch.compile: pays in long runs on a GPU, hardly on a CPU.
         preview: Side in pixels of the grey preview kept per slice; 0 keeps none.
         device: ``auto`` or a torch device. Several with commas between them (``cuda:0,cuda:1``) or ``cuda:all`` take
             one spawned process each, so that a script needs ``if __name__ == "__main__":`` around the call.
@@ -123,6 +125,7 @@ def extract(
         weights=None if weights is None else Path(weights),
         image_size=image_size,
         precision=precision,
+        compiled=compiled,
         recipe_options={
             "tokens": tokens,
             "layers": layers,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from embedkit.backbones import load_backbone
+from embedkit.backbones import compile_backbone, load_backbone
 from embedkit.cache import open_cache
 from embedkit.casework import CaseWork
 from embedkit.errors import BackboneError, CacheError, EmbedkitError, VolumeError
@@ -45,6 +45,7 @@ class ExtractionJob:
         weights: Of the backbone.
         image_size: In pixels.
         precision: ``auto`` is settled by the device.
+        compiled: Whether the backbone's blocks are compiled.
         recipe_options: The further options of `embedkit.planning.make_recipe`.
         batch_size: Slices per forward pass.
         workers: Cases read ahead.
@@ -56,6 +57,7 @@ class ExtractionJob:
     weights: Path | None
     image_size: int | None
     precision: str
+    compiled: bool
     recipe_options: Mapping[str, Any]
     batch_size: int
     workers: int
@@ -79,6 +81,8 @@ class ExtractionJob:
             channels=max(len(channels), len(window_texts(window))),
             device=str(device),
         )
+        if self.compiled:
+            compile_backbone(backbone)
         precision = choose_precision(self.precision, device, backbone.info)
         return backbone, make_recipe(backbone.info, precision=precision, **self.recipe_options)
 

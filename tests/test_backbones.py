@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from embedkit import weights as weights_module
-from embedkit.backbones import list_backbones, load_backbone, suggest_backbones
+from embedkit.backbones import compile_backbone, list_backbones, load_backbone, suggest_backbones
 from embedkit.errors import BackboneError
 from embedkit.vit import VitBackbone
 
@@ -479,3 +479,21 @@ def test_real_weights_reproduce_timm_and_survive_bf16(deit_weights: Path) -> Non
     torch.testing.assert_close(exact[12].summary, expected[:, 0], atol=1e-4, rtol=1e-4)
     assert float(torch.cosine_similarity(exact[12].summary, rough.summary.float()).min()) > 0.99
     torch.testing.assert_close(ended.summary, exact[12].summary, atol=2e-2, rtol=2e-2)
+
+
+def test_compiled_blocks_give_the_tokens_of_plain_ones(images: Tensor) -> None:
+    plain, compiled = make("plain"), make("plain")
+    compiled.model.load_state_dict(plain.model.state_dict())
+    compile_backbone(compiled)
+    with torch.inference_mode():
+        given = compiled.forward_layers(images, [1, plain.info.depth]).layers
+        wanted = plain.forward_layers(images, [1, plain.info.depth]).layers
+    for layer, tokens in wanted.items():
+        torch.testing.assert_close(given[layer].patches, tokens.patches, rtol=1e-4, atol=1e-4)
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= counted < compiled.info.depth * 2, "blocks share what was compiled"
+
+
+def test_a_backbone_without_blocks_cannot_be_compiled() -> None:
+    with pytest.raises(BackboneError, match="scattering has no transformer blocks to compile; leave --compile"):
+        compile_backbone(load_backbone("embedkit/scattering", image_size=32))

@@ -288,6 +288,7 @@ def make_job(**changes: Any) -> ExtractionJob:
         "weights": None,
         "image_size": 32,
         "precision": "auto",
+        "compiled": False,
         "recipe_options": {"tokens": ["cls", "patch@2"], "preview": 8, "channels": (), "window": "percentile:0.5:99.5"},
         "batch_size": 4,
         "workers": 2,
