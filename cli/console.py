@@ -15,7 +15,7 @@ import typer
 __all__ = ["Meter", "format_seconds", "parse_size", "print_json", "print_table", "show_progress", "split_list"]
 
 _PLAIN_EVERY_S = 10.0
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>|B|kB|MB|GB|TB)", re.IGNORECASE)
+_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?P<unit>|B|kB|MB|GB|TB)", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 

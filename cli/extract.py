@@ -111,7 +111,12 @@ def extract_command(
         "workers": workers,
         "part": part,
     }
+    shard_bytes = parse_size(shard_size)
     if dry_run:
+        if engine != "local" or ray_address is not None or ray_workers is not None:
+            raise typer.BadParameter(
+                "a dry run tells of this machine alone; leave --engine out", param_hint="--dry-run"
+            )
         _print_estimate(manifest, out, options, json=json)
         return
     summary, signals = _extract(
@@ -121,7 +126,7 @@ def extract_command(
         engine=engine,
         ray_address=ray_address,
         ray_workers=ray_workers,
-        shard_bytes=parse_size(shard_size),
+        shard_bytes=shard_bytes,
     )
     _print_summary(summary, json=json)
     if part is not None and not summary.cases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from embedkit.recipe import Recipe
 from embedkit.sources import Case
 
 __all__ = ["Account", "ExtractionProgress", "ExtractionSummary"]
+
+_TELL_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class ExtractionSummary:
 
     Attributes:
         cache: The cache's folder.
-        fingerprint: Of its recipe.
+        fingerprint: Of its recipe; empty where the call was stopped before a worker knew it.
         cases: Cases in the manifest.
         cases_before: Cases that the cache held already, unchanged.
         cases_done: Cases extracted by this call.
@@ -96,6 +99,7 @@ class Account:
     cases_same: int = 0
     slices: int = 0
     blank_slices: int = 0
+    _told: float = -math.inf
 
     @property
     def left(self) -> int:
@@ -122,7 +126,13 @@ class Account:
         self.cases_same += 1
         self._report()
 
+    def tick(self) -> None:
+        """Tells where the extraction stands, unless that was told within the last second."""
+        if time.perf_counter() - self._told >= _TELL_EVERY_S:
+            self._report()
+
     def _report(self) -> None:
+        self._told = time.perf_counter()
         if self.on_progress is not None:
             self.on_progress(
                 ExtractionProgress(

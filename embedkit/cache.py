@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import mmap
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,8 @@ class Cache:
         quantised = self.shards if recipe.dtype == "int8" else ()
         self._starts = [np.ascontiguousarray(shard.stacks["first_row"]) for shard in quantised]
         self._check_tokens = check_tokens
-        self._maps: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
+        self._checked: set[int] = set()
+        self._maps: dict[int, dict[str, NDArray[Any]]] = {}
 
     def read(self, stack: int, token_set: str) -> NDArray[np.float16]:
         """The tokens of a stack: read-only float16 [slices ...].
@@ -189,7 +189,7 @@ class Cache:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": OrderedDict()}
+        return self.__dict__ | {"_maps": {}, "_checked": set()}
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, {self.fingerprint}, {len(self)} stacks in {len(self.shards)} shards)"
@@ -201,12 +201,19 @@ class Cache:
         return self._rows[stack]
 
     def _map(self, number: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a shard, mapped; the maps longest unused are let go, for each takes a file descriptor."""
-        arrays = self._maps.get(number)
+        """The arrays of a shard, mapped; the maps longest unused are let go, for each takes a file descriptor.
+
+        Threads that meet here may map a shard twice, which harms nothing; every step on the dict is one of its own.
+        """
+        arrays = self._maps.pop(number, None)
         if arrays is None:
-            arrays = self._maps[number] = _map_arrays(self.shards[number], check=self._check_tokens)
-            if len(self._maps) > _MOST_MAPS:
-                self._maps.popitem(last=False)
+            check = self._check_tokens and number not in self._checked
+            arrays = _map_arrays(self.shards[number], check=check)
+            self._checked.add(number)
+        self._maps[number] = arrays
+        if len(self._maps) > _MOST_MAPS:
+            for longest_unused in list(self._maps)[:-_MOST_MAPS]:
+                self._maps.pop(longest_unused, None)
         return arrays
 
 

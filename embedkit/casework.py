@@ -7,8 +7,6 @@ takes no more memory than many small ones.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedkit.cache import StackTokens, check_stack
-from embedkit.errors import BackboneError, CacheError, VolumeError
+from embedkit.errors import BackboneError, VolumeError
 from embedkit.features import BackboneInfo
-from embedkit.files import explain_os_error
 from embedkit.recipe import Recipe
 from embedkit.slices import Stack, plan_stacks
 from embedkit.sources import Case, CaseImages, combine_digests, combine_stats
+from embedkit.spill import allocate_spilled
 from embedkit.tokens import token_shape
 from embedkit.volumes import Volume
 
 __all__ = ["SPILL_BYTES", "CaseWork", "FailedCase", "SameCase"]
 
 SPILL_BYTES = 256 << 20
-"""Tokens of one stack and token set that take more bytes than this are kept in a file until they are written."""
+"""Bytes of tokens of one case that are kept in memory; each of its arrays may take its share, or goes to a file."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,10 @@ class CaseWork:
         self.case = case
         self.volumes: Mapping[str, Volume] = images.volumes
         self._recipe = recipe
+        planned = plan_stacks(images.volumes, recipe)
+        most_bytes = SPILL_BYTES // max(1, len(planned) * len(shapes))
         self.stacks = [
-            _start_stack(stack, images, recipe, shapes, spill) for stack in plan_stacks(images.volumes, recipe)
+            _start_stack(stack, images, recipe, shapes, spill=spill, most_bytes=most_bytes) for stack in planned
         ]
         self.slices = sum(len(work.blank) for work in self.stacks)
         self.problem = ""
@@ -149,7 +149,13 @@ class CaseWork:
 
 
 def _start_stack(
-    stack: Stack, images: CaseImages, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], spill: Path
+    stack: Stack,
+    images: CaseImages,
+    recipe: Recipe,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    spill: Path,
+    most_bytes: int,
 ) -> StackWork:
     count, views = len(stack.indices), list(dict.fromkeys(stack.sources))
     sources = [images.volumes[view] for view in views]
@@ -164,22 +170,14 @@ def _start_stack(
             "source_digest": combine_digests(sources),
         },
         blank=np.zeros(count, bool),
-        tokens={name: _allocate((count, *shape), spill) for name, shape in shapes.items()},
+        tokens={name: _allocate((count, *shape), spill, most_bytes) for name, shape in shapes.items()},
         preview=np.zeros((count, recipe.preview, recipe.preview), np.uint8) if recipe.preview else None,
     )
 
 
-def _allocate(shape: tuple[int, ...], folder: Path) -> NDArray[np.float16]:
-    """Zeros, in memory or in a file of ``folder`` that has no name and is gone with the array."""
+def _allocate(shape: tuple[int, ...], folder: Path, most_bytes: int) -> NDArray[np.float16]:
+    """Zeros, in memory or, if they take more than ``most_bytes``, in a nameless file of ``folder``, gone with them."""
     size = math.prod(shape) * np.dtype(np.float16).itemsize
-    if size <= SPILL_BYTES:
+    if size <= most_bytes:
         return np.zeros(shape, np.float16)
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now, not by a crash later
-            return np.memmap(file, np.float16, "r+", shape=shape)
-    except OSError as error:
-        raise CacheError(
-            f"cannot keep {size >> 20} MiB of tokens of one stack: {explain_os_error(error, folder)}"
-        ) from error
+    return allocate_spilled(shape, np.float16, folder)

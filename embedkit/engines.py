@@ -6,25 +6,21 @@ What the cache holds is the truth about a lost worker: only cases that are not o
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
 
 from embedkit.account import ExtractionProgress, ExtractionSummary
-from embedkit.cache import Cache, create_cache, open_cache
-from embedkit.errors import EmbedkitError, ExtractionError, OptionError
-from embedkit.failures import Failure, clear_failures, record_failure
-from embedkit.ledger import Ledger
+from embedkit.cache import create_cache, open_cache
+from embedkit.errors import EmbedkitError, ExtractionError
+from embedkit.failures import clear_failures
+from embedkit.ledger import Ledger, Seat, Work
 from embedkit.orders import (
     Begin,
     Broken,
-    Done,
     Drain,
     Drained,
     Event,
@@ -39,28 +35,11 @@ from embedkit.orders import (
 from embedkit.recipe import require_same_recipe
 from embedkit.sources import CachedSources, Case
 
-__all__ = ["MOST_LOSSES", "dispatch_cases", "take_part"]
-
-MOST_LOSSES = 2
-"""A case that was in work each time as many workers were lost is put on record as failed, and not tried again."""
+__all__ = ["dispatch_cases"]
 
 _POLL_S = 0.2
-_PART = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
-
-Item = TypeVar("Item")
-
-
-def take_part(items: Sequence[Item], part: str) -> list[Item]:
-    """Every n-th item from the i-th for ``part`` ``i/n``: the n parts are disjoint and differ by one item at most.
-
-    Raises:
-        OptionError: ``part`` is not of the form ``i/n`` with i from 1 to n.
-    """
-    match = _PART.fullmatch(part)
-    number, parts = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= number <= parts:
-        raise OptionError(f"part is {part!r}, expected i/n with i from 1 to n, as 3/8 for the third of eight parts")
-    return list(items[number - 1 :: parts])
+_LONG_START_S = 30.0
+"""A wait for the first worker, or for those in the places of lost ones, that is worth a word."""
 
 
 def dispatch_cases(
@@ -79,8 +58,9 @@ def dispatch_cases(
         cache: Absolute; made once the first worker knows the recipe.
         transport: Closed at the end.
         on_progress: As for `embedkit.extract`, like all that follow.
-        on_notice: Told in one line of every worker that is lost or started anew.
-        stop: Once set, the workers write what is finished.
+        on_notice: Told in one line of every worker that is lost or started anew, and once of a long wait for workers.
+        stop: Once set, the workers write what is finished. Set before any worker is ready, it ends the call at once:
+            the cache is not touched, and the summary has no fingerprint.
 
     Raises:
         ExtractionError: every worker was lost, and those in their places as well.
@@ -99,27 +79,6 @@ def dispatch_cases(
         return dispatcher.run()
 
 
-@dataclass
-class _Seat:
-    """A worker as the dispatcher sees it; ``cases`` are those given to it that may not be on disk yet."""
-
-    number: int
-    state: Literal["starting", "idle", "working", "gone"] = "starting"
-    replaced: bool = False
-    cases: dict[str, Case] = field(default_factory=dict)
-
-
-@dataclass
-class _Work:
-    """What is known from the first worker's recipe on."""
-
-    begin: Begin
-    sources: CachedSources
-    ledger: Ledger
-    queue: deque[Case]
-    held: list[str]
-
-
 class _Dispatcher:
     """State of one call of `dispatch_cases`."""
 
@@ -136,13 +95,13 @@ class _Dispatcher:
         self._cases, self._cache, self._transport = cases, cache, transport
         self._on_progress, self._on_notice, self._stop = on_progress, on_notice, stop
         self._started = time.perf_counter()
-        self._seats = [_Seat(number) for number in range(transport.size)]
+        self._seats = [Seat(number) for number in range(transport.size)]
         self._restarts = transport.size
-        self._losses: Counter[str] = Counter()
         self._last_reason = ""
         self._fatal: EmbedkitError | None = None
         self._stopping = False
-        self._work: _Work | None = None
+        self._last_ready: float | None = self._started
+        self._work: Work | None = None
 
     def run(self) -> ExtractionSummary:
         for seat in self._seats:
@@ -154,14 +113,30 @@ class _Dispatcher:
                     self._handle(self._seats[number], event)
                 if isinstance(event, Broken | Lost):
                     gone.add(number)
+            if self._stop.is_set() and self._work is None and self._fatal is None:
+                self._dismiss()
+                return Ledger(len(self._cases), len(self._cases), None, self._started).summarise(self._cache, "")
             if self._stop.is_set():
                 self._halt()
+            self._tell_long_start()
         self._dismiss()
         settled = [name for name, each in work.ledger.outcomes.items() if not isinstance(each, Failed)]
         clear_failures(self._cache, [(case_id, "") for case_id in [*work.held, *settled]])
-        return work.ledger.summarise(self._cache, work.begin.recipe)
+        return work.ledger.summarise(self._cache, work.begin.recipe.fingerprint)
 
-    def _finished(self) -> _Work | None:
+    def _tell_long_start(self) -> None:
+        """Says once that there is no worker yet, as where a cluster has no room for one."""
+        if self._last_ready is None or self._on_notice is None:
+            return
+        starting = sum(seat.state == "starting" for seat in self._seats)
+        now = time.perf_counter()
+        if any(seat.state in {"idle", "working"} for seat in self._seats):
+            self._last_ready = now
+        elif starting and now - self._last_ready >= _LONG_START_S:
+            self._last_ready = None
+            self._on_notice(f"still waiting for {starting} workers to start")
+
+    def _finished(self) -> Work | None:
         """The work once all is done or given up; None before. Raises what stopped it."""
         if any(seat.state == "working" for seat in self._seats):
             return None
@@ -173,12 +148,12 @@ class _Dispatcher:
         if all(seat.state == "gone" for seat in self._seats):
             left = f"{len(self._work.queue)} of {len(self._cases)} cases" if self._work else "all cases"
             raise ExtractionError(
-                f"every worker was lost ({len(self._seats)}, and as many started in their places), {left} are left; the"
+                f"every worker was lost ({len(self._seats)}, and those started in their places), {left} are left; the"
                 f" last one: {self._last_reason}. See to that (often too little memory), then the same command resumes"
             )
         return None
 
-    def _handle(self, seat: _Seat, event: Event) -> None:
+    def _handle(self, seat: Seat, event: Event) -> None:
         match event:
             case Ready():
                 self._welcome(seat, event)
@@ -202,12 +177,12 @@ class _Dispatcher:
             case outcome:
                 self._require_work().ledger.settle(outcome)
 
-    def _require_work(self) -> _Work:
+    def _require_work(self) -> Work:
         if self._work is None:
             raise RuntimeError("a worker tells of cases before it was given any")
         return self._work
 
-    def _welcome(self, seat: _Seat, event: Ready) -> None:
+    def _welcome(self, seat: Seat, event: Ready) -> None:
         """Gives the cache to a worker that is ready; the first one's recipe is everyone's."""
         try:
             if self._work is None:
@@ -223,7 +198,7 @@ class _Dispatcher:
         seat.state = "idle"
         self._feed_idle()
 
-    def _open_work(self, event: Ready) -> _Work:
+    def _open_work(self, event: Ready) -> Work:
         create_cache(self._cache, event.recipe)
         sources = CachedSources(open_cache(self._cache).stacks, event.recipe)
         sources.require_same_patients(self._cases)
@@ -231,7 +206,7 @@ class _Dispatcher:
         pending = [case for case in self._cases if not sources.holds(case)]
         left = {case.case_id for case in pending}
         probe = next((path for case in pending for path in case.images.values() if path.exists()), None)
-        return _Work(
+        return Work(
             begin=Begin(self._cache, event.recipe, probe),
             sources=sources,
             ledger=Ledger(len(self._cases), len(pending), self._on_progress, self._started),
@@ -239,11 +214,11 @@ class _Dispatcher:
             held=[case.case_id for case in self._cases if case.case_id not in left],
         )
 
-    def _feed(self, seat: _Seat) -> None:
+    def _feed(self, seat: Seat) -> None:
         """Gives a worker its next case, or tells it to finish what it has."""
         work = self._require_work()
-        if work.queue and not self._stopping:
-            case = work.queue.popleft()
+        case = None if self._stopping else work.next_for(seat)
+        if case is not None:
             seat.cases[case.case_id] = case
             self._transport.send(seat.number, case)
             seat.state = "working"
@@ -270,15 +245,19 @@ class _Dispatcher:
             elif seat.state == "idle":
                 self._transport.send(seat.number, Quit())
 
-    def _lose(self, seat: _Seat, reason: str) -> None:
+    def _lose(self, seat: Seat, reason: str) -> None:
         """Takes back what a lost worker leaves undone, and starts another in its place while that is worth it."""
         given, seat.cases, seat.state = list(seat.cases.values()), {}, "gone"
         self._last_reason = reason
-        again = self._take_back(given, reason) if given else 0
+        before = self._work.ledger.failed if self._work else 0
+        again = self._require_work().take_back(given, reason) if given else 0
+        blamed = (
+            self._work is not None and self._work.ledger.failed > before
+        )  # a case was: that can happen once to each
         notice = f"worker {self._transport.name(seat.number)} was lost ({reason}), {again} cases taken back"
         wanted = not self._stopping and (self._work is None or bool(self._work.queue))
-        if wanted and self._restarts:
-            self._restarts -= 1
+        if wanted and (self._restarts or blamed):
+            self._restarts -= not blamed
             self._transport.start(seat.number)
             seat.state, seat.replaced = "starting", True
             notice += "; another is started in its place"
@@ -286,45 +265,3 @@ class _Dispatcher:
             self._on_notice(notice)
         if self._work is not None:
             self._feed_idle()
-
-    def _take_back(self, given: Sequence[Case], reason: str) -> int:
-        """Queues again those cases of a lost worker that are not on disk; returns how many."""
-        work, again = self._require_work(), 0
-        with open_cache(self._cache) as cache:
-            held = CachedSources(cache.stacks, work.begin.recipe)
-            for case in given:
-                outcome = work.ledger.outcomes.get(case.case_id)
-                if outcome is not None and not isinstance(outcome, Done):
-                    continue
-                if held.holds(case):
-                    if outcome is None:
-                        changed = work.sources.holds_some(case)
-                        work.ledger.settle(_stored(cache, case, changed=changed))
-                    continue
-                work.ledger.forget(case.case_id)
-                if outcome is None and self._lost_too_often(case, reason):
-                    continue
-                work.queue.append(case)
-                again += 1
-        return again
-
-    def _lost_too_often(self, case: Case, reason: str) -> bool:
-        """Counts a worker lost with the case in work, and puts the case on record once there are too many."""
-        self._losses[case.case_id] += 1
-        if self._losses[case.case_id] < MOST_LOSSES:
-            return False
-        failure = Failure(
-            case_id=case.case_id,
-            reason=f"{MOST_LOSSES} workers were lost with this case in work, the last one: {reason}; it may take more"
-            " memory than there is: try it with fewer workers, or leave it out",
-        )
-        record_failure(self._cache, failure)
-        self._require_work().ledger.settle(Failed(failure))
-        return True
-
-
-def _stored(cache: Cache, case: Case, *, changed: bool) -> Done:
-    """What a worker would have told of a case that it wrote, had it not been lost before."""
-    rows = cache.stacks.filter(cache.stacks["case_id"] == case.case_id)
-    blank = sum(int(cache.slices(stack).blank.sum()) for stack in rows["stack"])
-    return Done(case.case_id, int(rows["count"].sum()), blank, changed)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from embedkit.cache import open_cache
-from embedkit.engines import take_part
-from embedkit.errors import VolumeError
+from embedkit.errors import CacheError, OptionError, VolumeError
 from embedkit.features import Backbone, BackboneInfo
-from embedkit.folder import stored_recipe
+from embedkit.folder import describe_folder, stored_recipe
 from embedkit.forward import run_backbone
 from embedkit.manifest import read_manifest
-from embedkit.planning import DEFAULT_BACKBONE, choose_device
+from embedkit.parts import take_part
+from embedkit.pipeline import explain_failure
+from embedkit.planning import DEFAULT_BACKBONE, choose_device, require_counts
 from embedkit.processes import split_devices
 from embedkit.quantisation import TOKEN_DTYPES, token_set_bytes
 from embedkit.recipe import Recipe, TokenSet, require_same_recipe
@@ -127,10 +128,11 @@ def estimate_extraction(
         EmbedkitError: as `embedkit.extract` does for the same arguments.
         VolumeError: none of the sampled cases can be read.
     """
-    cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
-    if part := options.get("part"):
-        cases = take_part(cases, part)
     weights, batch_size, workers = options.get("weights"), options.get("batch_size", 32), options.get("workers", 2)
+    require_counts(batch_size, workers)
+    cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
+    if (part := options.get("part")) is not None:
+        cases = take_part(cases, part)
     job = ExtractionJob(
         backbone=options.get("backbone", DEFAULT_BACKBONE),
         weights=None if weights is None else Path(weights),
@@ -154,13 +156,20 @@ def estimate_extraction(
 
 
 def _without_cached(cases: list[Case], out: Path, recipe: Recipe) -> list[Case]:
+    """The cases that a cache lacks; raises what extracting to it would."""
+    if not out.exists():
+        return cases
     found = stored_recipe(out) if out.is_dir() else None
     if found is None:
+        if not out.is_dir() or (others := describe_folder(out)):
+            holds = f"holds {others}" if out.is_dir() else "is a file"
+            raise CacheError(f"{out} is no cache and {holds}; choose a new or empty folder for the cache")
         return cases
-    require_same_recipe(
-        found, recipe, where=f"cache {out}", ways_out="Choose another --out, or the options that made it"
-    )
+    ways_out = "Choose another --out, or pass the options that made it"
+    require_same_recipe(found, recipe, where=f"cache {out}", ways_out=ways_out)
     sources = CachedSources(open_cache(out).stacks, recipe)
+    sources.require_same_patients(cases)
+    sources.require_same_views(cases)
     return [case for case in cases if not sources.holds(case)]
 
 
@@ -246,12 +255,15 @@ def _sample_case(case: Case, recipe: Recipe, sample: _Sample, *, device: torch.d
     try:
         images = read_case(case)
         stacks = plan_stacks(images.volumes, recipe)
-    except VolumeError as error:
-        sample.unreadable.append(f"{case.case_id}: {error}")
+        took = time.perf_counter() - started
+        _render_some(stacks, images, recipe, sample, device=device, most=most)
+    except OptionError:
+        raise
+    except Exception as error:  # told, as an extraction tells it, and no other case suffers
+        sample.unreadable.append(f"{case.case_id}: {explain_failure(error)}")
         return
-    sample.read_seconds.append(time.perf_counter() - started)
+    sample.read_seconds.append(took)
     sample.slices.append(sum(len(stack.indices) for stack in stacks))
-    _render_some(stacks, images, recipe, sample, device=device, most=most)
 
 
 def _render_some(

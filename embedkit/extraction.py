@@ -12,14 +12,15 @@ import torch
 
 from embedkit.account import Account, ExtractionProgress, ExtractionSummary
 from embedkit.cache import create_cache, open_cache
-from embedkit.engines import dispatch_cases, take_part
+from embedkit.engines import dispatch_cases
 from embedkit.errors import OptionError
 from embedkit.failures import clear_failures
 from embedkit.features import Backbone
 from embedkit.forward import require_precision
 from embedkit.manifest import read_manifest
 from embedkit.orders import Transport
-from embedkit.planning import DEFAULT_BACKBONE, DEFAULT_TOKENS, DEFAULT_WINDOW, choose_device
+from embedkit.parts import take_part
+from embedkit.planning import DEFAULT_BACKBONE, DEFAULT_TOKENS, DEFAULT_WINDOW, choose_device, require_counts
 from embedkit.processes import ProcessTransport, split_devices
 from embedkit.rayengine import RayTransport
 from embedkit.recipe import Recipe
@@ -103,7 +104,7 @@ def extract(
         shard_bytes: A shard is closed once it holds this many bytes of tokens.
         shard_seconds: A shard is closed at the latest after this many seconds, so that a kill costs little.
         on_progress: Called after every case.
-        on_notice: Called with a line of text when a worker process or actor is lost or replaced.
+        on_notice: Called with a line of text when a worker is lost, replaced, or long in starting.
         stop: Once set, the finished cases are written and the call returns with ``interrupted``.
 
     Raises:
@@ -115,8 +116,7 @@ def extract(
         CacheError: ``out`` cannot be written, or holds a damaged shard.
         ExtractionError: every worker process or actor was lost, and those in their places as well.
     """
-    if batch_size < 1 or workers < 1:
-        raise OptionError(f"batch_size is {batch_size} and workers is {workers}, expected at least 1 of each")
+    require_counts(batch_size, workers)
     cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
     if part is not None:
         cases = take_part(cases, part)
@@ -225,9 +225,9 @@ def extract_cases(
     sources.require_same_views(cases)
     pending = [case for case in cases if not sources.holds(case)]
     account = Account(cases=len(cases), pending=len(pending), on_progress=on_progress)
+    account.tick()
     if pending:
         require_precision(backbone, recipe, device)
-
     extract_stream(
         pending,
         cache,

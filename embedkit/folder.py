@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from embedkit.errors import CacheError, RecipeError
@@ -20,6 +21,7 @@ from embedkit.quantisation import quantise_tokens
 from embedkit.recipe import Recipe, require_same_recipe
 from embedkit.sealing import array_chunks, write_sealed
 from embedkit.shards import array_names, load_shard
+from embedkit.spill import allocate_spilled
 from embedkit.tables import StackTokens, check_stack, slice_table, stack_table
 
 __all__ = [
@@ -134,19 +136,25 @@ def write_shard(
     for stack in stacks:
         check_stack(stack, recipe)
     _require_distinct(stacks)
-    columns = _columns(stacks, recipe)
+    columns = _columns(stacks, recipe, spill=cache_path)
     arrays = {name: _joined(name, parts) for name, parts in columns.items()}
     created_ns = _next_created_ns(cache_path, clock_ns())
     final = shard_path(cache_path, created_ns, secrets.token_hex(8))
-    write_sealed(
-        final,
-        recipe=recipe,
-        stacks=stack_table(stacks),
-        slices=slice_table(stacks),
-        arrays=arrays,
-        chunks=lambda name: array_chunks(columns[name]),
-        created_ns=created_ns,
-    )
+    try:
+        write_sealed(
+            final,
+            recipe=recipe,
+            stacks=stack_table(stacks),
+            slices=slice_table(stacks),
+            arrays=arrays,
+            chunks=lambda name: array_chunks(columns[name]),
+            created_ns=created_ns,
+        )
+    except OSError as error:
+        raise CacheError(
+            f"cannot write shard: {explain_os_error(error, final.parent)}; what is finished stays, run the same command"
+            " again to go on"
+        ) from error
     return final
 
 
@@ -155,15 +163,23 @@ def shard_path(cache_path: Path, created_ns: int, name: str) -> Path:
     return cache_path / _SHARDS_FOLDER / f"{created_ns:016x}-{name}{_SHARD_SUFFIX}"
 
 
-def _columns(stacks: Sequence[StackTokens], recipe: Recipe) -> dict[str, list[NDArray[Any]]]:
-    """Dataset name to its parts, one per stack, in the order of `array_names`."""
+def _columns(stacks: Sequence[StackTokens], recipe: Recipe, *, spill: Path) -> dict[str, list[NDArray[Any]]]:
+    """Dataset name to its parts, one per stack, in the order of `array_names`.
+
+    The int8 values of tokens that are kept in a file are kept in one too, in the folder ``spill``.
+    """
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in array_names(recipe)}
     for stack in stacks:
         for name, tokens in stack.tokens.items():
             if recipe.dtype == "float16":
                 columns[f"tokens/{name}"].append(tokens)
                 continue
-            stored = quantise_tokens(tokens, stack.blank)
+            if isinstance(tokens, np.memmap):
+                stored = quantise_tokens(
+                    tokens, stack.blank, allocate=lambda shape: allocate_spilled(shape, np.int8, spill)
+                )
+            else:
+                stored = quantise_tokens(tokens, stack.blank)
             columns[f"tokens/{name}"].append(stored.values)
             columns[f"scales/{name}"].append(stored.scales)
             columns[f"channels/{name}"].append(stored.channels[None])

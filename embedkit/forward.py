@@ -20,12 +20,10 @@ from embedkit.planning import AUTOCAST_DTYPES
 from embedkit.recipe import Recipe
 from embedkit.tokens import compute_token_sets, needs_attention, required_layers
 
-__all__ = ["MOST_DEVIATION", "PendingTokens", "require_precision", "run_backbone", "start_backbone"]
+__all__ = ["MOST_DEVIATION", "PendingTokens", "require_compiled", "require_precision", "run_backbone", "start_backbone"]
 
 MOST_DEVIATION = 0.1
 """Largest relative deviation (root mean square over that of float32) of tokens at a lower precision."""
-
-_PROBES = 2
 
 
 @dataclass(frozen=True)
@@ -64,20 +62,49 @@ def require_precision(backbone: Backbone, recipe: Recipe, device: torch.device) 
     Raises:
         BackboneError: tokens that are no number or deviate by more than `MOST_DEVIATION`; names the token set.
     """
-    if recipe.precision == "fp32":
+    if AUTOCAST_DTYPES[recipe.precision] is None:
         return
-    channels = len(backbone.info.mean)
-    coarse = torch.rand(_PROBES, channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    images = torch.nn.functional.interpolate(coarse, size=(recipe.image_size,) * 2, mode="bicubic").clamp(0, 1)
+    images = _probe_images(backbone, recipe, device, count=2)
     with torch.compiler.set_stance("force_eager"):  # two images are not worth compiling for
-        low, exact = (_compute(images.to(device), backbone, recipe, name) for name in (recipe.precision, "fp32"))
+        low, exact = (_compute(images, backbone, recipe, name) for name in (recipe.precision, "fp32"))
+    _require_near(low, exact, f"{backbone.info.name} at precision {recipe.precision}", "fp32; use --precision fp32")
+
+
+def require_compiled(backbone: Backbone, recipe: Recipe, device: torch.device, *, batch_size: int) -> None:
+    """Compiles the backbone for one full batch and checks that it still gives what it gave before.
+
+    Raises:
+        BackboneError: it cannot be compiled here, or its tokens deviate by more than `MOST_DEVIATION`.
+    """
+    images = _probe_images(backbone, recipe, device, count=batch_size)
+    with torch.compiler.set_stance("force_eager"):
+        plain = _compute(images, backbone, recipe, recipe.precision)
+    try:
+        compiled = _compute(images, backbone, recipe, recipe.precision)
+    except Exception as error:  # whatever the compiler, or the C++ compiler behind it, finds wrong
+        first = next(iter(str(error).splitlines()), "")
+        raise BackboneError(
+            f"{backbone.info.name} cannot be compiled here ({type(error).__name__}: {first}); leave --compile out"
+        ) from error
+    _require_near(compiled, plain, f"{backbone.info.name} compiled", "itself uncompiled; leave --compile out")
+
+
+def _probe_images(backbone: Backbone, recipe: Recipe, device: torch.device, *, count: int) -> Tensor:
+    """Smooth random images, the same ones every time: [count channels height width] in 0..1."""
+    channels = len(backbone.info.mean)
+    coarse = torch.rand(count, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    size = (recipe.image_size, recipe.image_size)
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1).to(device)
+
+
+def _require_near(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], who: str, whom: str) -> None:
     for name, reference in exact.items():
-        difference = (low[name].float() - reference.float()).square().mean().sqrt()
+        difference = (found[name].float() - reference.float()).square().mean().sqrt()
         deviation = float(difference / reference.float().square().mean().sqrt().clamp_min(1e-12))
         if not deviation <= MOST_DEVIATION:
             raise BackboneError(
-                f"{backbone.info.name} at precision {recipe.precision} gives {name} tokens that deviate by"
-                f" {deviation:.0%} from fp32, expected at most {MOST_DEVIATION:.0%}; use --precision fp32"
+                f"{who} gives {name} tokens that deviate by {deviation:.0%}, expected at most {MOST_DEVIATION:.0%},"
+                f" from {whom}"
             )
 
 

@@ -15,7 +15,7 @@ from embedkit.errors import VolumeError
 from embedkit.itk import affine_of_itk, explain_itk_error, quiet_itk
 from embedkit.sourceimage import SourceHeader, grey_shape
 
-__all__ = ["ITK_READERS", "parse_with_itk"]
+__all__ = ["ITK_READERS", "parse_with_itk", "payload_file"]
 
 ITK_READERS = {"nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
 _ITK_TYPES = {
@@ -30,6 +30,31 @@ _ITK_TYPES = {
     "32-bit float": "f4",
     "64-bit float": "f8",
 }
+_HEADER_ENDS = {
+    "nrrd": re.compile(rb"\r?\n\r?\n"),
+    "metaimage": re.compile(rb"^\s*ElementDataFile\s*=[^\n]*\n?", re.MULTILINE),
+}
+_USUAL_HEADER_BYTES, _LONGEST_HEADER_BYTES = 1 << 12, 1 << 16
+
+
+def payload_file(path: Path, kind: str) -> Path | None:
+    """The second file that holds the voxels of an image, by its header's text alone; None where they are in ``path``.
+
+    Args:
+        path: A regular file.
+        kind: nrrd or metaimage.
+
+    Raises:
+        VolumeError: the header does not end, or names what is not one file in the header's own folder.
+        OSError: ``path`` cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        head = file.read(_USUAL_HEADER_BYTES)
+        end = _HEADER_ENDS[kind].search(head)
+        if end is None or end.end() == len(head):
+            head += file.read(_LONGEST_HEADER_BYTES - len(head))
+    _, _, named, _ = _parse_text_header(path, kind, head)
+    return None if named is None else _payload_file(path, named)
 
 
 def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, int, bool]:
@@ -71,15 +96,14 @@ def _parse_text_header(path: Path, kind: str, head: bytes) -> tuple[int, str, st
     The byte order is given for a MetaImage alone; ITK sees to that of an NRRD.
     """
     order = "="
+    end = _HEADER_ENDS[kind].search(head)
     if kind == "nrrd":
-        end = re.search(rb"\r?\n\r?\n", head)
         fields = dict(
             re.findall(rb"^([A-Za-z][A-Za-z ]*):[ \t]*([^\r\n]*)", head[: end.start() if end else None], re.M)
         )
         named = fields.get(b"data file", fields.get(b"datafile"))
         encoding = "raw" if fields.get(b"encoding", b"raw").strip().lower() == b"raw" else "compressed"
     else:
-        end = re.search(rb"^\s*ElementDataFile\s*=[^\n]*\n?", head, re.M)
         fields = dict(re.findall(rb"^\s*(\w+)\s*=[ \t]*([^\r\n]*)", head[: end.end() if end else None], re.M))
         named = fields.get(b"ElementDataFile", b"").strip()
         named = None if named.upper() == b"LOCAL" else named
@@ -94,26 +118,6 @@ def _parse_text_header(path: Path, kind: str, head: bytes) -> tuple[int, str, st
         None if named is None else named.decode("utf-8", "replace").strip(),
         order,
     )
-
-
-def _check_metaimage(path: Path, fields: dict[bytes, bytes]) -> None:
-    """Refuses a MetaImage header of which ITK would complain on stderr, in words of its own."""
-    axes, lengths = fields.get(b"NDims", b"").split(), fields.get(b"DimSize", b"").split()
-    kind = fields.get(b"ElementType", b"").strip()
-    if not all(number.isdigit() for number in axes + lengths) or len(axes) != 1 or int(axes[0]) != len(lengths):
-        raise VolumeError(
-            f"{path}: its header says NDims {_shown(axes)} and DimSize {_shown(lengths)}, expected as many lengths as"
-            " axes; it is damaged: copy the file again"
-        )
-    if not kind.startswith(b"MET_"):
-        raise VolumeError(
-            f"{path}: its header says ElementType {_shown([kind])}, expected one such as MET_SHORT; it is damaged: copy"
-            " the file again"
-        )
-
-
-def _shown(words: list[bytes]) -> str:
-    return repr(b" ".join(words)[:40].decode("ascii", "replace"))
 
 
 def _payload_file(path: Path, name: str) -> Path:

@@ -106,6 +106,8 @@ def _write_file(cache: Cache, out: Path, progress: Progress | None) -> int:
         _write_selection(cache, list(enumerate(kept)), out, chunks)
     except FileExistsError as error:
         raise CacheError(f"{out} exists; choose another name or delete it first") from error
+    except OSError as error:
+        raise CacheError(f"cannot pack: {explain_os_error(error, out.absolute().parent)}") from error
     return out.stat().st_size
 
 
@@ -150,8 +152,9 @@ class _Meter:
             self._progress(self._done, self._total)
 
     def finish(self) -> None:
-        """Counts what was left out, the duplicates, as done."""
-        self.advance(self._total - self._done)
+        """Counts what was left out, the duplicates, as done; where nothing was, the end has been told already."""
+        if left := self._total - self._done:
+            self.advance(left)
 
 
 def _token_bytes(cache: Cache) -> int:

@@ -6,6 +6,7 @@ same shape (the last one is padded), so that a resumed extraction runs the same 
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from embedkit.recipe import Recipe
 from embedkit.slices import render_previews, render_slices
 from embedkit.sources import Case, CaseImages
 
-__all__ = ["Rendered", "compute_cases", "render_cases"]
+__all__ = ["Rendered", "compute_cases", "explain_failure", "render_cases"]
 
 _CHUNKS_AHEAD = 4
 _BATCHES_IN_FLIGHT = {"cuda": 1}
@@ -138,7 +139,8 @@ def compute_cases(
     recipe: Recipe,
     *,
     batch_size: int,
-    start: Callable[[Tensor, Backbone, Recipe], PendingTokens] = start_backbone,
+    stop: threading.Event | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[CaseWork | FailedCase | SameCase]:
     """Sends full batches through the backbone and yields each case as soon as its last slice is back.
 
@@ -147,22 +149,28 @@ def compute_cases(
         backbone: Frozen.
         recipe: Of the cache.
         batch_size: Slices per forward pass.
-        start: Starts one forward pass over [batch channels height width] and gives its tokens to come.
+        stop: Once set, no further batch is begun, and cases that are not complete are not yielded.
+        after_batch: Called whenever the tokens of a batch are in their places.
     """
     waiting: deque[Rendered] = deque()
     flying: deque[_Batch] = deque()
 
     def launch(parts: list[Rendered]) -> Iterator[CaseWork]:
-        images = [part.images for part in parts if len(part.rows)]
-        pending = start(_pad(torch.cat(images), batch_size), backbone, recipe) if images else None
-        flying.append(_Batch(parts, pending))
-        in_flight = _BATCHES_IN_FLIGHT.get(images[0].device.type, 0) if images else 0
+        images = torch.cat([part.images for part in parts])
+        flying.append(_Batch(parts, start_backbone(_pad(images, batch_size), backbone, recipe)))
+        in_flight = _BATCHES_IN_FLIGHT.get(images.device.type, 0)
         while len(flying) > in_flight:
             yield from _settle_batch(flying.popleft(), backbone, recipe)
+            after_batch()
 
     for part in rendered:
+        if stop is not None and stop.is_set():
+            return
         if isinstance(part, FailedCase | SameCase):
             yield part
+            continue
+        if not len(part.rows):  # blank slices alone: nothing to wait for
+            yield from _settle_batch(_Batch([part], None), backbone, recipe)
             continue
         waiting.append(part)
         while sum(len(each.rows) for each in waiting) >= batch_size:

@@ -15,6 +15,7 @@ from embedkit.tokens import resolve_token_sets
 
 __all__ = [
     "AUTOCAST_DTYPES",
+    "COMPILED",
     "DEFAULT_BACKBONE",
     "DEFAULT_TOKENS",
     "DEFAULT_WINDOW",
@@ -22,12 +23,17 @@ __all__ = [
     "choose_precision",
     "make_recipe",
     "require_channel_count",
+    "require_counts",
 ]
 
 DEFAULT_BACKBONE = "vit_small_patch14_reg4_dinov2.lvd142m"
 DEFAULT_TOKENS = ("cls", "patch@4")
 DEFAULT_WINDOW = "percentile:0.5:99.5"
-AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILED = "+compile"
+"""Ends the precision of a recipe whose backbone was compiled: another order of rounding."""
+
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST_DTYPES = _PRECISIONS | {f"{name}{COMPILED}": dtype for name, dtype in _PRECISIONS.items()}
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -42,11 +48,21 @@ def choose_device(device: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"device {device!r} cannot be used here ({reason}); use cpu or auto") from error
     return chosen
+
+
+def require_counts(batch_size: int, workers: int) -> None:
+    """Checks the options that count things.
+
+    Raises:
+        OptionError: one of them is below 1.
+    """
+    if batch_size < 1 or workers < 1:
+        raise OptionError(f"batch_size is {batch_size} and workers is {workers}, expected at least 1 of each")
 
 
 def make_recipe(

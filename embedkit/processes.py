@@ -27,10 +27,16 @@ def split_devices(device: str) -> list[str]:
     """The devices that ``device`` names: one, several with commas between them, or ``cuda:all``.
 
     Raises:
-        OptionError: no CUDA device for ``cuda:all``, or devices of different kinds, whose tokens would differ.
+        OptionError: ``cuda:all`` beside other devices, or without a CUDA device, or devices of different kinds, whose
+            tokens would differ.
     """
     devices = [part.strip() for part in device.split(",") if part.strip()]
     if "cuda:all" in devices:
+        if len(devices) > 1:
+            raise OptionError(
+                f"device is {device!r}, but cuda:all stands alone for every CUDA device there is; name each one"
+                " instead, as cuda:0,cuda:1"
+            )
         devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         if not devices:
             raise OptionError("device is cuda:all, but torch finds no CUDA device here; use cpu or auto")
@@ -107,7 +113,7 @@ class ProcessTransport:
         try:
             while connection.poll():
                 events.append(connection.recv())
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it was killed in the middle of a message
             process = self._workers.pop(number)[0]
             connection.close()
             process.join(_PATIENCE_S)

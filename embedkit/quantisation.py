@@ -10,6 +10,7 @@ follows from that stack alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,17 @@ class QuantisedTokens:
     channels: NDArray[np.float16]
 
 
-def quantise_tokens(tokens: NDArray[np.float16], blank: NDArray[np.bool_]) -> QuantisedTokens:
-    """Quantises the tokens of one stack.
+def _empty(shape: tuple[int, ...]) -> NDArray[np.int8]:
+    return np.empty(shape, np.int8)
+
+
+def quantise_tokens(
+    tokens: NDArray[np.float16],
+    blank: NDArray[np.bool_],
+    *,
+    allocate: Callable[[tuple[int, ...]], NDArray[np.int8]] = _empty,
+) -> QuantisedTokens:
+    """Quantises the tokens of one stack, a block at a time: of tokens mapped from a file few are in memory at once.
 
     A channel's centre is its mean, its scale the mean distance from it, or a sixteenth of the largest where that is
     more; both are taken over the slices that are not blank (over all where every one is), summed in double precision,
@@ -71,14 +81,15 @@ def quantise_tokens(tokens: NDArray[np.float16], blank: NDArray[np.bool_]) -> Qu
     Args:
         tokens: float16 [slices ... dim], finite.
         blank: bool [slices].
+        allocate: Makes the C-contiguous array of a given shape that the values are put into.
     """
     import torch
 
     dim = tokens.shape[-1]
-    shown = tokens if blank.all() or not blank.any() else tokens[~blank]
-    centre, spread = _channel_moments(shown.reshape(-1, dim))
     rows = tokens.reshape(-1, dim)
-    values, scales = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
+    centre, spread = _channel_moments(rows, blank)
+    stored, scales = allocate(tokens.shape), np.empty(len(rows), np.float32)
+    values = stored.reshape(-1, dim)
     block = max(1, _BLOCK // dim)
     for start in range(0, len(rows), block):
         part = _as_float(rows[start : start + block]).sub_(centre).div_(spread)
@@ -87,27 +98,45 @@ def quantise_tokens(tokens: NDArray[np.float16], blank: NDArray[np.bool_]) -> Qu
         values[start : start + block] = part.to(torch.int8).numpy()
         scales[start : start + block] = scale.numpy()
     channels = torch.stack([centre, spread]).to(torch.float16).numpy()
-    return QuantisedTokens(values.reshape(tokens.shape), scales.reshape(tokens.shape[:-1]), channels)
+    return QuantisedTokens(stored, scales.reshape(tokens.shape[:-1]), channels)
 
 
-def _channel_moments(rows: NDArray[np.float16]) -> tuple[Tensor, Tensor]:
-    """Centre and scale of each channel of [tokens dim], float32 [dim] that float16 holds exactly."""
+def _channel_moments(rows: NDArray[np.float16], blank: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+    """Centre and scale of each channel of [tokens dim], float32 [dim] that float16 holds exactly.
+
+    Args:
+        rows: All tokens, slice by slice.
+        blank: bool [slices]; unless all are blank, tokens of blank slices do not count.
+    """
     import torch
 
     dim = rows.shape[1]
-    block = max(1, _BLOCK // dim)
-    parts = [slice(start, start + block) for start in range(0, len(rows), block)]
+    count = len(rows) if blank.all() else len(rows) // len(blank) * int((~blank).sum())
     total = torch.zeros(dim, dtype=torch.float64)
-    for part in parts:
-        total += _as_float(rows[part]).sum(0, dtype=torch.float64)
-    centre = (total / len(rows)).to(torch.float16).to(torch.float32)
+    for part in _shown_blocks(rows, blank):
+        total += part.sum(0, dtype=torch.float64)
+    centre = (total / count).to(torch.float16).to(torch.float32)
     total, largest = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim)
-    for part in parts:
-        distance = _as_float(rows[part]).sub_(centre).abs_()
+    for part in _shown_blocks(rows, blank):
+        distance = part.sub_(centre).abs_()
         total += distance.sum(0, dtype=torch.float64)
         largest = torch.maximum(largest, distance.amax(0))
-    spread = torch.maximum(total / len(rows), largest.double() / _SPREADS).clamp_(_SMALLEST, _LARGEST)
+    spread = torch.maximum(total / count, largest.double() / _SPREADS).clamp_(_SMALLEST, _LARGEST)
     return centre, torch.where(largest > 0, spread, 1.0).to(torch.float16).to(torch.float32)
+
+
+def _shown_blocks(rows: NDArray[np.float16], blank: NDArray[np.bool_]) -> Iterator[Tensor]:
+    """Float32 copies of the tokens that count, in order, block by block, as if the others were not there at all."""
+    import torch
+
+    block = max(1, _BLOCK // rows.shape[1])
+    if blank.all() or not blank.any():
+        yield from (_as_float(rows[start : start + block]) for start in range(0, len(rows), block))
+        return
+    shown, per_slice = np.flatnonzero(~blank), len(rows) // len(blank)
+    for start in range(0, len(shown) * per_slice, block):
+        place = np.arange(start, min(start + block, len(shown) * per_slice))
+        yield torch.from_numpy(rows[shown[place // per_slice] * per_slice + place % per_slice]).to(torch.float32)
 
 
 def _as_float(part: NDArray[Any]) -> Tensor:

@@ -80,7 +80,7 @@ class Recipe:
         crop: ``none`` or ``foreground``.
         resize: ``pad`` (physical aspect kept) or ``stretch``.
         dtype: How tokens are stored: ``float16`` or ``int8`` (half the bytes, a scale per token and channel).
-        precision: How the backbone computes: ``fp32``, ``bf16`` or ``fp16``.
+        precision: How the backbone computes: ``fp32``, ``bf16`` or ``fp16``, with ``+compile`` behind it if compiled.
         preview: Side in pixels of the grey preview kept per slice; 0 keeps none.
         version: Raised when the code changes what the numbers are.
     """

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedkit.errors import CacheError
-from embedkit.files import explain_os_error, publish_file, temporary_path
+from embedkit.files import publish_file, temporary_path
 from embedkit.recipe import Recipe
 from embedkit.seal import FORMAT, FORMAT_VERSIONS, Region, Seal, userblock_bytes
 from embedkit.shards import ArrayPlace
@@ -116,7 +116,8 @@ def write_sealed(
 
     Raises:
         FileExistsError: ``final`` exists.
-        CacheError: disk full, read-only folder, or ``chunks`` raised it; nothing is left behind.
+        OSError: disk full or read-only folder; nothing is left behind. The caller knows what to do about it.
+        CacheError: ``chunks`` gives not as many bytes as the table says, or raised it; nothing is left behind.
     """
     skeleton, places = _lay_out(recipe, stacks, slices, arrays, created_ns)
     temporary = temporary_path(final)
@@ -131,13 +132,6 @@ def write_sealed(
                 created_ns=created_ns,
             )
         publish_file(temporary, final)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise CacheError(
-            f"cannot write shard: {explain_os_error(error, final.parent)}; what is finished stays, run the same command"
-            " again to go on"
-        ) from error
     finally:
         if temporary.exists():  # unlinking what is not there is an error on a read-only disk
             temporary.unlink(missing_ok=True)

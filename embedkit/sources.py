@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +13,13 @@ from typing import NamedTuple
 import polars as pl
 
 from embedkit.errors import ManifestError, VolumeError
+from embedkit.formats import format_by_name
+from embedkit.nrrd import ITK_READERS, payload_file
 from embedkit.recipe import Recipe
 from embedkit.volumes import Volume, read_volume
 
 __all__ = ["CachedSources", "Case", "CaseImages", "group_cases", "read_case"]
 
-_DETACHED_HEADERS = (".mhd", ".nhdr")
 _ONE_OF_A_SERIES = (".dcm", ".dicom", ".ima", "")
 
 
@@ -77,9 +77,10 @@ def read_case(case: Case) -> CaseImages:
 
 
 def stat_source(path: Path) -> SourceStat:
-    """State of the files behind ``path``: one file, a DICOM folder, or a header with its detached data file.
+    """State of the files behind ``path``: one file, a DICOM folder, or a header and the second file that it names.
 
-    One file of a DICOM series stands for the files of its folder, since the whole series is read.
+    One file of a DICOM series stands for the files of its folder, since the whole series is read. A header that names
+    no file that can be read counts alone: the reader will say what is wrong with it.
 
     Raises:
         VolumeError: ``path`` does not exist or may not be read.
@@ -98,12 +99,16 @@ def _stat_more(path: Path, own: os.stat_result) -> list[os.stat_result] | None:
     """States of all files behind an image that is more than the one file ``path``; None where it is that file alone."""
     if stat.S_ISDIR(own.st_mode):
         return list(_stat_files(path, below=True))
-    suffix = path.suffix.lower()
-    if suffix in _ONE_OF_A_SERIES:
+    if path.suffix.lower() in _ONE_OF_A_SERIES:
         return list(_stat_files(path.parent, below=False))
-    if suffix in _DETACHED_HEADERS:
-        return [file.stat() for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.is_file()]
-    return None
+    kind, _ = format_by_name(path)
+    if kind not in ITK_READERS or not stat.S_ISREG(own.st_mode):  # to open a pipe waits for its other end
+        return None
+    try:
+        payload = payload_file(path, kind)
+    except VolumeError:
+        return None
+    return None if payload is None else [own, payload.stat()]
 
 
 def _stat_files(folder: Path | str, *, below: bool) -> Iterator[os.stat_result]:
@@ -192,9 +197,20 @@ class CachedSources:
             for key, views in self._expected(case).items()
         )
 
-    def holds_some(self, case: Case) -> bool:
-        """True where some stack of the case is cached; with `holds_same_bytes` False its sources changed."""
-        return bool(self._known.get(case.case_id, {}).keys() & self._expected(case).keys())
+    def holds_stack(self, case_id: str, view: str, plane: str, digest: str) -> bool:
+        """True where this stack is cached from files of the very bytes that have this digest (`combine_digests`)."""
+        known = self._known.get(case_id, {}).get((view, plane))
+        return known is not None and known.digest == digest
+
+    def changed(self, case: Case, digests: Mapping[tuple[str, str], str]) -> bool:
+        """True where a stack of the case is cached from other bytes than these; one not cached at all is no change.
+
+        Args:
+            case: Of the manifest.
+            digests: (view, plane) of each stack computed to the digest of its sources (`combine_digests`).
+        """
+        known = self._known.get(case.case_id, {})
+        return any(key in known and known[key].digest != digest for key, digest in digests.items())
 
     def _expected(self, case: Case) -> dict[tuple[str, str], tuple[str, ...]]:
         """Each (view, plane) that the recipe makes of the case, and the views behind it."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from embedkit.cache import StackTokens
 from embedkit.casework import CaseWork, FailedCase, SameCase
 from embedkit.errors import BackboneError, CacheError, VolumeError
 from embedkit.failures import Failure, record_failure
@@ -20,7 +21,7 @@ from embedkit.recipe import Recipe
 from embedkit.sources import CachedSources, Case, CaseImages, read_case
 from embedkit.writing import ShardWriter
 
-__all__ = ["Tally", "extract_stream"]
+__all__ = ["Tally", "extract_stream", "without_folders"]
 
 
 class Tally(Protocol):
@@ -36,6 +37,9 @@ class Tally(Protocol):
 
     def same(self, case: Case) -> None:
         """The files of the case were touched, but hold the cached bytes."""
+
+    def tick(self) -> None:
+        """Time has passed: another batch is done."""
 
 
 def extract_stream(
@@ -89,7 +93,13 @@ def extract_stream(
         waits=tally.waits,
     )
     with ShardWriter(cache, recipe, shard_bytes=shard_bytes, shard_seconds=shard_seconds, waits=tally.waits) as writer:
-        for result in compute_cases(rendered, backbone, recipe, batch_size=batch_size):
+
+        def after_batch() -> None:
+            writer.tick()
+            tally.tick()
+
+        results = compute_cases(rendered, backbone, recipe, batch_size=batch_size, stop=stop, after_batch=after_batch)
+        for result in results:
             _settle(result, tally, writer, cache, sources)
             if stop is not None and stop.is_set():
                 break
@@ -105,18 +115,24 @@ def _settle(
         except (BackboneError, CacheError, VolumeError) as error:
             result = FailedCase(result.case, str(error))
         else:
-            writer.add(stacks)
-            tally.done(result, changed=sources.holds_some(result.case))
+            digests = {(stack.view, stack.plane): stack.source_digest for stack in stacks}
+            changed = sources.changed(result.case, digests)
+            writer.add([stack for stack in stacks if not sources.holds_stack(*_name_stack(stack))])
+            tally.done(result, changed=changed)
             return
     if isinstance(result, FailedCase):
         failure = Failure(case_id=result.case.case_id, view="", reason=result.reason)
-        record_failure(cache, replace(failure, reason=_without_folders(result)))
+        record_failure(cache, replace(failure, reason=without_folders(result)))
         tally.failed(failure)
     else:
         tally.same(result.case)
 
 
-def _without_folders(failed: FailedCase) -> str:
+def _name_stack(stack: StackTokens) -> tuple[str, str, str, str]:
+    return stack.case_id, stack.view, stack.plane, stack.source_digest
+
+
+def without_folders(failed: FailedCase) -> str:
     """The reason with file names alone: a folder's name can be a patient's, and the record stays in the cache."""
     reason = failed.reason
     for path in failed.case.images.values():

@@ -6,6 +6,7 @@ The names of the columns are those of docs/cache-format.md. Nothing here comes f
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ Table = NDArray[np.void]
 
 TEXT_COLUMNS = ("case_id", "patient_id", "view", "plane", "sources", "source_digest")
 _LONGEST_TEXT = 1024
+_BLOCK = 1 << 18
+"""About so many values are checked at a time, so that a huge stack mapped from a file is not copied into memory."""
 _NUMBERS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
     ("first_row", "<i8", ()),
     ("count", "<i4", ()),
@@ -168,8 +171,12 @@ def check_stack(stack: StackTokens, recipe: Recipe) -> None:
 
 def _is_finite(tokens: NDArray[np.float16]) -> bool:
     """No NaN and no infinity: no exponent of all ones (tested on the bits, which is faster than on float16)."""
-    bits = np.ascontiguousarray(tokens).view(np.uint16)
-    return not bool(((bits & 0x7C00) == 0x7C00).any())
+    step = max(1, _BLOCK // math.prod(tokens.shape[1:]))
+    for start in range(0, len(tokens), step):
+        bits = np.ascontiguousarray(tokens[start : start + step]).view(np.uint16)
+        if ((bits & 0x7C00) == 0x7C00).any():
+            return False
+    return True
 
 
 def require_columns(found: np.dtype[np.void], wanted: np.dtype[np.void], *, what: str) -> None:

@@ -24,9 +24,16 @@ from embedkit.casework import CaseWork
 from embedkit.errors import BackboneError, CacheError, EmbedkitError, VolumeError
 from embedkit.failures import Failure
 from embedkit.features import Backbone
-from embedkit.forward import require_precision
+from embedkit.forward import require_compiled, require_precision
 from embedkit.orders import Begin, Broken, Channel, Done, Drain, Drained, Failed, Order, Quit, Ready, Same, Stop, Wanted
-from embedkit.planning import DEFAULT_WINDOW, choose_device, choose_precision, make_recipe, require_channel_count
+from embedkit.planning import (
+    COMPILED,
+    DEFAULT_WINDOW,
+    choose_device,
+    choose_precision,
+    make_recipe,
+    require_channel_count,
+)
 from embedkit.readahead import Waits
 from embedkit.recipe import Recipe
 from embedkit.slices import window_texts
@@ -69,7 +76,7 @@ class ExtractionJob:
 
         Raises:
             OptionError: an option has a value that means nothing.
-            BackboneError: unknown backbone, or its weights cannot be had.
+            BackboneError: unknown backbone, its weights cannot be had, or it cannot be compiled here.
         """
         channels = self.recipe_options.get("channels", ())
         window = self.recipe_options.get("window", DEFAULT_WINDOW)
@@ -81,10 +88,14 @@ class ExtractionJob:
             channels=max(len(channels), len(window_texts(window))),
             device=str(device),
         )
-        if self.compiled:
+        compiled = self.compiled or self.precision.endswith(COMPILED)
+        precision = choose_precision(self.precision.removesuffix(COMPILED), device, backbone.info)
+        precision += COMPILED if compiled else ""
+        recipe = make_recipe(backbone.info, precision=precision, **self.recipe_options)
+        if compiled:
             compile_backbone(backbone)
-        precision = choose_precision(self.precision, device, backbone.info)
-        return backbone, make_recipe(backbone.info, precision=precision, **self.recipe_options)
+            require_compiled(backbone, recipe, device, batch_size=self.batch_size)
+        return backbone, recipe
 
 
 def serve(job: ExtractionJob, device: str, threads: int | None, channel: Channel) -> None:
@@ -174,6 +185,9 @@ class _Desk:
     def same(self, case: Case) -> None:
         """See `Tally`."""
         self.channel.send(Same(case.case_id))
+
+    def tick(self) -> None:
+        """See `Tally`; whoever gives the cases tells how far they are."""
 
 
 def _serve_rounds(job: ExtractionJob, begin: Begin, desk: _Desk, backbone: Backbone, device: torch.device) -> None:

@@ -41,7 +41,16 @@ class ShardWriter:
             self._since = time.monotonic()
         self._stacks.extend(stacks)
         self._bytes += sum(tokens.nbytes for stack in stacks for tokens in stack.tokens.values())
-        if self._bytes >= self._shard_bytes or time.monotonic() - self._since >= self._shard_seconds:
+        self.tick()
+
+    def tick(self) -> None:
+        """Begins to write the shard if it is full, or was begun too long ago.
+
+        Raises:
+            CacheError: an earlier shard could not be written.
+        """
+        overdue = bool(self._stacks) and time.monotonic() - self._since >= self._shard_seconds
+        if overdue or self._bytes >= self._shard_bytes:
             self._flush()
 
     def _flush(self) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor
 from embedkit import weights as weights_module
 from embedkit.backbones import compile_backbone, list_backbones, load_backbone, suggest_backbones
 from embedkit.errors import BackboneError
+from embedkit.forward import require_compiled
+from embedkit.planning import make_recipe
 from embedkit.vit import VitBackbone
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -492,6 +494,23 @@ def test_compiled_blocks_give_the_tokens_of_plain_ones(images: Tensor) -> None:
         torch.testing.assert_close(given[layer].patches, tokens.patches, rtol=1e-4, atol=1e-4)
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 1 <= counted < compiled.info.depth * 2, "blocks share what was compiled"
+
+
+def test_a_compiler_that_is_missing_or_wrong_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = make("plain")
+    recipe = make_recipe(backbone.info, tokens=["cls"], precision="fp32+compile", window="range:0:1")
+
+    real, calls = backbone.forward_layers, []
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("InvalidCxxCompiler: no g++\nand much more")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(backbone, "forward_layers", broken)
+    with pytest.raises(BackboneError, match=r"cannot be compiled here \(RuntimeError: Inv.*no g\+\+\); leave --comp"):
+        require_compiled(backbone, recipe, torch.device("cpu"), batch_size=2)
 
 
 def test_a_backbone_without_blocks_cannot_be_compiled() -> None:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +221,68 @@ def test_maps_are_let_go_and_made_again_without_harm(folder: Path, monkeypatch: 
     assert np.array_equal(kept[0], make_stack(0, 2).tokens["cls:2"])
     assert np.array_equal(kept[1], make_stack(1, 5).tokens["cls:2"])
     assert np.array_equal(cache.read(0, "cls:2"), kept[2])
+
+
+@pytest.fixture
+def three_shards(tmp_path: Path) -> Path:
+    """A cache of three cases, each in a shard of its own."""
+    create_cache(tmp_path / "cache", RECIPE)
+    for number in range(3):
+        write_shard(tmp_path / "cache", RECIPE, [make_stack(number)])
+    return tmp_path / "cache"
+
+
+def test_the_map_longest_unused_is_let_go(three_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_MOST_MAPS", 2)
+    made: list[str] = []
+    map_arrays = cache_module._map_arrays
+
+    def count(shard: Any, *, check: bool) -> Any:
+        made.append(shard.path.name)
+        return map_arrays(shard, check=check)
+
+    monkeypatch.setattr(cache_module, "_map_arrays", count)
+    cache = open_cache(three_shards)
+    names = [file.name for file in shard_files(three_shards)]
+    for stack in (0, 1, 0, 2, 0):  # 0 is used all the time, so that 2 takes the place of 1
+        assert np.array_equal(cache.read(stack, "cls:2"), make_stack(stack).tokens["cls:2"])
+    assert made == names
+    cache.read(1, "cls:2")
+    cache.read(0, "cls:2")
+    assert made == [*names, names[1]]
+
+
+def test_a_shard_is_checked_once_however_often_it_is_mapped(
+    three_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_MOST_MAPS", 1)
+    cache = open_cache(three_shards, check_tokens=True)
+    written = [make_stack(number).tokens["cls:2"] for number in range(3)]
+    hashed: list[int] = []
+    sha256 = hashlib.sha256
+
+    def count(data: Any) -> Any:
+        hashed.append(len(data))
+        return sha256(data)
+
+    monkeypatch.setattr(hashlib, "sha256", count)
+    regions = len(cache.shards[0].seal.regions)
+    for stack in (0, 1, 2, 0, 1, 2):
+        assert np.array_equal(cache.read(stack, "cls:2"), written[stack])
+    assert len(hashed) == 3 * regions
+    pickle.loads(pickle.dumps(cache)).read(0, "cls:2")  # noqa: S301 - another process may see other files
+    assert len(hashed) == 4 * regions
+
+
+def test_threads_that_share_few_maps_read_what_was_written(three_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "_MOST_MAPS", 1)
+    cache = open_cache(three_shards)
+
+    def read(number: int) -> bool:
+        return np.array_equal(cache.read(number % 3, "cls:2"), make_stack(number % 3).tokens["cls:2"])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(300)))
 
 
 def test_a_cache_can_be_sent_to_another_process(folder: Path) -> None:
@@ -581,7 +645,7 @@ def test_a_packed_cache_is_the_cache(either_folder: Path, tmp_path: Path, monkey
     packed = pack_cache(folder, tmp_path / "packed.h5", progress=lambda done, total: seen.append((done, total)))
     assert (packed.stacks, packed.shards, packed.duplicates, packed.failures) == (6, 1, 1, 1)
     assert packed.bytes == packed.path.stat().st_size
-    assert sorted(seen) == seen and seen[-1][0] == seen[-1][1]
+    assert sorted(set(seen)) == seen and seen[-1][0] == seen[-1][1]
     one, many = open_cache(packed.path), open_cache(folder)
     columns = [name for name in one.stacks.columns if name not in ("shard", "shard_number", "first_row")]
     assert one.stacks.select(columns).equals(many.stacks.select(columns))
@@ -654,7 +718,7 @@ def test_packing_by_size_makes_shards_of_whole_cases_within_it(tmp_path: Path, r
     assert packed.bytes == sum(sizes) and 3 <= len(files) < 9
     per_array = 4096 * len(array_names(recipe))
     assert max(sizes) <= 60_000 + 8192 + 2 * 4096 + per_array  # the seal, HDF5's own, and what begins at a page
-    assert sorted(seen) == seen and seen[-1][0] == seen[-1][1]
+    assert sorted(set(seen)) == seen and seen[-1][0] == seen[-1][1]
     one, many = open_cache(tmp_path / "out"), open_cache(tmp_path / "cache")
     assert same_tokens(one, many) and len(one.duplicates) == 0
     assert one.stacks.group_by("case_id").agg(pl.col("shard").n_unique())["shard"].to_list() == [1] * 9
@@ -724,11 +788,44 @@ def test_the_command_packs_by_a_size_in_words(folder: Path, tmp_path: Path, size
     assert f"5 stacks in {shards} shards" in done.output and len(shard_files(tmp_path / "out")) == shards
 
 
-@pytest.mark.parametrize("size", ["0", "0.1", "-1GB", "GB", "1 XB", "1.5.2GB", "many", "1e9", "1GiB"])
+@pytest.mark.parametrize("options", [[], ["--shard-size", "1"], ["--shard-size", "1GB"]])
+def test_the_command_tells_the_end_once(folder: Path, tmp_path: Path, options: Sequence[str]) -> None:
+    done = CliRunner().invoke(app, ["pack", str(folder), "-o", str(tmp_path / "out"), *options])
+    shares = [line.split()[1].split("/") for line in done.stderr.splitlines() if line.startswith("pack: ")]
+    assert len(shares) == 1 and shares[0][0] == shares[0][1]
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 1])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_packing_onto_a_full_or_read_only_disk_gives_no_advice_of_extract(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, shard_bytes: int | None
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("embedkit.sealing.publish_file", fail)
+    with pytest.raises(CacheError) as caught:
+        pack_cache(folder, tmp_path / "out", shard_bytes=shard_bytes)
+    place = tmp_path if shard_bytes is None else tmp_path / "out"
+    assert str(caught.value) == f"cannot pack: {explain_os_error(OSError(code, ''), place)}"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    with pytest.raises(CacheError, match=r"cannot write shard: .*; what is finished stays, run the same command again"):
+        write_shard(folder, RECIPE, [make_stack(7)])
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        *("0", "0.1", "-1GB", "GB", "1 XB", "1.5.2GB", "many", "1e9", "1GiB"),
+        *("9" * 400, "1." + "9" * 400 + "GB", "1" * 16, "\u0663GB"),
+    ],
+    ids=lambda size: size[:8],
+)
 def test_a_size_that_means_nothing_is_refused(folder: Path, tmp_path: Path, size: str) -> None:
     done = CliRunner().invoke(app, ["pack", str(folder), "-o", str(tmp_path / "out"), f"--shard-size={size}"])
     assert done.exit_code == 2
-    assert f"size '{size}' means nothing" in " ".join(done.output.split()) and not (tmp_path / "out").exists()
+    assert "means nothing; give a number above 0" in " ".join(done.output.split())
+    assert size[:16] in done.output and not (tmp_path / "out").exists()
 
 
 # --- what each choice takes ------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -10,17 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from embedkit import casework, pipeline
+from embedkit import casework, pipeline, writing
 from embedkit.backbones import load_backbone
-from embedkit.cache import open_cache
+from embedkit.cache import create_cache, open_cache
 from embedkit.errors import BackboneError
 from embedkit.extraction import extract, extract_cases
 from embedkit.features import BackboneOutput, LayerTokens
 from embedkit.forward import require_precision
-from embedkit.pipeline import explain_failure
+from embedkit.pipeline import Rendered, compute_cases, explain_failure
 from embedkit.planning import make_recipe
+from embedkit.readahead import Waits
+from embedkit.sources import group_cases
 from embedkit.volumes import write_volume
+from embedkit.writing import ShardWriter
 
+CPU = torch.device("cpu")
 AFFINE = np.array([[0.0, 0, -1, 0], [0, -1, 0, 0], [3, 0, 0, 0], [0, 0, 0, 1]])
 
 
@@ -47,8 +54,8 @@ def test_tokens_kept_in_a_file_are_the_same_and_leave_no_file(
     kept: list[type] = []
     real = casework._allocate
 
-    def watched(shape: tuple[int, ...], folder: Path) -> object:
-        array = real(shape, folder)
+    def watched(shape: tuple[int, ...], folder: Path, most_bytes: int) -> object:
+        array = real(shape, folder, most_bytes)
         kept.append(type(array))
         return array
 
@@ -123,15 +130,15 @@ class Rough:
 @pytest.mark.parametrize(("error", "told"), [(0.2, "20%"), (float("nan"), "nan%")])
 def test_a_precision_that_changes_the_tokens_is_refused_before_the_first_case(error: float, told: str) -> None:
     recipe = make_recipe(Rough(error).info, tokens=["cls"], precision="bf16")
-    with pytest.raises(BackboneError, match=f"gives cls:2 tokens that deviate by {told} from fp32.*--precision fp32"):
+    with pytest.raises(
+        BackboneError, match=f"bf16 gives cls:2 tokens that deviate by {told}.* from fp32; use --precision fp32"
+    ):
         require_precision(Rough(error), recipe, torch.device("cpu"))
     require_precision(Rough(0.01), recipe, torch.device("cpu"))
     require_precision(Rough(error), make_recipe(Rough(error).info, tokens=["cls"]), torch.device("cpu"))
 
 
 def test_nothing_is_left_to_do_without_a_forward_pass(manifest: pl.DataFrame, tmp_path: Path) -> None:
-    from embedkit.sources import group_cases
-
     extract_small(manifest, tmp_path / "cache")
     recipe = open_cache(tmp_path / "cache").recipe
 
@@ -141,3 +148,60 @@ def test_nothing_is_left_to_do_without_a_forward_pass(manifest: pl.DataFrame, tm
 
     summary = extract_cases(group_cases(manifest), tmp_path / "cache", Never(0), recipe, device=torch.device("cpu"))
     assert summary.cases_before == 3
+
+
+def test_blank_slices_alone_are_settled_at_once_and_no_case_waits_for_others() -> None:
+    class Blank:
+        def __init__(self) -> None:
+            self.stacks: list[object] = []
+
+        def count_down(self, slices: int) -> bool:
+            return slices == 3
+
+    pulled: list[int] = []
+
+    def parts() -> Iterator[Rendered]:
+        for number in range(50):
+            pulled.append(number)
+            yield Rendered(Blank(), 0, np.empty(0, np.intp), torch.empty(0, 1, 8, 8), 3)  # type: ignore[arg-type]
+
+    backbone = Rough(0)
+    recipe = make_recipe(backbone.info, tokens=["cls"])
+    for done, _ in enumerate(compute_cases(parts(), backbone, recipe, batch_size=4)):
+        assert len(pulled) == done + 1
+    assert len(pulled) == 50
+
+
+def test_a_stop_in_the_middle_of_a_large_case_ends_with_the_batch(manifest: pl.DataFrame, tmp_path: Path) -> None:
+    stop, batches = threading.Event(), []
+    real = load_backbone("embedkit/scattering", image_size=32)
+    recipe = make_recipe(real.info, tokens=["cls"], preview=0)
+
+    class Counting(Rough):
+        def forward_layers(self, images: Tensor, layers: object, *, attention: bool = False) -> BackboneOutput:
+            batches.append(len(images))
+            stop.set()
+            return real.forward_layers(images, layers, attention=attention)  # type: ignore[arg-type]
+
+    create_cache(tmp_path / "cache", recipe)
+    summary = extract_cases(
+        group_cases(manifest), tmp_path / "cache", Counting(0), recipe, device=CPU, batch_size=2, stop=stop
+    )
+    assert summary.interrupted and batches == [2] and summary.cases_done == 0 and summary.failures == ()
+
+
+def test_finished_cases_are_written_in_time_while_a_long_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(writing, "write_shard", lambda _, __, stacks: written.append(len(stacks)))
+    clock = iter([0.0, 1.0, 2.0, 30.0, 61.0])
+    monkeypatch.setattr(writing.time, "monotonic", lambda: next(clock))
+    recipe = make_recipe(load_backbone("embedkit/scattering", image_size=32).info, tokens=["cls"])
+    with ShardWriter(tmp_path, recipe, shard_bytes=1 << 20, shard_seconds=60, waits=Waits()) as writer:
+        writer.add([SimpleNamespace(tokens={})])  # type: ignore[list-item]
+        writer.tick()
+        assert len(writer._stacks) == 1
+        writer.tick()
+        assert writer._stacks == []
+    assert written == [1]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import queue
 import shutil
 import signal
 import socket
+import struct
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +27,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from embedkit import rayengine
-from embedkit.cache import open_cache
-from embedkit.engines import dispatch_cases, take_part
+from embedkit import engines, rayengine
+from embedkit.cache import create_cache, open_cache
+from embedkit.engines import dispatch_cases
 from embedkit.errors import BackboneError, CacheError, ExtractionError, OptionError, RecipeError, VolumeError
 from embedkit.extraction import ExtractionProgress, ExtractionSummary, extract, extract_cases
 from embedkit.failures import read_failures
+from embedkit.ledger import MOST_LOSSES
 from embedkit.manifest import read_manifest
 from embedkit.orders import (
     Begin,
@@ -45,6 +49,7 @@ from embedkit.orders import (
     Stop,
     Wanted,
 )
+from embedkit.parts import take_part
 from embedkit.planning import make_recipe
 from embedkit.processes import ProcessTransport, split_devices
 from embedkit.rayengine import RayTransport, share_cpus
@@ -157,6 +162,7 @@ def test_an_empty_part_does_nothing_and_says_so(manifest: Path, tmp_path: Path) 
         ({"ray_workers": 2}, r"the engine is local; use engine ray"),
         ({"device": "cpu,cuda:0"}, r"expected devices of one kind"),
         ({"device": "auto,auto"}, r"expected devices of one kind"),
+        ({"device": "cpu,cuda:all"}, r"device is 'cpu,cuda:all', but cuda:all stands alone"),
         ({"device": " , "}, r"expected auto, cpu, cuda, cuda:all"),
         ({"engine": "ray", "device": "cuda:1"}, r"expected auto, cuda or cpu with engine ray"),
     ],
@@ -173,6 +179,9 @@ def test_all_cuda_devices_are_those_that_torch_counts(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert split_devices("cuda:all") == ["cuda:0", "cuda:1", "cuda:2"]
     assert split_devices("cuda:0, cuda:2") == ["cuda:0", "cuda:2"]
+    for mixed in ("cpu,cuda:all", "cuda:all, cuda:0", "cuda:all,cuda:all"):
+        with pytest.raises(OptionError, match=r"stands alone for every CUDA device .*; name each one instead"):
+            split_devices(mixed)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(OptionError, match="torch finds no CUDA device"):
         split_devices("cuda:all")
@@ -365,6 +374,101 @@ def test_a_case_that_takes_two_workers_down_is_put_on_record_and_the_others_land
     assert (summary.cases_done, summary.interrupted) == (CASES - 2, False)
 
 
+class ForesightedTransport(ScriptedTransport):
+    """Workers that have three cases before them while they work on the first, and are lost at `poison`."""
+
+    def __init__(self, size: int, poison: str) -> None:
+        super().__init__(size, lambda *_: [])
+        self.poison = poison
+        self.ahead: dict[int, deque[Case]] = {}
+        self.at_loss: list[list[str]] = []
+
+    def start(self, number: int) -> None:
+        self.ahead[number] = deque()
+        super().start(number)
+
+    def send(self, number: int, order: Order) -> None:
+        if isinstance(order, Case):
+            self.ahead[number].append(order)
+            if len(self.ahead[number]) == 3:
+                self.work(number)
+            self.tell(number, Wanted())
+        elif isinstance(order, Drain | Stop):
+            while self.ahead[number]:
+                self.work(number)
+            self.tell(number, Drained({}))
+        else:
+            super().send(number, order)
+
+    def work(self, number: int) -> None:
+        case = self.ahead[number].popleft()
+        if case.case_id == self.poison:
+            self.at_loss.append([case.case_id, *(each.case_id for each in self.ahead[number])])
+            self.ahead[number].clear()
+            self.tell(number, Lost("killed by SIGKILL"))
+        else:
+            self.tell(number, self.write(case, self.begins[number]))
+
+    def tell(self, number: int, event: Event) -> None:
+        if (number, Lost("killed by SIGKILL")) not in self.events:  # a lost worker tells no more
+            self.events.append((number, event))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("poison", ["case_00", "case_03", "case_08"])
+def test_cases_read_ahead_of_one_that_takes_workers_down_are_done(
+    manifest: Path, tmp_path: Path, size: int, poison: str
+) -> None:
+    cases, transport = good_cases(manifest)[:8], ForesightedTransport(size, poison)
+    summary = dispatch_cases(cases, tmp_path / "cache", transport)
+    assert [failure.case_id for failure in summary.failures] == [poison]
+    assert (summary.cases_done, summary.interrupted) == (7, False)
+    assert transport.at_loss[-1] == [poison] and len(transport.at_loss) == MOST_LOSSES
+    with open_cache(tmp_path / "cache") as cache:
+        assert {*cache.stacks["case_id"]} == {case.case_id for case in cases} - {poison}
+
+
+def test_what_a_lost_worker_wrote_is_changed_only_where_it_was_cached_from_other_bytes(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+
+    def write(name: str) -> Path:
+        path = tmp_path / f"{name}.nii.gz"
+        write_volume(path, generator.normal(100, 30, (3, 20, 24)).astype(np.float32), AFFINE)
+        return path
+
+    def behave(number: int, case: Case, begin: Begin) -> list[Event]:
+        transport.write(case, begin)
+        return [Lost("killed in a test")]
+
+    transport = ScriptedTransport(2, behave)
+    before = [Case("rewritten", "p1", {"t1": write("a_t1")}), Case("grown", "p2", {"t1": write("b_t1")})]
+    cache = tmp_path / "cache"
+    create_cache(cache, transport.recipe)
+    for case in before:
+        transport.write(case, Begin(cache, transport.recipe, None))
+    write("a_t1")
+    grown = replace(before[1], images={**before[1].images, "t2": write("b_t2")})
+    summary = dispatch_cases([before[0], grown], cache, transport)
+    assert (summary.cases_done, summary.changed, summary.interrupted) == (2, ("rewritten",), False)
+
+
+def test_the_record_of_a_lost_worker_names_no_folder(manifest: Path, tmp_path: Path) -> None:
+    """The reason can be about another case that the worker had: what it says of both is cleaned."""
+    cases = good_cases(manifest)[:2]
+    paths = [path for case in cases for path in case.images.values()]
+
+    def behave(number: int, case: Case, begin: Begin) -> list[Event]:
+        if case.case_id == "case_01":
+            return [Broken(f"OSError: cannot map {paths[0]} nor {paths[1]}", None)]
+        return [Wanted()]
+
+    summary = dispatch_cases(cases, tmp_path / "cache", ScriptedTransport(2, behave))
+    recorded = {failure.case_id: failure.reason for failure in read_failures(tmp_path / "cache").failures}
+    assert "cannot map case_00.nii.gz nor case_01.nii.gz; it may take" in recorded["case_01"]
+    assert str(manifest.parent) not in (tmp_path / "cache" / "failures.jsonl").read_text()
+    assert {failure.case_id: failure.reason for failure in summary.failures} == recorded
+
+
 def test_workers_that_are_lost_again_and_again_end_the_call_with_the_reason(manifest: Path, tmp_path: Path) -> None:
     transport = ScriptedTransport(2, lambda *_: [Broken("RuntimeError: no memory", None)])
     with pytest.raises(ExtractionError, match=r"every worker was lost \(2, .* 15 of 15 cases are left.*no memory"):
@@ -404,6 +508,50 @@ def test_a_stop_keeps_what_is_finished_and_says_so(manifest: Path, tmp_path: Pat
     assert summary.interrupted
     with open_cache(tmp_path / "cache") as cache:
         assert len(cache) >= 3 and len(cache) < CASES - 1
+
+
+class AbsentTransport(ScriptedTransport):
+    """Workers that find no room to start in, until `polls` polls have been made."""
+
+    def __init__(self, size: int, polls: int, in_poll: Callable[[], None] = lambda: None) -> None:
+        super().__init__(size, lambda _, case, begin: [self.write(case, begin), Wanted()])
+        self.polls, self.in_poll = polls, in_poll
+        self.killed: list[int] = []
+
+    def poll(self, timeout_s: float) -> list[tuple[int, Event]]:
+        self.polls -= 1
+        self.in_poll()
+        return [] if self.polls >= 0 else super().poll(timeout_s)
+
+    def kill(self, number: int) -> None:
+        self.killed.append(number)
+        super().kill(number)
+
+
+def test_a_stop_before_any_worker_has_started_ends_the_call(manifest: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+    transport = AbsentTransport(2, 50, stop.set)
+    summary = dispatch_cases(good_cases(manifest), tmp_path / "cache", transport, stop=stop)
+    assert (summary.interrupted, summary.cases, summary.cases_done, summary.slices) == (True, CASES - 1, 0, 0)
+    assert (summary.failures, summary.changed, summary.fingerprint) == ((), (), "")
+    assert transport.killed == [0, 1]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_long_wait_for_the_first_worker_is_told_once(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dispatch(name: str) -> list[str]:
+        notices: list[str] = []
+        summary = dispatch_cases(
+            good_cases(manifest)[:3], tmp_path / name, AbsentTransport(2, 4), on_notice=notices.append
+        )
+        assert summary.cases_done == 3
+        return notices
+
+    assert dispatch("at_once") == []
+    monkeypatch.setattr(engines, "_LONG_START_S", 0.0)
+    assert dispatch("after_a_while") == ["still waiting for 2 workers to start"]
 
 
 # one worker, spoken to directly
@@ -446,8 +594,6 @@ def worker() -> Iterator[Callable[..., QueueChannel]]:
 
 
 def begin_work(channel: QueueChannel, cache: Path, probe: Path | None = None) -> None:
-    from embedkit.cache import create_cache
-
     ready = channel.events.get(timeout=30)
     assert isinstance(ready, Ready) and ready.pid == os.getpid()
     create_cache(cache, ready.recipe)
@@ -525,6 +671,16 @@ def test_what_a_worker_did_not_foresee_is_told_and_is_no_error_of_the_call(
 
 
 # real processes and a real cluster
+
+
+def test_a_process_killed_in_the_middle_of_a_message_is_lost_and_no_error_of_the_call() -> None:
+    transport = ProcessTransport(make_job(), ["cpu"])
+    here, there = multiprocessing.Pipe()
+    os.write(there.fileno(), struct.pack("!i", 1000) + b"the first bytes of a thousand")
+    there.close()
+    transport._workers[0] = (SimpleNamespace(join=lambda _: None, exitcode=-signal.SIGKILL), here)  # type: ignore[assignment]
+    assert transport.poll(1.0) == [(0, Lost("killed by SIGKILL, as the kernel does when memory runs out"))]
+    assert transport.poll(0.0) == []
 
 
 def extract_with_a_kill(

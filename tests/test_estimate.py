@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from embedkit.backbones import load_backbone
 from embedkit.cache import create_cache, open_cache
-from embedkit.errors import RecipeError, VolumeError
+from embedkit.errors import EmbedkitError, RecipeError, VolumeError
 from embedkit.estimate import estimate_cases, estimate_extraction, list_token_choices
 from embedkit.extraction import extract, extract_cases
 from embedkit.features import BackboneInfo
@@ -121,3 +121,35 @@ def test_a_dry_run_reads_well(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "2 cases left to do, about 16 slices (0% blank), told from 2 cases" in done.stdout
     assert "int8" in done.stdout and "cls:2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "batch_size is 0 and workers is 2, expected at least 1 of each"),
+        (["--part", ""], "part is '', expected i/n"),
+        (["--engine", "ray"], "a dry run tells of this machine alone; leave --engine out"),
+        (["--shard-size", "junk"], "size 'junk' means nothing"),
+        (["-o", "CASES"], "is no cache and is a file; choose a new or empty folder"),
+        (["-o", "FOLDER"], "is no cache and holds 0.nii.gz, 1.nii.gz, cases.csv; choose a new or empty folder"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_extraction_would(options: list[str], message: str, tmp_path: Path) -> None:
+    write_cases(tmp_path, [8] * 2)
+    (tmp_path / "cases.csv").write_text("case_id,path\n0,0.nii.gz\n1,1.nii.gz\n")
+    places = {"CASES": str(tmp_path / "cases.csv"), "FOLDER": str(tmp_path)}
+    command = ["extract", str(tmp_path / "cases.csv"), "-o", str(tmp_path / "c"), "--dry-run", "--image-size", "32"]
+    done = CliRunner().invoke(
+        app,
+        [
+            *command,
+            "--backbone",
+            "embedkit/scattering",
+            "--tokens",
+            "cls",
+            *(places.get(text, text) for text in options),
+        ],
+    )
+    assert done.exit_code != 0
+    assert message in " ".join((done.output + str(done.exception)).split())
+    assert isinstance(done.exception, SystemExit | EmbedkitError)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from embedkit.cache import open_cache
+from embedkit.cache import StackTokens, check_stack, create_cache, open_cache, write_shard
 from embedkit.errors import CacheError, OptionError
 from embedkit.features import BackboneInfo
 from embedkit.quantisation import (
@@ -23,7 +26,8 @@ from embedkit.quantisation import (
     quantise_tokens,
     token_set_bytes,
 )
-from embedkit.recipe import TokenSet
+from embedkit.recipe import Recipe, TokenSet
+from embedkit.spill import allocate_spilled
 
 INFO = BackboneInfo(
     "vit",
@@ -184,6 +188,119 @@ def test_tokens_that_cannot_be_written_to_are_taken() -> None:
     for part in (stored.values, stored.scales, stored.channels):
         part.flags.writeable = False
     assert relative_error(restore(stored), tokens) < 0.01
+
+
+def moments_of_a_copy(tokens: Any, blank: Any, block: int) -> tuple[Any, Any]:
+    """Centre and scale of each channel, from a copy of what is shown cut into blocks of so many values."""
+    rows = torch.from_numpy(tokens[~blank].reshape(-1, tokens.shape[-1])).float()
+    parts = rows.split(max(1, block // tokens.shape[-1]))
+    centre = sum(part.sum(0, dtype=torch.float64) for part in parts) / len(rows)
+    centre = centre.half().float()
+    mean = sum((part - centre).abs().sum(0, dtype=torch.float64) for part in parts) / len(rows)
+    largest = (rows - centre).abs().amax(0).double()
+    spread = torch.maximum(mean, largest / 16).clamp(2.0**-24, 65504.0)
+    return centre.half().numpy(), torch.where(largest > 0, spread, 1.0).half().numpy()
+
+
+@pytest.mark.parametrize("block", [1, 700, 5000, 1 << 18])
+@pytest.mark.parametrize("shape", [(12, 49, 32), (40, 32)])
+def test_centre_and_scale_are_those_of_the_shown_slices_alone_bit_by_bit(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], block: int
+) -> None:
+    monkeypatch.setattr("embedkit.quantisation._BLOCK", block)
+    tokens = (np.random.default_rng(5).standard_normal(shape) * 3 + 1).astype(np.float16)
+    blank = np.random.default_rng(6).random(len(tokens)) < 0.4
+    centre, spread = quantise_tokens(tokens, blank).channels
+    expected_centre, expected_spread = moments_of_a_copy(tokens, blank, block)
+    assert blank.any() and np.array_equal(centre, expected_centre) and np.array_equal(spread, expected_spread)
+
+
+# --- huge stacks -----------------------------------------------------------------------------------------------------
+
+
+def test_values_go_where_the_caller_says() -> None:
+    tokens = residual_stream(3)
+    place = np.zeros(tokens.shape, np.int8)
+    asked: list[tuple[int, ...]] = []
+
+    def allocate(shape: tuple[int, ...]) -> Any:
+        asked.append(shape)
+        return place
+
+    stored = quantise_tokens(tokens, shown(tokens), allocate=allocate)
+    assert asked == [tokens.shape] and stored.values is place
+    assert np.array_equal(place, quantise_tokens(tokens, shown(tokens)).values)
+
+
+def spilled_stack(folder: Path, slices: int, dim: int) -> StackTokens:
+    """A stack whose tokens are in a nameless file, every second slice blank."""
+    tokens = allocate_spilled((slices, dim), np.float16, folder)
+    tokens[:] = np.random.default_rng(7).standard_normal((slices, dim))
+    places = np.arange(slices)
+    return StackTokens(
+        case_id="a",
+        patient_id="a",
+        view="image",
+        plane="axial",
+        sources=("image",),
+        indices=places.astype(np.int32),
+        positions_mm=places.astype(np.float32),
+        blank=places % 2 == 0,
+        plane_shape=(8, 8),
+        box=(0, 0, 8, 8),
+        source_shape=(slices, 8, 8),
+        source_affine=np.eye(4),
+        source_bytes=1,
+        source_digest="d",
+        tokens={"cls:2": tokens},
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_stack_kept_in_a_file_is_written_without_coming_back_into_memory(tmp_path: Path, dtype: str) -> None:
+    recipe = Recipe("toy", "builtin:1", ("cls:2",), 32, (0.5,), (0.25,), preview=0, dtype=dtype)
+    create_cache(tmp_path / "cache", recipe)
+    stack = spilled_stack(tmp_path, 8000, 2000)
+    tracemalloc.start()
+    write_shard(tmp_path / "cache", recipe, [stack])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < stack.tokens["cls:2"].nbytes / 8
+    tokens, plain = stack.tokens["cls:2"], np.array(stack.tokens["cls:2"])
+    expected = plain if dtype == "float16" else restore(quantise_tokens(plain, stack.blank))
+    assert type(plain) is np.ndarray and isinstance(tokens, np.memmap)
+    assert np.array_equal(open_cache(tmp_path / "cache").read(0, "cls:2"), expected)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["recipe.json", "shards"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [(0, 0), (399, 1999), (200, 7)])
+def test_one_value_that_is_no_number_is_found_wherever_it_is(tmp_path: Path, at: tuple[int, int], value: float) -> None:
+    recipe = Recipe("toy", "builtin:1", ("cls:2",), 32, (0.5,), (0.25,), preview=0)
+    stack = spilled_stack(tmp_path, 400, 2000)
+    check_stack(stack, recipe)
+    stack.tokens["cls:2"][at] = value
+    with pytest.raises(CacheError, match="cls:2 holds NaN or a value beyond float16"):
+        check_stack(stack, recipe)
+
+
+def test_a_nameless_file_holds_zeros_and_takes_room_only_while_it_is_used(tmp_path: Path) -> None:
+    array = allocate_spilled((3, 5, 7), np.int8, tmp_path)
+    assert (array.dtype, array.shape) == (np.int8, (3, 5, 7)) and not array.any() and array.flags.c_contiguous
+    array[1, 2, 3] = 9
+    assert array.sum() == 9 and list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_a_nameless_file_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(CacheError, match=r"cannot keep 3 MiB of tokens of one stack: .*gone: No such file"):
+        allocate_spilled((3 << 20,), np.int8, tmp_path / "gone")
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(CacheError, match=r"cannot keep 2 MiB of tokens of one stack: .* is full; free some space"):
+        allocate_spilled((1 << 20,), np.float16, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- what is damaged -------------------------------------------------------------------------------------------------
