@@ -525,7 +525,7 @@ def test_two_extractions_at_once_make_one_right_cache(tmp_path: Path, warm: Warm
     extract_small(manifest, tmp_path / "whole")
     assert content(tmp_path / "cache") == content(tmp_path / "whole")
     stored = [case for _, _, cases in finished(tmp_path / "cache").values() for case in cases]
-    assert duplicates(tmp_path / "cache") == len(stored) - 10 > 0
+    assert duplicates(tmp_path / "cache") == len(stored) - 10  # how many depends on who is first
     assert [failure.case_id for failure in read_failures(tmp_path / "cache").failures] == ["gone"]
     assert temporaries(tmp_path / "cache") == []
 
