@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/extract.py [--cases N] [--backbone NAME] [--weights FILE] [--data MANIFEST] [--precision P]
 
-The slices of the bare forward are in memory, rendered before its clock starts. Slices are timed in turns: a few cases
-through extract, then the same through the bare forward, and again, so that both sides meet the same noise. Printed are
+Each side runs in a process of its own, in turns: the bare forward as a plain loop over slices in memory, and extraction
+as `embedkit extract` does it. Printed are
 the ratio over all slices, blank ones included (what a user without embedkit would send through the network), the ratio
 over the slices that extract sends (the stricter one, the last line, `ratio N.NN`), and how long each stage stood still.
 Without --weights a timm backbone gets random weights, which cost the same time. Without real scans it runs on phantoms.
@@ -15,12 +15,16 @@ import argparse
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
 
+from embedkit.allocator import keep_freed_memory
 from embedkit.backbones import compile_backbone, load_backbone
 from embedkit.cache import create_cache
 from embedkit.extraction import extract_cases
@@ -29,7 +33,7 @@ from embedkit.forward import require_compiled, run_backbone
 from embedkit.manifest import read_manifest
 from embedkit.phantoms import make_phantoms
 from embedkit.pipeline import Rendered, render_cases
-from embedkit.planning import COMPILED, choose_device, choose_precision, make_recipe
+from embedkit.planning import COMPILED, choose_precision, make_recipe
 from embedkit.readahead import Waits
 from embedkit.recipe import Recipe
 from embedkit.sources import Case, group_cases, read_case
@@ -54,35 +58,65 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
+    """Both sides in turns, each in a process of its own: a user's plain loop, and what `embedkit extract` does."""
     manifest = read_manifest(options.data if options.data.exists() else make_phantoms(folder / "phantoms").manifest)
     chosen = manifest["case_id"].unique(maintain_order=True).head(options.cases)
-    cases = group_cases(manifest.filter(pl.col("case_id").is_in(chosen.to_list())))
-    device = choose_device("cpu")
+    manifest.filter(pl.col("case_id").is_in(chosen.to_list())).write_parquet(folder / "cases.parquet")
     weights = options.weights or random_weights(options.backbone, folder)
-    backbone = load_backbone(options.backbone, weights=weights)
-    precision = choose_precision(options.precision, device, backbone.info)
-    recipe = make_recipe(backbone.info, slices=options.slices, precision=precision)
-    extracting, extracted = (backbone, recipe) if not options.compile else compiled(options, weights, recipe)
-    images, every = render_all(cases, backbone, recipe, options.batch_size, folder)
-    time_forward(images[: options.batch_size], backbone, recipe, options.batch_size)  # warm
     ratios, ratios_all = [], []
-    for repeat in range(options.repeats):
-        cache = folder / f"cache{repeat}"
-        create_cache(cache, extracted)
-        summary = extract_cases(cases, cache, extracting, extracted, device=device, batch_size=options.batch_size)
-        bare = time_forward(images, backbone, recipe, options.batch_size)
-        size = sum(file.stat().st_size for file in cache.rglob("*.h5"))
-        ratios.append(summary.seconds / bare)
-        ratios_all.append(summary.seconds / (bare * every / len(images)))
-        waits = ", ".join(f"{name} {part / summary.seconds:.1%}" for name, part in sorted(summary.waits.items()))
+    for _ in range(options.repeats):
+        sides: dict[str, dict[str, Any]] = {}
+        for name, side in (("bare", time_bare), ("extract", time_extract)):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                place = Path(tempfile.mkdtemp(dir=folder))
+                sides[name] = pool.submit(side, options, folder / "cases.parquet", weights, place).result()
+        bare, extracted = sides["bare"], sides["extract"]
+        every = extracted["slices"]
+        ratios.append(extracted["seconds"] / bare["seconds"])
+        ratios_all.append(extracted["seconds"] / (bare["seconds"] * every / bare["slices"]))
+        took = extracted["seconds"]
+        waits = ", ".join(f"{name} {part / took:.1%}" for name, part in sorted(extracted["waits"].items()))
         print(
-            f"{every} slices ({summary.blank_slices} blank) of {len(cases)} cases at {precision}: extract"
-            f" {summary.seconds:.1f} s, bare forward of those not blank {bare:.1f} s;"
-            f" {1e3 * summary.seconds / every:.1f} ms and {size / every:.0f} bytes per slice; waited: {waits}",
+            f"{every} slices ({extracted['blank']} blank) of {options.cases} cases: extract {took:.1f} s, bare forward"
+            f" of those not blank {bare['seconds']:.1f} s; {1e3 * took / every:.1f} ms and"
+            f" {extracted['bytes'] / every:.0f} bytes per slice; waited: {waits}",
             flush=True,
         )
     print(f"median over all slices, blank ones too: {statistics.median(ratios_all):.2f}")
     print(f"ratio {statistics.median(ratios):.2f}")
+
+
+def load(options: argparse.Namespace, weights: Path) -> tuple[Backbone, Recipe]:
+    backbone = load_backbone(options.backbone, weights=weights)
+    precision = choose_precision(options.precision, torch.device("cpu"), backbone.info)
+    return backbone, make_recipe(backbone.info, slices=options.slices, precision=precision)
+
+
+def time_bare(options: argparse.Namespace, manifest: Path, weights: Path, folder: Path) -> dict[str, Any]:
+    """Eager forward passes over slices in memory, one batch before the clock starts."""
+    backbone, recipe = load(options, weights)
+    images = render_all(group_cases(read_manifest(manifest)), backbone, recipe, options.batch_size, folder)
+    time_forward(images[: options.batch_size], backbone, recipe, options.batch_size)
+    return {"seconds": time_forward(images, backbone, recipe, options.batch_size), "slices": len(images)}
+
+
+def time_extract(options: argparse.Namespace, manifest: Path, weights: Path, folder: Path) -> dict[str, Any]:
+    """`extract_cases` in a process that is set up as the program's."""
+    keep_freed_memory()
+    backbone, recipe = load(options, weights)
+    if options.compile:
+        backbone, recipe = compiled(options, weights, recipe)
+    cases, device = group_cases(read_manifest(manifest)), torch.device("cpu")
+    run_backbone(torch.zeros(options.batch_size, 1, *(recipe.image_size,) * 2), backbone, recipe)
+    create_cache(folder / "cache", recipe)
+    summary = extract_cases(cases, folder / "cache", backbone, recipe, device=device, batch_size=options.batch_size)
+    return {
+        "seconds": summary.seconds,
+        "slices": summary.slices,
+        "blank": summary.blank_slices,
+        "waits": summary.waits,
+        "bytes": sum(file.stat().st_size for file in (folder / "cache").rglob("*.h5")),
+    }
 
 
 def compiled(options: argparse.Namespace, weights: Path, recipe: Recipe) -> tuple[Backbone, Recipe]:
@@ -96,10 +130,8 @@ def compiled(options: argparse.Namespace, weights: Path, recipe: Recipe) -> tupl
     return backbone, recipe
 
 
-def render_all(
-    cases: list[Case], backbone: Backbone, recipe: Recipe, batch_size: int, folder: Path
-) -> tuple[torch.Tensor, int]:
-    """The slices that extract sends through the backbone, in memory, and how many there are with the blank ones."""
+def render_all(cases: list[Case], backbone: Backbone, recipe: Recipe, batch_size: int, folder: Path) -> torch.Tensor:
+    """The slices that extract sends through the backbone, in memory."""
     device, waits = torch.device("cpu"), Waits()
     parts = [
         part
@@ -116,7 +148,7 @@ def render_all(
         )
         if isinstance(part, Rendered)
     ]
-    return torch.cat([part.images for part in parts]), sum(part.slices for part in parts)
+    return torch.cat([part.images for part in parts])
 
 
 def time_forward(images: torch.Tensor, backbone: Backbone, recipe: Recipe, batch_size: int) -> float:

@@ -151,8 +151,10 @@ def _extract(
     shard_bytes: int,
 ) -> tuple[ExtractionSummary, list[int]]:
     """What was done, and the signals that came meanwhile."""
+    from embedkit.allocator import keep_freed_memory
     from embedkit.extraction import extract
 
+    keep_freed_memory()
     with _stop_on_signals() as (stop, caught), show_progress("extract", "cases") as meter:
         summary = extract(
             manifest,

@@ -70,9 +70,10 @@ def render_cases(
     spill: Path,
     waits: Waits,
 ) -> Iterator[Rendered | FailedCase | SameCase]:
-    """Yields the slices of all cases in order, reading ``workers`` cases ahead and rendering in the background.
+    """Yields the slices of all cases in order, reading ``workers`` cases ahead, and rendering ahead on an accelerator.
 
-    Whatever goes wrong with one case, foreseen or not, makes it a `FailedCase` and stops no other.
+    On a CPU slices are rendered when they are asked for: rendering and backbone both use all cores, so that nothing is
+    gained side by side. Whatever goes wrong with one case, foreseen or not, makes it a `FailedCase` and stops no other.
 
     Args:
         cases: In the order wanted.
@@ -86,8 +87,10 @@ def render_cases(
         waits: Counts who waited for whom.
     """
 
+    waiting = "backbone for images" if device.type == "cpu" else "renderer for images"
+
     def stream() -> Iterator[Rendered | FailedCase | SameCase]:
-        for case, images in read_ahead(read, cases, workers=workers, waits=waits, name="renderer for images"):
+        for case, images in read_ahead(read, cases, workers=workers, waits=waits, name=waiting):
             if isinstance(images, SameCase):
                 yield images
                 continue
@@ -102,6 +105,8 @@ def render_cases(
             except Exception as error:
                 yield FailedCase(case, explain_failure(error))
 
+    if device.type == "cpu":
+        return stream()
     return run_in_background(
         stream(), depth=_CHUNKS_AHEAD, waits=waits, taking="backbone for slices", putting="renderer for the backbone"
     )

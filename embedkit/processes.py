@@ -13,6 +13,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
+from embedkit.allocator import keep_freed_memory
 from embedkit.errors import OptionError
 from embedkit.orders import Event, Lost, Order
 from embedkit.worker import ExtractionJob, serve
@@ -166,4 +167,5 @@ def _run_worker(job: ExtractionJob, device: str, threads: int | None, connection
     """A worker process; a signal to the whole group is for the parent to act upon, who then says what to do."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
     serve(job, device, threads, _Pipe(connection))
