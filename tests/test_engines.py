@@ -686,7 +686,7 @@ def test_a_process_killed_in_the_middle_of_a_message_is_lost_and_no_error_of_the
 def extract_with_a_kill(
     manifest: Path, out: Path, monkeypatch: pytest.MonkeyPatch, transport: type, **options: Any
 ) -> tuple[ExtractionSummary, list[str]]:
-    """Extracts, kills one worker once five cases are settled, and gives the notices as well."""
+    """Extracts, kills one worker once five cases are settled, and gives the notices of lost workers as well."""
     pids: dict[int, int] = {}
     receive, notices = transport._receive, []
 
@@ -704,7 +704,7 @@ def extract_with_a_kill(
     monkeypatch.setattr(transport, "_receive", spy)
     summary = extract(manifest, out, on_progress=kill_one, on_notice=notices.append, **OPTIONS, **options)
     assert killed and killed[0] != os.getpid()
-    return summary, notices
+    return summary, [notice for notice in notices if " was lost " in notice]  # not that a busy machine starts slowly
 
 
 def require_whole(summary: ExtractionSummary, cache: Path, single: Path) -> None:
