@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from embedkit.bags import Bag, BagStore
 from embedkit.errors import HeadError, OptionError
+from embedkit.losses import TaskLoss, target_unit
 from embedkit.members import Member
 from embedkit.targets import TaskKind
 
@@ -111,7 +111,10 @@ def fit_gradient(member: Member, data: TrainingSet, options: FitOptions, *, seed
     Raises:
         HeadError: the head diverged.
     """
-    loss = _Loss(member, data, options)
+    loss = TaskLoss(
+        data.kind, data.targets, data.training, class_weights=options.class_weights, device=member.unit.device
+    )
+    member.unit.copy_(torch.tensor(loss.unit))
     start = copy.deepcopy(member.head.state_dict())
     search = _Descent(member, data, data.training & ~data.held_out, loss=loss, options=options, seed=seed)
     watch = _Watch(options.patience)
@@ -150,47 +153,14 @@ def fit_closed_form(
         holdouts: Each bool [cases], a part of the training cases to choose the penalty by.
         class_weights: As in `FitOptions`.
     """
+    mean, scale = target_unit(member.kind, targets)
     if member.kind == "regression":
-        _set_unit(member, targets)
-        targets = _standardised(member, targets)
+        member.unit.copy_(torch.tensor([mean, scale]))
+        targets = (targets - mean) / scale
     head = cast(Any, member.head)
     choices = head.fit(features, targets, kind=member.kind, holdouts=holdouts, class_weights=class_weights)
     member.eval()
     return FitReport(choices=dict(choices or {}))
-
-
-class _Loss:
-    """The loss of a task on some of its cases, with the class weights of the training set."""
-
-    def __init__(self, member: Member, data: TrainingSet, options: FitOptions) -> None:
-        targets = data.targets
-        self.kind = data.kind
-        self.weights: Tensor | None = None
-        device = member.unit.device
-        if self.kind == "regression":
-            _set_unit(member, targets[data.training])
-            targets = _standardised(member, targets)
-        elif options.class_weights:
-            self.weights = _class_weights(self.kind, targets[data.training]).to(device)
-        dtype = torch.int64 if self.kind == "multiclass" else torch.float32
-        self.targets = torch.as_tensor(targets, dtype=dtype, device=device)
-
-    def __call__(self, logits: Tensor, cases: Tensor) -> Tensor:
-        """Mean loss of logits [batch outputs] for cases [batch]."""
-        return self.each(logits, cases).mean()
-
-    def each(self, logits: Tensor, cases: Tensor) -> Tensor:
-        """Losses [... batch] of logits [... batch outputs] for cases [batch]."""
-        truth = self.targets[cases]
-        truth = truth.expand(logits.shape if truth.ndim == 2 else logits.shape[:-1])
-        if self.kind == "regression":
-            return F.smooth_l1_loss(logits[..., 0], truth, reduction="none")
-        if self.kind == "multiclass":
-            losses = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), self.weights, reduction="none")
-            return losses.view(truth.shape)
-        truth = truth[..., None] if self.kind == "binary" else truth
-        losses = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=self.weights, reduction="none")
-        return losses.mean(-1)
 
 
 class _Descent:
@@ -202,7 +172,7 @@ class _Descent:
         data: TrainingSet,
         use: NDArray[np.bool_],
         *,
-        loss: _Loss,
+        loss: TaskLoss,
         options: FitOptions,
         seed: int,
     ) -> None:
@@ -254,7 +224,7 @@ class _Watch:
         self._seen = 0
         self._best: Tensor | None = None
 
-    def judge(self, logits: Tensor, cases: Tensor, loss: _Loss) -> bool:
+    def judge(self, logits: Tensor, cases: Tensor, loss: TaskLoss) -> bool:
         """Takes held-out logits [cases outputs] after an epoch; False once further epochs are of no use."""
         self._seen += 1
         factors = (torch.ones(1) if loss.kind == "regression" else _SHARPNESS).to(logits.device)
@@ -293,23 +263,3 @@ def _held_out_logits(member: Member, data: TrainingSet) -> tuple[Tensor, Tensor]
 def _token_sets(member: Member) -> tuple[str, ...]:
     """The token sets that a member trained by gradient reads."""
     return () if member.standardiser is None else member.standardiser.token_sets
-
-
-def _class_weights(kind: TaskKind, targets: NDArray[Any]) -> Tensor:
-    """Binary and multilabel: weight of the positives [outputs]; multiclass: weights [classes]."""
-    if kind == "multiclass":
-        counts = np.bincount(targets)
-        return torch.as_tensor(len(targets) / (np.count_nonzero(counts) * counts.clip(min=1)), dtype=torch.float32)
-    positives = targets.reshape(len(targets), -1).sum(0)
-    return torch.as_tensor((len(targets) - positives).clip(min=1) / positives.clip(min=1), dtype=torch.float32)
-
-
-def _set_unit(member: Member, targets: NDArray[Any]) -> None:
-    """Takes mean and deviation of the training targets as a regression's unit."""
-    member.unit.copy_(torch.tensor([float(targets.mean()), float(targets.std()) or 1.0]))
-
-
-def _standardised(member: Member, targets: NDArray[Any]) -> NDArray[Any]:
-    mean, scale = member.unit.tolist()
-    standardised: NDArray[Any] = (targets - mean) / scale
-    return standardised
