@@ -89,7 +89,7 @@ class Index:
         Raises:
             SearchError: queries of another length, with NaN, or zero; a bad filter; k below 1.
         """
-        allowed = self._select(where)
+        allowed = self.select_cases(where)
         if exclude_case_ids:
             allowed &= ~self.cases["case_id"].is_in(list(exclude_case_ids)).to_numpy()
         similarities, rows = self._nearest(self._prepare(queries), _checked_count(k), allowed)
@@ -123,7 +123,7 @@ class Index:
         if include_self and exclude_same is not None:
             raise SearchError(f"exclude_same {exclude_same!r} leaves out the query itself: do not include it")
         own = self._find_rows(case_ids)
-        allowed = self._select(where)
+        allowed = self.select_cases(where)
         groups = self._groups(exclude_same)
         queries = self._faiss.reconstruct_batch(own) if len(own) else np.empty((0, self.dim), np.float32)
         similarities, rows = self._nearest_of_others(queries, _checked_count(k), allowed, groups, groups[own])
@@ -215,8 +215,12 @@ class Index:
             ) from error
         return ranks.cast(pl.Int64).fill_null(0).to_numpy() - 1
 
-    def _select(self, where: str | None) -> NDArray[np.bool_]:
-        """Which cases a filter allows, [cases]; a case for which it is null is not."""
+    def select_cases(self, where: str | None) -> NDArray[np.bool_]:
+        """Which cases a filter allows, bool [cases]; a case for which it is null is not.
+
+        Raises:
+            SearchError: the filter does not work; the message tells the columns.
+        """
         allowed = np.ones(len(self), bool)
         if where is None:
             return allowed

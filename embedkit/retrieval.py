@@ -16,6 +16,7 @@ from embedkit.backbones import load_backbone
 from embedkit.cache import Cache, create_cache, open_cache
 from embedkit.errors import OptionError, SearchError
 from embedkit.extraction import extract_cases
+from embedkit.features import Backbone
 from embedkit.index import Index, open_index, write_index
 from embedkit.manifest import read_labels
 from embedkit.planning import choose_device
@@ -23,7 +24,20 @@ from embedkit.recipe import TokenSet, require_same_recipe
 from embedkit.runs import Run, open_run
 from embedkit.sources import Case
 
-__all__ = ["CaseVectors", "Embedding", "build_index", "embed_cases", "open_index", "search"]
+__all__ = [
+    "CaseVectors",
+    "Embedding",
+    "build_index",
+    "embed_cases",
+    "embed_query",
+    "embed_volume",
+    "extract_query",
+    "join_labels",
+    "load_query_backbone",
+    "open_index",
+    "query_view",
+    "search",
+]
 
 FloatArray = NDArray[np.float32]
 
@@ -166,7 +180,7 @@ def build_index(
         table, vectors = _run_vectors(opened, source)
         return write_index(
             vectors,
-            _join_labels(table, labels),
+            join_labels(table, labels),
             embedding=f"run:{opened.name}",
             recipe=source.recipe,
             out=out,
@@ -183,7 +197,7 @@ def build_index(
     means = found.view_means()
     return write_index(
         found.fuse(means),
-        _join_labels(found.cases, labels),
+        join_labels(found.cases, labels),
         embedding=str(chosen),
         recipe=source.recipe,
         out=out,
@@ -250,27 +264,52 @@ def embed_volume(
     index: Index, volume: Path, *, view: str | None = None, weights: str | Path | None = None, device: str = "auto"
 ) -> FloatArray:
     """The vector of a new image, [dim], made as those of the index; the arguments are those of `search`."""
-    recipe, target = index.recipe, choose_device(device)
+    backbone = load_query_backbone(index, weights=weights, device=device)
+    with (
+        tempfile.TemporaryDirectory(prefix="embedkit-query-") as folder,
+        extract_query(index, volume, Path(folder) / "cache", backbone, view=view, device=device) as cache,
+    ):
+        return embed_query(index, cache)
+
+
+def load_query_backbone(index: Index, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
+    """The backbone that made the cache behind an index, to extract new images with.
+
+    Raises:
+        BackboneError: its weights cannot be had.
+        RecipeError: ``weights`` are not those of the index's recipe.
+    """
+    recipe = index.recipe
     backbone = load_backbone(
         recipe.backbone,
         weights=None if weights is None else Path(weights),
         image_size=recipe.image_size,
         channels=max(len(recipe.channels), len(recipe.windows)),
-        device=str(target),
+        device=str(choose_device(device)),
     )
     found = replace(recipe, weights=backbone.info.weights)
     require_same_recipe(recipe, found, where=f"index {index.path}", ways_out="Give the weights that made it")
-    case = Case("query", "query", {_query_view(index, view): volume.resolve()})
-    with tempfile.TemporaryDirectory(prefix="embedkit-query-") as folder:
-        create_cache(Path(folder) / "cache", recipe)
-        summary = extract_cases([case], Path(folder) / "cache", backbone, recipe, device=target)
-        if summary.failures:
-            raise SearchError(f"{volume} cannot be a query: {summary.failures[0].reason}")
-        with open_cache(Path(folder) / "cache") as cache:
-            return _embed_query(index, cache)
+    return backbone
 
 
-def _embed_query(index: Index, cache: Cache) -> FloatArray:
+def extract_query(
+    index: Index, volume: Path, out: Path, backbone: Backbone, *, view: str | None = None, device: str = "auto"
+) -> Cache:
+    """Extracts a new image with the recipe of an index: a cache of one case, ``query``, at ``out``.
+
+    Raises:
+        SearchError: the image gives no tokens, or ``view`` is not one of the index's.
+    """
+    case = Case("query", "query", {query_view(index, view): volume.resolve()})
+    create_cache(out, index.recipe)
+    summary = extract_cases([case], out, backbone, index.recipe, device=choose_device(device))
+    if summary.failures:
+        raise SearchError(f"{volume} cannot be a query: {summary.failures[0].reason}")
+    return open_cache(out)
+
+
+def embed_query(index: Index, cache: Cache) -> FloatArray:
+    """The vector, [dim], of the one case of a cache that `extract_query` made."""
     if "run" in index.details:
         run = open_run(index.details["run"])
         if run.digest != index.details["run_digest"]:
@@ -283,7 +322,12 @@ def _embed_query(index: Index, cache: Cache) -> FloatArray:
     return cast(FloatArray, found.fuse(index.extras["view_means"])[0])
 
 
-def _query_view(index: Index, view: str | None) -> str:
+def query_view(index: Index, view: str | None) -> str:
+    """Which view a new image is: ``view``, or the only one of the index.
+
+    Raises:
+        SearchError: it is not one of the index's, or the index is over several channels.
+    """
     recipe = index.recipe
     if recipe.channels:
         raise SearchError(
@@ -322,7 +366,7 @@ def _with_layer(embedding: str, cache: Cache) -> str:
     return f"{statistic}:{name}:{max(layers)}"
 
 
-def _join_labels(table: pl.DataFrame, labels: str | Path | pl.DataFrame | None) -> pl.DataFrame:
+def join_labels(table: pl.DataFrame, labels: str | Path | pl.DataFrame | None) -> pl.DataFrame:
     """The case table with the columns of a label table, null where that lacks the case."""
     if labels is None:
         return table
