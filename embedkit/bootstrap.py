@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Floats", "Interval", "Statistic", "bootstrap_values", "draw_weights", "form_interval"]
+__all__ = ["LEVEL", "Floats", "Interval", "Statistic", "bootstrap_values", "draw_weights", "form_interval"]
 
 Floats = NDArray[np.float64]
 
@@ -22,12 +22,15 @@ Statistic = Callable[[Floats], Floats]
 _BLOCK_ELEMENTS = 1 << 14
 """Weights held at a time: 128 KiB, which stay in the processor's cache; eight times as many take four times as long."""
 
-_LEVEL = 0.95
+LEVEL = 0.95
+"""Of every interval."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95% percentile bootstrap interval over patients (Efron and Tibshirani 1993, chapter 13).
+    """A value with its 95% interval: percentile bootstrap over patients (Efron and Tibshirani 1993, chapter 13).
+
+    Where it comes from somewhere else (DeLong, Wilson), what returns it says so.
 
     Attributes:
         value: On the data as they are; NaN where it is undefined (a class is absent).
@@ -81,5 +84,5 @@ def form_interval(value: float, resampled: Floats, groups: Sequence[str]) -> Int
     undefined = len(resampled) - len(defined)
     if not len(defined) or len(set(groups)) < 2 or np.isnan(value):
         return Interval(value, float("nan"), float("nan"), undefined)
-    low, high = np.quantile(defined, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), undefined)

@@ -21,7 +21,7 @@ from embedkit.targets import count_noun, list_some
 if TYPE_CHECKING:
     from embedkit.tasks import Task
 
-__all__ = ["folds_from_column", "inner_split", "make_folds"]
+__all__ = ["folds_from_column", "folds_from_groups", "inner_split", "make_folds", "repeat_folds"]
 
 _Ints = NDArray[np.int64]
 _Bools = NDArray[np.bool_]
@@ -77,8 +77,52 @@ def make_folds(task: Task, n: int, *, seed: int) -> _Ints:
     )
 
 
+def repeat_folds(task: Task, n: int, *, repeats: int, seed: int) -> _Ints:
+    """Deals the cases several times over, each time anew: repeated cross-validation.
+
+    The first deal is that of `make_folds`. A score averaged over deals no longer hangs on the luck of one.
+
+    Args:
+        task, n, seed: As in `make_folds`.
+        repeats: Number of deals, 1 or more.
+
+    Returns:
+        int64 [repeats cases]; the folds of the second deal are numbered from ``n`` on, and so forth.
+
+    Raises:
+        OptionError: ``repeats`` is below 1; or as `make_folds`.
+        TaskError: as `make_folds`.
+    """
+    if repeats < 1:
+        raise OptionError(f"{count_noun(repeats, 'repeat')} of the folds asked for, expected 1 or more")
+    later = np.random.SeedSequence([seed, n]).generate_state(repeats - 1).tolist()
+    deals = [make_folds(task, n, seed=each) for each in (seed, *later)]
+    return np.stack(deals) + n * np.arange(repeats)[:, None]
+
+
+def folds_from_groups(task: Task, table: pl.DataFrame, column: str) -> _Ints:
+    """One fold per value of a column: leave one site out, or one scanner, or one year.
+
+    Each site's cases are tested by a head that saw no case of that site, which tells how a head fares at a site that
+    is new to it. A site may lack a class; pooled scores need none in every fold.
+
+    Args:
+        task: Labelled cases.
+        table: ``case_id`` and ``column``, as in `folds_from_column`; here the names of the values mean nothing.
+        column: Holds text or whole numbers.
+
+    Returns:
+        int64 [cases], the fold of each case, in the sorted order of the values.
+
+    Raises:
+        TaskError: as `folds_from_column`.
+    """
+    values = _split_values(task, table, column)
+    return _fold_cases(task, values, {name: code for code, name in enumerate(_sort_values(values, column))}, column)
+
+
 def folds_from_column(task: Task, table: pl.DataFrame, column: str) -> _Ints:
-    """Takes the folds from a column: a published split, or one fold per site.
+    """Takes the folds from a column: a published split.
 
     Where the values are ``test`` and names of a training part (train, training, val, valid, validation, dev; in any
     case), the test cases are fold 0 and the others -1: always in training, never tested. Else each value is one fold,
@@ -97,22 +141,11 @@ def folds_from_column(task: Task, table: pl.DataFrame, column: str) -> _Ints:
             class that is absent from the training part of a fold.
     """
     values = _split_values(task, table, column)
-    names = sorted(set(values), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    if len(names) < 2:
-        raise TaskError(f"split column {column} is {names[0]} for all labelled cases, expected two or more values")
+    names = _sort_values(values, column)
     codes = {name: code for code, name in enumerate(names)}
     if "test" in {name.lower() for name in names} and {name.lower() for name in names} <= _TRAINING_NAMES | {"test"}:
         codes = {name: 0 if name.lower() == "test" else -1 for name in names}
-    _check_patients_whole(task, values, codes, column)
-    folds = np.array([codes[value] for value in values], dtype=np.int64)
-    for name, code in codes.items():
-        lack = _first_absent(task, folds != code) if code >= 0 else None
-        if lack is not None:
-            raise TaskError(
-                f"split column {column}: without {name} the training part lacks {lack} of target {task.name}; merge"
-                " folds, or leave that class out by naming the classes to learn"
-            )
-    return folds
+    return _fold_cases(task, values, codes, column)
 
 
 def inner_split(task: Task, training_cases: _Bools, *, fraction: float, seed: int) -> _Bools:
@@ -216,6 +249,28 @@ def _first_absent(task: Task, inside: _Bools) -> str | None:
     return next(
         (f"class {state}" for state, column in zip(task.states, columns, strict=True) if not column.any()), None
     )
+
+
+def _sort_values(values: Sequence[str], column: str) -> list[str]:
+    """The distinct values, numbers first; two or more."""
+    names = sorted(set(values), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    if len(names) < 2:
+        raise TaskError(f"split column {column} is {names[0]} for all labelled cases, expected two or more values")
+    return names
+
+
+def _fold_cases(task: Task, values: Sequence[str], codes: dict[str, int], column: str) -> _Ints:
+    """int64 [cases]: the code of each case's value, once patients are whole and every training part has every class."""
+    _check_patients_whole(task, values, codes, column)
+    folds = np.array([codes[value] for value in values], dtype=np.int64)
+    for name, code in codes.items():
+        lack = _first_absent(task, folds != code) if code >= 0 else None
+        if lack is not None:
+            raise TaskError(
+                f"split column {column}: without {name} the training part lacks {lack} of target {task.name}; merge"
+                " folds, or leave that class out by naming the classes to learn"
+            )
+    return folds
 
 
 def _check_patients_whole(task: Task, values: Sequence[str], codes: dict[str, int], column: str) -> None:

@@ -17,7 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.errors import OptionError, TaskError
-from embedkit.folds import folds_from_column, inner_split, make_folds
+from embedkit.folds import folds_from_column, folds_from_groups, inner_split, make_folds, repeat_folds
 from embedkit.targets import (
     KINDS,
     TaskKind,
@@ -37,10 +37,12 @@ __all__ = [
     "TaskReport",
     "encode_targets",
     "folds_from_column",
+    "folds_from_groups",
     "infer_kind",
     "inner_split",
     "make_folds",
     "make_task",
+    "repeat_folds",
 ]
 
 

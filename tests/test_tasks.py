@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 
 from embedkit.errors import OptionError, TaskError
 from embedkit.manifest import read_labels, read_manifest
-from embedkit.tasks import Task, encode_targets, folds_from_column, infer_kind, inner_split, make_folds, make_task
+from embedkit.tasks import (
+    Task,
+    encode_targets,
+    folds_from_column,
+    folds_from_groups,
+    infer_kind,
+    inner_split,
+    make_folds,
+    make_task,
+    repeat_folds,
+)
 
 
 def labels_of(values: Sequence[Any], **kinds: Any) -> pl.DataFrame:
@@ -407,6 +417,25 @@ def test_patients_of_several_classes_can_rule_every_deal_out() -> None:
 # --- a given split
 
 
+def test_repeated_folds_are_deals_of_their_own_and_begin_with_the_single_one() -> None:
+    patients = [f"p{number // 2}" for number in range(40)]
+    task = task_of([number // 2 % 2 for number in range(40)], patients)
+    deals = repeat_folds(task, 4, repeats=3, seed=7)
+    assert deals.shape == (3, 40)
+    np.testing.assert_array_equal(deals[0], make_folds(task, 4, seed=7))
+    np.testing.assert_array_equal(deals, repeat_folds(task, 4, repeats=3, seed=7))
+    for repeat, deal in enumerate(deals):
+        assert set(deal.tolist()) == set(range(4 * repeat, 4 * repeat + 4))
+        assert patients_are_whole(patients, deal)
+        assert all(set(task.targets[deal == fold]) == {0, 1} for fold in set(deal.tolist()))
+    assert len(np.unique(deals % 4, axis=0)) == 3
+
+
+def test_no_repeat_is_refused() -> None:
+    with pytest.raises(OptionError, match="0 repeats of the folds asked for, expected 1 or more"):
+        repeat_folds(task_of([0, 1] * 6), 2, repeats=0, seed=0)
+
+
 def split_table(values: Sequence[Any]) -> pl.DataFrame:
     return pl.DataFrame({"case_id": [f"c{number}" for number in range(len(values))], "split": values})
 
@@ -421,6 +450,23 @@ def test_every_site_is_a_fold_in_sorted_order() -> None:
     task = task_of([0, 1, 0, 1, 0, 1])
     assert folds_from_column(task, split_table(["s", "s", "b", "b", "k", "k"]), "split").tolist() == [2, 2, 0, 0, 1, 1]
     assert folds_from_column(task, split_table([10, 10, 9, 9, 2, 2]), "split").tolist() == [2, 2, 1, 1, 0, 0]
+
+
+def test_leaving_a_group_out_takes_every_value_for_a_site_whatever_it_is_called() -> None:
+    task = task_of([0, 1, 0, 1, 0, 1])
+    table = split_table(["train", "train", "test", "test", "dev", "dev"])
+    assert folds_from_groups(task, table, "split").tolist() == [2, 2, 1, 1, 0, 0]
+    one_sided = task_of([0, 0, 0, 1, 1, 1, 0, 1])
+    sites = split_table(["a", "a", "b", "b", "c", "c", "d", "d"])
+    assert folds_from_groups(one_sided, sites, "split").tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_patient_at_two_sites_is_refused() -> None:
+    task = task_of([0, 1, 0, 1, 0, 1], ["p0", "p1", "p1", "p2", "p3", "p4"])
+    with pytest.raises(
+        TaskError, match="split column split puts cases of patient p1 into a and b, expected all in one"
+    ):
+        folds_from_groups(task, split_table(["a", "a", "b", "b", "c", "c"]), "split")
 
 
 def test_rows_of_cases_that_the_task_lacks_are_passed_over() -> None:
