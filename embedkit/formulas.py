@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from embedkit.bootstrap import Floats, Statistic
 
 __all__ = [
+    "Ties",
     "average_statistics",
     "weigh_auroc",
     "weigh_average_precision",
@@ -30,14 +31,21 @@ _Bools = NDArray[np.bool_]
 _ECE_BINS = 15
 
 
-class _Ties:
-    """The cases in rising order of a value, equal values as one group."""
+class Ties:
+    """The cases in rising order of a value, equal values as one group.
+
+    Attributes:
+        order: int64 [cases], the cases from the lowest value up.
+        distinct: [groups], the values there are, rising.
+        group: int64 [cases], each case's place in ``distinct``.
+        starts: int64 [groups], where each group begins in ``order``.
+    """
 
     def __init__(self, values: Floats) -> None:
         self.order = np.argsort(values, kind="stable")
-        distinct, self.group = np.unique(values, return_inverse=True)
+        self.distinct, self.group = np.unique(values, return_inverse=True)
         self.starts = np.flatnonzero(np.diff(self.group[self.order], prepend=-1))
-        self.all_differ = len(distinct) == len(values)
+        self.all_differ = len(self.distinct) == len(values)
 
     def sums(self, ordered: Floats) -> Floats:
         """[resamples groups]: the weight in each group, from weights [resamples cases] taken in ``order``."""
@@ -74,7 +82,7 @@ def weigh_auroc(positive: _Bools, scores: Floats) -> Statistic:
 
     Undefined where either class is absent.
     """
-    ties = _Ties(scores)
+    ties = Ties(scores)
     mask = positive[ties.order].astype(np.float64)
 
     def statistic(weights: Floats) -> Floats:
@@ -93,7 +101,7 @@ def weigh_average_precision(positive: _Bools, scores: Floats) -> Statistic:
 
     Equals scikit-learn's ``average_precision_score``. Undefined where no case is positive.
     """
-    ties = _Ties(-scores)
+    ties = Ties(-scores)
     mask = positive[ties.order].astype(np.float64)
 
     def statistic(weights: Floats) -> Floats:
@@ -173,7 +181,7 @@ def weigh_r2(targets: Floats, predictions: Floats) -> Statistic:
 
 def weigh_spearman(targets: Floats, predictions: Floats) -> Statistic:
     """Spearman's rank correlation, equal values sharing their mean rank; undefined where either is constant."""
-    sides = _Ties(targets), _Ties(predictions)
+    sides = Ties(targets), Ties(predictions)
 
     def statistic(weights: Floats) -> Floats:
         total = weights.sum(axis=1, keepdims=True)
