@@ -19,9 +19,9 @@ import numpy as np
 import polars as pl
 
 from embedkit.cache import Cache, open_cache
+from embedkit.embeddings import Embedding, embed_cases
 from embedkit.extraction import extract
 from embedkit.plots import describe_interval
-from embedkit.retrieval import Embedding, embed_cases
 from embedkit.runs import Run, open_run
 from embedkit.training import train
 

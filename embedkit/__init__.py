@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from embedkit.plugins import list_heads as list_heads
     from embedkit.recipe import Recipe as Recipe
     from embedkit.retrieval import build_index as build_index
+    from embedkit.retrieval import match_cases as match_cases
     from embedkit.retrieval import open_index as open_index
     from embedkit.retrieval import search as search
     from embedkit.runs import evaluate as evaluate
@@ -48,7 +49,7 @@ _HOMES = {
     "phantoms": ("make_phantoms",),
     "plugins": ("list_heads",),
     "recipe": ("Recipe",),
-    "retrieval": ("build_index", "open_index", "search"),
+    "retrieval": ("build_index", "match_cases", "open_index", "search"),
     "runs": ("evaluate", "open_run", "predict"),
     "scanning": ("scan_folder",),
     "training": ("train",),

@@ -26,6 +26,7 @@ ABOVE = {
     "pictures",
     "pipeline",
     "processes",
+    "queries",
     "rayengine",
     "report",
     "retrieval",

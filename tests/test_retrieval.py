@@ -9,9 +9,10 @@ import polars as pl
 import pytest
 
 from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
+from embedkit.embeddings import Embedding, embed_cases
 from embedkit.errors import OptionError, SearchError
 from embedkit.recipe import Recipe
-from embedkit.retrieval import Embedding, build_index, embed_cases, search
+from embedkit.retrieval import build_index, search
 
 RECIPE = Recipe(
     backbone="made up",
