@@ -53,8 +53,9 @@ class LinearReadout(nn.Module):
         targets: NDArray[Any],
         *,
         kind: TaskKind,
-        holdouts: Sequence[NDArray[np.bool_]],
+        holdouts: Sequence[NDArray[np.bool_]] = (),
         class_weights: bool = True,
+        strength: float | None = None,
     ) -> float:
         """Fits the read-out on training cases.
 
@@ -64,6 +65,7 @@ class LinearReadout(nn.Module):
             kind: Binary and multilabel are fitted one against the rest, multiclass as multinomial.
             holdouts: Each bool [cases]: cases held out to choose the penalty; it is refitted on all.
             class_weights: Weigh classes by the inverse of their frequency.
+            strength: The inverse penalty, as it was once returned; None chooses it.
 
         Returns:
             The inverse penalty chosen, in units of one over the number of features.
@@ -74,18 +76,19 @@ class LinearReadout(nn.Module):
         self.scale.copy_(torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0))
         reduced, back = _reduce(self.standardise(features).double().cpu().numpy())
         size = self.weight.shape[1]
-        losses = [
-            sum(
-                _held_out_loss(reduced, targets, held, strength / size, kind=kind, balanced=class_weights)
-                for held in holdouts
-            )
-            for strength in _STRENGTHS
-        ]
-        best = _STRENGTHS[int(np.argmin(losses))] if holdouts else 1.0
-        weight, bias = _fit(reduced, targets, best / size, kind=kind, balanced=class_weights)
+        if strength is None:
+            losses = [
+                sum(
+                    _held_out_loss(reduced, targets, held, each / size, kind=kind, balanced=class_weights)
+                    for held in holdouts
+                )
+                for each in _STRENGTHS
+            ]
+            strength = _STRENGTHS[int(np.argmin(losses))] if holdouts else 1.0
+        weight, bias = _fit(reduced, targets, strength / size, kind=kind, balanced=class_weights)
         self.weight.copy_(torch.from_numpy(weight @ back))
         self.bias.copy_(torch.from_numpy(bias))
-        return best
+        return strength
 
 
 def _reduce(features: Floats) -> tuple[Floats, Floats]:

@@ -19,7 +19,10 @@ from embedkit.members import Member, build_member, check_member
 from embedkit.standardisation import Moments, compute_moments, fit_standardiser
 from embedkit.tasks import Task, inner_split
 
-__all__ = ["CrossFit", "CrossFitter"]
+__all__ = ["CrossFit", "CrossFitter", "InnerScores"]
+
+_Fitted = tuple[FitReport, Tensor, tuple[NDArray[np.bool_], ...]]
+"""How it went, logits of the tested cases, and the inner splits: bool [cases], held out."""
 
 _PENALTY_SPLITS = 5
 _SCORED_AT_ONCE = 64
@@ -34,11 +37,30 @@ class CrossFit:
         members: One per fold.
         reports: One per fold.
         scores: float64 [cases outputs], each case by the head that was not trained on it; NaN where in no fold.
+        inner: Of every fold and inner split.
     """
 
     shape: BagShape
     members: tuple[Member, ...]
     reports: tuple[FitReport, ...]
+    scores: NDArray[np.float64]
+    inner: tuple[InnerScores, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class InnerScores:
+    """What a fold's choices were made by: scores of training cases that were held out once.
+
+    Attributes:
+        fold: Whose training cases they are.
+        split: Number of the inner split within the fold.
+        cases: int64 [held], numbers of the held-out cases in the task.
+        scores: float64 [held outputs].
+    """
+
+    fold: int
+    split: int
+    cases: NDArray[np.int64]
     scores: NDArray[np.float64]
 
 
@@ -96,6 +118,7 @@ class CrossFitter:
         shape = bag_shape(self.source, plan.token_sets)
         scores = np.full((len(task.case_ids), task.outputs), np.nan)
         members, reports = [], []
+        inner: list[InnerScores] = []
         places = np.array([self._places[case] for case in task.case_ids], dtype=np.int64)
         for fold in sorted(set(folds.tolist()) - {-1}):
             training, tested = folds != fold, np.flatnonzero(folds == fold)
@@ -104,16 +127,20 @@ class CrossFitter:
             with _isolated_seed(seed, self.device):
                 member = build_member(plan.head, shape, outputs=task.outputs, kind=task.kind, options=plan.options)
                 fit = self._fit_gradient if plan.by_gradient else self._fit_closed_form
-                report, logits = fit(member, plan, part)
-            scores[tested] = member.scores(logits).reshape(len(tested), -1).cpu().numpy()
+                report, logits, holdouts = fit(member, plan, part)
+            scores[tested] = _score(member, logits)
+            inner += [
+                InnerScores(fold, split, np.flatnonzero(held), _score(member, found))
+                for split, (held, found) in enumerate(zip(holdouts, report.inner, strict=True))
+            ]
             members.append(member.cpu().eval())
             reports.append(report)
             if after_fold is not None:
                 after_fold(fold)
-        return CrossFit(shape, tuple(members), tuple(reports), scores)
+        return CrossFit(shape, tuple(members), tuple(reports), scores, tuple(inner))
 
-    def _fit_gradient(self, member: Member, plan: HeadPlan, part: _Part) -> tuple[FitReport, Tensor]:
-        """Fits on the training cases; returns the logits of the tested ones."""
+    def _fit_gradient(self, member: Member, plan: HeadPlan, part: _Part) -> _Fitted:
+        """Fits on the training cases."""
         store, task = cast(BagStore, self._store), part.task
         moments = {name: self._moments[name] for name in plan.token_sets}
         shape = store.shape.select(plan.token_sets)
@@ -128,21 +155,22 @@ class CrossFitter:
             logits = [
                 member(store.batch(some, plan.token_sets)).logits for some in torch.split(tested, _SCORED_AT_ONCE)
             ]
-        return report, torch.cat(logits)
+        return report, torch.cat(logits), (held_out,)
 
-    def _fit_closed_form(self, member: Member, plan: HeadPlan, part: _Part) -> tuple[FitReport, Tensor]:
-        """Fits on the training cases; returns the logits of the tested ones."""
+    def _fit_closed_form(self, member: Member, plan: HeadPlan, part: _Part) -> _Fitted:
+        """Fits on the training cases."""
         task, training = part.task, part.training
         features = self._compute_features(member, plan)[torch.from_numpy(part.places)]
-        holdouts = [
-            inner_split(task, training, fraction=plan.fit.holdout, seed=part.seed + number)[training]
+        holdouts = tuple(
+            inner_split(task, training, fraction=plan.fit.holdout, seed=part.seed + number)
             for number in range(_PENALTY_SPLITS)
-        ]
+        )
         learned, targets = features[torch.from_numpy(training)], task.targets[training]
-        report = fit_closed_form(member, learned, targets, holdouts, class_weights=plan.fit.class_weights)
+        held = [each[training] for each in holdouts]
+        report = fit_closed_form(member, learned, targets, held, class_weights=plan.fit.class_weights)
         with torch.no_grad():
             logits: Tensor = cast(Any, member.head).read_out(features[torch.from_numpy(part.tested)])
-        return report, logits
+        return report, logits, holdouts
 
     def _compute_features(self, member: Member, plan: HeadPlan) -> Tensor:
         """Features [cases features] of a head in closed form, the same for every fold and task."""
@@ -153,6 +181,12 @@ class CrossFitter:
                 bags = stream_bags(self.source, self.case_ids, plan.token_sets)
                 self._features[key] = torch.cat([head.features(member.prepare(bag)) for bag in bags])
         return self._features[key]
+
+
+def _score(member: Member, logits: Tensor) -> NDArray[np.float64]:
+    """Scores [cases outputs] of logits [cases outputs]."""
+    scores: NDArray[np.float64] = member.scores(logits).reshape(len(logits), -1).double().cpu().numpy()
+    return scores
 
 
 @contextmanager

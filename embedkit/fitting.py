@@ -96,11 +96,20 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a fit went: epochs run on all training cases, held-out loss of the first fit there, and the choices made."""
+    """How a fit went.
+
+    Attributes:
+        epochs: Run on all training cases.
+        held_out_loss: Of the first fit after as many epochs.
+        choices: Made on the held-out cases.
+        inner: Per inner split, logits [held outputs] of the cases held out, in their order, by a head that was not
+            trained on them, as the final head will be: at the epoch, sharpness or penalty chosen.
+    """
 
     epochs: int = 0
     held_out_loss: float = math.nan
     choices: dict[str, float] = dataclasses.field(default_factory=dict)
+    inner: tuple[Tensor, ...] = ()
 
 
 def fit_gradient(member: Member, data: TrainingSet, options: FitOptions, *, seed: int) -> FitReport:
@@ -133,7 +142,7 @@ def fit_gradient(member: Member, data: TrainingSet, options: FitOptions, *, seed
         final.run_epoch()
     member.sharpness.fill_(watch.sharpness)
     member.eval()
-    return FitReport(watch.epochs, watch.loss, {"sharpness": watch.sharpness})
+    return FitReport(watch.epochs, watch.loss, {"sharpness": watch.sharpness}, (watch.logits * watch.sharpness,))
 
 
 def fit_closed_form(
@@ -158,9 +167,16 @@ def fit_closed_form(
         member.unit.copy_(torch.tensor([mean, scale]))
         targets = (targets - mean) / scale
     head = cast(Any, member.head)
-    choices = head.fit(features, targets, kind=member.kind, holdouts=holdouts, class_weights=class_weights)
+    unfitted = copy.deepcopy(head)
+    how = {"kind": member.kind, "class_weights": class_weights}
+    choices = dict(head.fit(features, targets, holdouts=holdouts, **how) or {})
+    inner = []
+    for held in holdouts:
+        partner = copy.deepcopy(unfitted)
+        partner.fit(features[torch.from_numpy(~held)], targets[~held], holdouts=(), **how, **choices)
+        inner.append(partner.read_out(features[torch.from_numpy(held)]))
     member.eval()
-    return FitReport(choices=dict(choices or {}))
+    return FitReport(choices=choices, inner=tuple(inner))
 
 
 class _Descent:
@@ -221,6 +237,7 @@ class _Watch:
         self.epochs = 0
         self.sharpness = 1.0
         self.loss = math.nan
+        self.logits = torch.empty(0)
         self._seen = 0
         self._best: Tensor | None = None
 
@@ -238,6 +255,7 @@ class _Watch:
                 fine = [place for place, found in enumerate(losses) if _is_as_good(found, lowest)]
                 place = min(fine, key=lambda place: abs(math.log(float(factors[place]))))
                 self.epochs, self.loss, self.sharpness = self._seen, float(means[place]), float(factors[place])
+                self.logits = logits
         return self._seen - self.epochs < self.patience
 
 

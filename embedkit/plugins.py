@@ -13,7 +13,8 @@ A head is a class derived from ``torch.nn.Module``::
 
 It must give the same result however far a bag is padded: masked slices may hold anything, a view may be masked
 throughout. A head with ``fit_by = "closed form"`` also has ``features(bag) -> [batch features]`` (NaN where a view is
-missing), ``fit(features, targets, *, kind, holdouts, class_weights)`` and ``read_out(features) -> logits``.
+missing), ``fit(features, targets, *, kind, holdouts, class_weights)`` and ``read_out(features) -> logits``. ``fit``
+returns what it chose on the holdouts as a dict of numbers and takes them again as keywords, then without choosing.
 
 A head may have ``evidence(bag, output) -> [batch views slices patches]``, what each token adds to a logit: heatmaps
 come from there. Built-in heads come through the same door as everyone's::

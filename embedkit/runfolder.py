@@ -1,7 +1,7 @@
-"""Owns the run folder: ``run.json``, ``weights.safetensors``, ``predictions.parquet``; knows no training.
+"""Owns the run folder: ``run.json``, the weights, the scores out of fold and of inner splits; knows no training.
 
 A folder under its final name is complete: it is written under a temporary name beside it, made durable, then renamed.
-Reading trusts nothing: no pickle, checksums over the weights and the predictions, every field checked.
+Reading trusts nothing: no pickle, checksums over the weights and the scores, every field checked.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from embedkit.metrics import Interval
 from embedkit.recipe import Recipe
 from embedkit.targets import TaskKind
 
-__all__ = ["FORMAT_VERSION", "RunRecord", "read_run", "require_absent", "write_run"]
+__all__ = ["FORMAT_VERSION", "RunContents", "RunRecord", "read_run", "require_absent", "write_run"]
 
 FORMAT = "embedkit-run"
-FORMAT_VERSION = 1
-_FILES = ("run.json", "weights.safetensors", "predictions.parquet")
+FORMAT_VERSION = 2
+_FILES = ("run.json", "weights.safetensors", "predictions.parquet", "inner.parquet")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,13 @@ class RunRecord:
         kind: Of the task.
         classes: In the order of the scores; empty for a regression.
         head: Registered name.
-        head_options: All options of the head.
+        head_options: All options of the head, where a member does not say otherwise.
         outputs: Width of the logits.
         shape: Of the bags: token sets, grids and views.
         recipe: Of the cache.
         metrics: Out of fold, pooled.
-        members: Per fold: its number, cases, patients, and how its fit went.
+        members: Of each: its fold, how many cases that tested, the token sets that it reads, all options of its head
+            and how its fit went.
         fit_options: Of a fit by gradient.
         folds: Number of folds, or the column that they came from.
         seed: Of folds, weights and batches.
@@ -105,9 +106,23 @@ class RunRecord:
 
 
 def write_run(
-    path: Path, record: RunRecord, members: Sequence[Member], predictions: pl.DataFrame, *, overwrite: bool
+    path: Path,
+    record: RunRecord,
+    members: Sequence[Member],
+    predictions: pl.DataFrame,
+    inner: pl.DataFrame,
+    *,
+    overwrite: bool,
 ) -> None:
     """Writes a run folder, whole or not at all.
+
+    Args:
+        path: The folder.
+        record: Its checksums are made here.
+        members: In the order of ``record.members``.
+        predictions: Out of fold: case_id, patient_id, fold, target, score columns.
+        inner: Of the inner splits: fold, split, case_id, patient_id, target, score columns.
+        overwrite: Replace a run that is there.
 
     Raises:
         RunError: ``path`` exists and ``overwrite`` is False, or the file system refuses.
@@ -126,6 +141,7 @@ def write_run(
         weights = safetensors.torch.save(tensors)  # save_file would hide the file from other users
         (temporary / "weights.safetensors").write_bytes(weights)
         predictions.write_parquet(temporary / "predictions.parquet")
+        inner.write_parquet(temporary / "inner.parquet")
         digests = {name: _digest(temporary / name) for name in _FILES[1:]}
         (temporary / "run.json").write_text(_to_json(record, digests), encoding="utf-8")
         if path.exists():
@@ -138,34 +154,67 @@ def write_run(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_run(path: Path) -> tuple[RunRecord, pl.DataFrame, tuple[Member, ...]]:
+@dataclass(frozen=True, eq=False)
+class RunContents:
+    """A run folder as values: what was given to `write_run`."""
+
+    record: RunRecord
+    predictions: pl.DataFrame
+    inner: pl.DataFrame
+    members: tuple[Member, ...]
+
+
+def read_run(path: Path) -> RunContents:
     """Reads what `write_run` wrote.
 
     Raises:
-        RunError: not a run, damaged, incomplete, or of a newer format.
+        RunError: not a run, damaged, incomplete, or of another format.
         HeadError: its head is not installed, or no longer takes its options.
     """
+    record = _read_record(path)
+    for name in _FILES[1:]:
+        if _digest(path / name) != record.sha256[name]:
+            raise RunError(f"run {path} is damaged: {name} is not what was written; restore it or train again")
+    members = _read_members(path, record)
+    inner = pl.read_parquet(path / "inner.parquet")
+    return RunContents(record, pl.read_parquet(path / "predictions.parquet"), inner, members)
+
+
+def _read_record(path: Path) -> RunRecord:
     if not path.is_dir():
         raise RunError(f"{path} is no run folder; give a folder TARGET.HEAD that embedkit train wrote")
-    if absent := [name for name in _FILES if not (path / name).is_file()]:
-        raise RunError(f"run {path} lacks {', '.join(absent)}; give a folder TARGET.HEAD that embedkit train wrote")
+    absent = [name for name in _FILES if not (path / name).is_file()]
+    incomplete = RunError(f"run {path} lacks {', '.join(absent)}; give a folder TARGET.HEAD that embedkit train wrote")
+    if "run.json" in absent:
+        raise incomplete
     try:
         fields = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        record = _from_json(fields)
-        digests = {name: record.sha256[name] for name in _FILES[1:]}
+        if fields["format"] == FORMAT and fields["format_version"] < FORMAT_VERSION:
+            raise RunError(
+                f"run {path} has format version {fields['format_version']}, which keeps less than {FORMAT_VERSION} does"
+                " (no scores of inner splits); train it again"
+            )
+        record = _from_json(fields | {"sha256": {name: fields["sha256"][name] for name in _FILES[1:]}})
     except (ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
         raise RunError(
             f"run {path} is damaged: run.json: {type(error).__name__}: {error}; restore it or train again"
         ) from error
-    for name, digest in digests.items():
-        if _digest(path / name) != digest:
-            raise RunError(f"run {path} is damaged: {name} is not what was written; restore it or train again")
+    if absent:
+        raise incomplete
+    return record
+
+
+def _read_members(path: Path, record: RunRecord) -> tuple[Member, ...]:
     with torch.random.fork_rng(devices=[]):  # initial weights, soon replaced, are drawn from the global generator
         members = tuple(
             build_member(
-                record.head, record.shape, outputs=record.outputs, kind=record.kind, options=record.head_options
+                record.head,
+                record.shape.select(each["token_sets"]),
+                outputs=record.outputs,
+                kind=record.kind,
+                options=each["head_options"],
             )
-            for _ in record.members
+            for each in record.members
         )
     try:
         tensors = safetensors.torch.load_file(path / "weights.safetensors")
@@ -179,7 +228,7 @@ def read_run(path: Path) -> tuple[RunRecord, pl.DataFrame, tuple[Member, ...]]:
             f"run {path} does not fit head {record.head!r} as it is installed: {str(error).splitlines()[0]};"
             f" install the version that trained it ({record.versions.get('head', 'unknown')}) or train again"
         ) from error
-    return record, pl.read_parquet(path / "predictions.parquet"), members
+    return members
 
 
 def require_absent(path: Path, *, overwrite: bool) -> None:

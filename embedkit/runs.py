@@ -60,12 +60,15 @@ class Run:
         record: Everything of ``run.json``.
         predictions: Out of fold, of the cases that a fold tested: case_id, patient_id, fold, target (class name,
             labels between ``;``, or value) and the score columns.
+        inner: What choices were made by: training cases of each fold, held out once per inner split: fold, split,
+            case_id, patient_id, target and the score columns. No case of the fold's test part is among them.
         members: The fitted heads.
     """
 
     path: Path
     record: RunRecord
     predictions: pl.DataFrame
+    inner: pl.DataFrame
     members: tuple[Member, ...]
 
     @property
@@ -187,8 +190,8 @@ def open_run(path: Path | str) -> Run:
         HeadError: its head is not installed.
     """
     path = Path(path)
-    record, predictions, members = read_run(path)
-    return Run(path, record, predictions, members)
+    found = read_run(path)
+    return Run(path, found.record, found.predictions, found.inner, found.members)
 
 
 def predict(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from embedkit.answers import score_array, score_columns
 from embedkit.cache import Cache, open_cache
-from embedkit.crossfitting import CrossFit, CrossFitter
+from embedkit.crossfitting import CrossFit, CrossFitter, InnerScores
 from embedkit.errors import OptionError
 from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, plan_heads
 from embedkit.manifest import read_labels
@@ -157,7 +157,8 @@ def train(
             seconds = time.perf_counter() - started
             record = _make_record(source, plan, target, fitted, seed=seed, seconds=seconds, resamples=resamples)
             folder = folders[target.task.name, plan.head]
-            write_run(folder, record, fitted.members, _tabulate_scores(target, fitted.scores), overwrite=overwrite)
+            scored, inner = _tabulate_scores(target, fitted.scores), _tabulate_inner(target.task, fitted.inner)
+            write_run(folder, record, fitted.members, scored, inner, overwrite=overwrite)
             runs.append(open_run(folder))
     return Training(tuple(runs), _tabulate_runs(runs))
 
@@ -227,7 +228,15 @@ def _make_record(
         recipe=source.recipe,
         metrics=compute_metrics(task.kind, task.targets[tested], scores, patients, resamples=resamples, seed=seed),
         members=tuple(
-            {"fold": fold, "tested": int((target.folds == fold).sum()), **asdict(report)}
+            {
+                "fold": fold,
+                "tested": int((target.folds == fold).sum()),
+                "token_sets": list(plan.token_sets),
+                "head_options": plan.options,
+                "epochs": report.epochs,
+                "held_out_loss": report.held_out_loss,
+                "choices": report.choices,
+            }
             for fold, report in zip(target.tested, fitted.reports, strict=True)
         ),
         fit_options=asdict(plan.fit) if plan.by_gradient else {"class_weights": plan.fit.class_weights},
@@ -278,23 +287,38 @@ def _notes(plan: HeadPlan, views: Sequence[str]) -> tuple[str, ...]:
 
 def _tabulate_scores(target: _Target, scores: NDArray[np.float64]) -> pl.DataFrame:
     """Out-of-fold predictions of the cases that are in a fold."""
-    task = target.task
+    tested = np.flatnonzero(target.folds >= 0)
+    table = _tabulate_cases(target.task, tested, scores[tested])
+    return table.insert_column(2, pl.Series("fold", target.folds[tested]))
+
+
+def _tabulate_inner(task: Task, inner: Sequence[InnerScores]) -> pl.DataFrame:
+    """Scores of held-out training cases: fold, split, then the columns of `_tabulate_cases`."""
+    parts = [
+        _tabulate_cases(task, each.cases, each.scores).select(
+            pl.lit(each.fold, pl.Int64).alias("fold"), pl.lit(each.split, pl.Int64).alias("split"), pl.all()
+        )
+        for each in inner
+    ]
+    return pl.concat(parts)
+
+
+def _tabulate_cases(task: Task, cases: NDArray[np.int64], scores: NDArray[np.float64]) -> pl.DataFrame:
+    """``case_id``, ``patient_id``, ``target`` and the score columns of some cases, scores [cases outputs]."""
     if task.kind == "regression":
         truth: list[Any] = task.targets.tolist()
     elif task.kind == "multilabel":
         truth = [";".join(name for name, has in zip(task.classes, row, strict=True) if has) for row in task.targets]
     else:
         truth = [task.classes[code] for code in task.targets]
-    table = pl.DataFrame(
+    return pl.DataFrame(
         {
-            "case_id": list(task.case_ids),
-            "patient_id": list(task.patient_ids),
-            "fold": target.folds,
-            "target": truth,
+            "case_id": [task.case_ids[case] for case in cases],
+            "patient_id": [task.patient_ids[case] for case in cases],
+            "target": [truth[case] for case in cases],
             **dict(zip(score_columns(task.kind, task.classes), scores.T, strict=True)),
         }
     )
-    return table.filter(pl.col("fold") >= 0)
 
 
 def _tabulate_runs(runs: Sequence[Run]) -> pl.DataFrame:

@@ -108,7 +108,7 @@ def copied(runs: dict[str, Run], tmp_path: Path) -> Path:
 def test_a_run_folder_holds_json_weights_and_predictions_alone(runs: dict[str, Run]) -> None:
     run = runs["lesion.grid"]
     assert sorted(path.name for path in run.path.iterdir()) == [
-        "predictions.parquet", "run.json", "weights.safetensors",
+        "inner.parquet", "predictions.parquet", "run.json", "weights.safetensors",
     ]  # fmt: skip
     fields = json.loads((run.path / "run.json").read_text())
     assert fields["format"] == "embedkit-run"
@@ -304,11 +304,21 @@ def test_a_missing_view_has_no_evidence_and_an_unknown_class_is_refused(runs: di
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no run folder; give a folder"):
         open_run(tmp_path / "nothing")
-    with pytest.raises(RunError, match=r"lacks run\.json, weights\.safetensors, predictions\.parquet"):
+    with pytest.raises(RunError, match=r"lacks run\.json, weights\.safetensors, predictions\.parquet, inner\.parquet"):
         open_run(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "predictions.parquet"])
+def test_a_run_that_lacks_a_file_or_is_older_says_so(copied: Path) -> None:
+    (copied / "inner.parquet").unlink()
+    with pytest.raises(RunError, match=r"lacks inner\.parquet; give a folder"):
+        open_run(copied)
+    fields = json.loads((copied / "run.json").read_text()) | {"format_version": 1}
+    (copied / "run.json").write_text(json.dumps(fields))
+    with pytest.raises(RunError, match=r"has format version 1, which keeps less than 2 does .* train it again"):
+        open_run(copied)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "predictions.parquet", "inner.parquet"])
 def test_one_flipped_byte_is_found(copied: Path, name: str) -> None:
     data = bytearray((copied / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -321,7 +331,7 @@ def test_one_flipped_byte_is_found(copied: Path, name: str) -> None:
     ("change", "words"),
     [
         ({"format": "other"}, "its format is 'other'"),
-        ({"format_version": 99}, "format version 99 is newer than 1: upgrade embedkit"),
+        ({"format_version": 99}, "format version 99 is newer than 2: upgrade embedkit"),
         ({"kind": "guess"}, "kind is 'guess'"),
         ({"shape": {}}, "KeyError"),
         ({"recipe": {}}, "RecipeError: recipe lacks"),
@@ -365,7 +375,7 @@ def test_a_write_that_fails_leaves_no_trace(
 
     monkeypatch.setattr(runfolder, "publish_folder", fail)
     with pytest.raises(RunError, match=r"run lesion\.linear cannot be written: the disk or quota .* is full"):
-        runfolder.write_run(tmp_path / "run", run.record, run.members, run.predictions, overwrite=False)
+        runfolder.write_run(tmp_path / "run", run.record, run.members, run.predictions, run.inner, overwrite=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -375,7 +385,7 @@ def test_an_overwrite_that_fails_leaves_the_old_run(
     other = runs["lesion.grid"]
 
     def write() -> None:
-        runfolder.write_run(copied, other.record, other.members, other.predictions, overwrite=True)
+        runfolder.write_run(copied, other.record, other.members, other.predictions, other.inner, overwrite=True)
 
     def fail(*args: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -401,7 +411,7 @@ def test_a_run_that_a_killed_writer_had_set_aside_comes_back(runs: dict[str, Run
     copied.rename(aside)
     run = runs["lesion.linear"]
     with pytest.raises(RunError, match="exists already; choose another --out, or pass --overwrite"):
-        runfolder.write_run(copied, run.record, run.members, run.predictions, overwrite=False)
+        runfolder.write_run(copied, run.record, run.members, run.predictions, run.inner, overwrite=False)
     assert [path.name for path in copied.parent.iterdir()] == ["run"]
     assert open_run(copied).digest == run.digest
 

@@ -173,6 +173,43 @@ def test_out_of_fold_predictions_hold_every_case_once_and_never_part_a_patient(c
     assert table["fold"].n_unique() == 3 == len(run.members)
 
 
+@pytest.mark.parametrize(("target", "columns"), [("disease", ["score"]), ("group", ["score_a", "score_b", "score_c"])])
+def test_inner_scores_are_of_training_cases_by_heads_that_had_not_seen_them(
+    cache: Cache, tmp_path: Path, target: str, columns: list[str]
+) -> None:
+    runs = {run.head: run for run in run_training(cache, tmp_path, target, heads=("linear",)).runs}
+    fold_of = dict(runs["linear"].predictions.select("patient_id", "fold").iter_rows())
+    for run, splits in ((runs["linear"], 1), (runs["logistic"], 5)):
+        inner = run.inner
+        assert inner.columns == ["fold", "split", "case_id", "patient_id", "target", *columns]
+        assert inner.select("fold", "split").unique().sort("fold", "split").rows() == [
+            (fold, split) for fold in range(3) for split in range(splits)
+        ]
+        assert all(fold_of[patient] != fold for fold, patient in inner.select("fold", "patient_id").iter_rows())
+        assert inner.group_by("fold", "split", "case_id").len()["len"].max() == 1
+        assert (
+            dict(LABELS.select("case_id", target).iter_rows()).items()
+            >= dict(inner.select("case_id", "target").iter_rows()).items()
+        )
+
+
+def test_inner_scores_of_a_closed_form_come_from_a_fit_without_their_cases(cache: Cache, tmp_path: Path) -> None:
+    run = run_training(cache, tmp_path).runs[0]
+    held = run.inner.filter((pl.col("fold") == 0) & (pl.col("split") == 0))
+    ids = set(run.predictions.filter(pl.col("fold") != 0)["case_id"])
+    learned, asked = sorted(ids - set(held["case_id"])), held["case_id"].to_list()
+    head, member = run.members[0].head, run.members[0]
+    features = {
+        name: head.features(member.prepare(load_bags(cache, names, ["cls:2"]).batch(range(len(names)))))
+        for name, names in (("learned", learned), ("asked", asked))
+    }
+    truth = dict(LABELS.select("case_id", "disease").iter_rows())
+    readout = LinearReadout(DIM, 1)
+    targets = np.array([int(truth[case] == "yes") for case in learned])
+    readout.fit(features["learned"], targets, kind="binary", strength=run.record.members[0]["choices"]["strength"])
+    np.testing.assert_allclose(held["score"], readout(features["asked"])[:, 0].sigmoid(), atol=1e-6)
+
+
 def test_a_fold_that_comes_from_a_column_is_tested_alone(cache: Cache, tmp_path: Path) -> None:
     split = LABELS.with_columns(site=pl.when(pl.int_range(40) < 24).then(pl.lit("train")).otherwise(pl.lit("test")))
     result = train(
