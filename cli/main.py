@@ -7,6 +7,7 @@ import sys
 import typer
 from embedkit.cli import (
     backbones,
+    compare,
     demo,
     evaluate,
     explain,
@@ -44,6 +45,7 @@ for command in (
     train,
     predict,
     evaluate,
+    compare,
     explain,
     index,
     search,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from embedkit.backbones import list_backbones as list_backbones
     from embedkit.backbones import load_backbone as load_backbone
     from embedkit.cache import open_cache as open_cache
+    from embedkit.comparison import compare_runs as compare_runs
     from embedkit.errors import EmbedkitError as EmbedkitError
     from embedkit.estimate import estimate_extraction as estimate_extraction
     from embedkit.explanation import explain as explain
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "backbones": ("list_backbones", "load_backbone"),
     "cache": ("open_cache",),
+    "comparison": ("compare_runs",),
     "errors": ("EmbedkitError",),
     "estimate": ("estimate_extraction",),
     "explanation": ("explain",),

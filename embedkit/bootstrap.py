@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEVEL", "Floats", "Interval", "Statistic", "bootstrap_values", "draw_weights", "form_interval"]
+__all__ = [
+    "LEVEL",
+    "Floats",
+    "Interval",
+    "Statistic",
+    "bootstrap_values",
+    "draw_weights",
+    "form_interval",
+    "two_sided_p",
+]
 
 Floats = NDArray[np.float64]
 
@@ -86,3 +95,17 @@ def form_interval(value: float, resampled: Floats, groups: Sequence[str]) -> Int
         return Interval(value, float("nan"), float("nan"), undefined)
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), undefined)
+
+
+def two_sided_p(resampled: Floats) -> float:
+    """The p-value of a difference being 0, from its resampled values: the level at which the interval just holds 0.
+
+    Twice the smaller share of resamples on either side of 0, one that is 0 counted on both; one resample is added to
+    each side, so that it is never 0 (Davison and Hinkley, "Bootstrap methods and their application" 1997, section 4.4).
+    NaN where the difference is defined in no resample.
+    """
+    defined = resampled[~np.isnan(resampled)]
+    if not len(defined):
+        return float("nan")
+    tail = min(int((defined <= 0).sum()), int((defined >= 0).sum()))
+    return min(1.0, 2 * (1 + tail) / (1 + len(defined)))

@@ -121,7 +121,7 @@ def _placements(positive: NDArray[np.bool_], scores: Floats) -> Floats:
     for side in (positive, ~positive):
         own[side] = rankdata(scores[side])
     below = (everyone - own) / np.where(positive, (~positive).sum(), positive.sum())
-    return np.where(positive, below, 1 - below)
+    return np.asarray(np.where(positive, below, 1 - below))
 
 
 def _patient_sums(values: Floats, side: NDArray[np.bool_], patient: NDArray[np.int64]) -> Floats:

@@ -40,7 +40,9 @@ __all__ = [
     "compute_metrics",
     "compute_roc",
     "compute_weighted_metrics",
+    "metric_statistics",
     "paired_difference",
+    "require_metric",
     "roc_points",
 ]
 
@@ -83,6 +85,7 @@ def compute_metrics(
     scores: ArrayLike,
     groups: Sequence[str],
     *,
+    repeated: bool = False,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
@@ -107,6 +110,8 @@ def compute_metrics(
         scores: Probabilities: [cases] of the positive class; multiclass [cases classes], rows summing to 1; multilabel
             [cases classes]. Regression: predictions [cases].
         groups: Patient of each case.
+        repeated: ``scores`` have an axis of repeats (repeated folds) in front: each metric is the mean of what it is in
+            every repeat. The scores are not averaged, which would judge an ensemble of heads.
         resamples: Of the bootstrap; 0 leaves the limits NaN.
         seed: Of the bootstrap.
 
@@ -114,13 +119,37 @@ def compute_metrics(
         TaskError: shapes that do not fit each other, no cases, NaN, or scores that are no probabilities.
         OptionError: unknown kind, or ``resamples`` below 0.
     """
-    statistics = _statistics(task_kind, *_checked(task_kind, targets, scores, groups, resamples))
+    statistics = metric_statistics(task_kind, targets, scores, groups, repeated=repeated, resamples=resamples)
     resampled = bootstrap_values(statistics, groups, resamples=resamples, seed=seed)
     plain = np.ones((1, len(groups)))
     return {
         name: form_interval(float(statistic(plain)[0]), resampled[name], groups)
         for name, statistic in statistics.items()
     }
+
+
+def metric_statistics(
+    task_kind: TaskKind,
+    targets: ArrayLike,
+    scores: ArrayLike,
+    groups: Sequence[str],
+    *,
+    repeated: bool = False,
+    resamples: int = 0,
+) -> dict[str, Statistic]:
+    """Every metric of the kind of task as a function of case weights, by name; checked as `compute_metrics` does.
+
+    Args:
+        task_kind, targets, scores, groups, repeated, resamples: As in `compute_metrics`.
+
+    Raises:
+        TaskError, OptionError: as `compute_metrics`.
+    """
+    repeats = np.asarray(scores) if repeated else [np.asarray(scores)]
+    each = [_statistics(task_kind, *_checked(task_kind, targets, part, groups, resamples)) for part in repeats]
+    if len(each) == 1:
+        return each[0]
+    return {name: average_statistics([statistics[name] for statistics in each]) for name in METRICS[task_kind]}
 
 
 def compute_weighted_metrics(
@@ -166,14 +195,25 @@ def paired_difference(
     Raises:
         TaskError, OptionError: as `compute_metrics`; OptionError also for a metric that the kind does not have.
     """
-    checked = [_checked(task_kind, targets, scores, groups, resamples) for scores in (scores_a, scores_b)]
-    if metric not in METRICS[task_kind]:
-        raise OptionError(f"a {task_kind} task has no metric {metric}; expected one of {', '.join(METRICS[task_kind])}")
-    first, second = (_statistics(task_kind, *data)[metric] for data in checked)
+    both = [
+        metric_statistics(task_kind, targets, scores, groups, resamples=resamples) for scores in (scores_a, scores_b)
+    ]
+    require_metric(task_kind, metric)
+    first, second = (statistics[metric] for statistics in both)
     resampled = bootstrap_values({"a": first, "b": second}, groups, resamples=resamples, seed=seed)
     plain = np.ones((1, len(groups)))
     value = float(first(plain)[0] - second(plain)[0])
     return form_interval(value, resampled["a"] - resampled["b"], groups)
+
+
+def require_metric(task_kind: TaskKind, metric: str) -> None:
+    """Stops at a metric that the kind of task does not have.
+
+    Raises:
+        OptionError: it has none of that name.
+    """
+    if metric not in METRICS[task_kind]:
+        raise OptionError(f"a {task_kind} task has no metric {metric}; expected one of {', '.join(METRICS[task_kind])}")
 
 
 def roc_points(targets: ArrayLike, scores: ArrayLike) -> tuple[Floats, Floats]:

@@ -6,7 +6,6 @@ that comes from data is never read as markup.
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -16,20 +15,25 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.text import Text
 from numpy.typing import NDArray
 
+from embedkit.canvas import (
+    COLOURS,
+    DASHES,
+    DPI,
+    GRID,
+    INK,
+    QUIET,
+    describe_interval,
+    encode_png,
+    padded_layout,
+    show_plainly,
+    style_axes,
+)
 from embedkit.metrics import Interval, RocCurve
 
 __all__ = ["DPI", "RocLine", "Score", "describe_interval", "plot_montage", "plot_roc", "plot_scores"]
 
-DPI = 192
-"""Pixels per inch of every picture: two per CSS pixel, sharp on dense screens."""
-
-_INK, _QUIET, _GRID = "#1c2430", "#6b7480", "#e3e6ea"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b8860b")  # after Okabe and Ito 2008
-_DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
 _NIGHT, _NIGHT_INK, _OUTLINE = "#101418", "#d7dde4", "#f0a830"
 _HEAT = "inferno"  # perceptually uniform, legible with any colour vision
 
@@ -60,15 +64,6 @@ class Score:
     baseline: bool = False
 
 
-def describe_interval(interval: Interval) -> str:
-    """``0.874 [0.812, 0.923]``; without limits ``0.874``; ``undefined`` where there is no value."""
-    if math.isnan(interval.value):
-        return "undefined"
-    if math.isnan(interval.low):
-        return _number(interval.value)
-    return f"{_number(interval.value)} [{_number(interval.low)}, {_number(interval.high)}]"
-
-
 def plot_roc(lines: Sequence[RocLine], *, title: str = "") -> bytes:
     """ROC curves in one square; the 95% band of the first that is no baseline is shaded.
 
@@ -79,12 +74,12 @@ def plot_roc(lines: Sequence[RocLine], *, title: str = "") -> bytes:
     Returns:
         PNG bytes.
     """
-    canvas = Canvas(figsize=(5.2, 5.2), dpi=DPI, layout=_padded())
+    canvas = Canvas(figsize=(5.2, 5.2), dpi=DPI, layout=padded_layout())
     axes = canvas.add_subplot()
-    axes.plot([0, 1], [0, 1], color=_QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
+    axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
     heads = [line for line in lines if not line.baseline]
     for number, line in enumerate([*heads, *(line for line in lines if line.baseline)]):
-        colour = _QUIET if line.baseline else _COLOURS[number % len(_COLOURS)]
+        colour = QUIET if line.baseline else COLOURS[number % len(COLOURS)]
         if number == 0 and heads:
             axes.fill_between(line.curve.grid, line.curve.low, line.curve.high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(
@@ -92,18 +87,18 @@ def plot_roc(lines: Sequence[RocLine], *, title: str = "") -> bytes:
             line.curve.true_positive_rate,
             color=colour,
             linewidth=1.1 if line.baseline else 1.9,
-            linestyle=_DASHES[(number - len(heads) + 1 if line.baseline else number // len(_COLOURS)) % len(_DASHES)],
+            linestyle=DASHES[(number - len(heads) + 1 if line.baseline else number // len(COLOURS)) % len(DASHES)],
             label=line.label if line.auroc is None else f"{line.label}   {describe_interval(line.auroc)}",
         )
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
-    axes.set_xlabel("False positive rate (1 − specificity)", color=_INK, fontsize=9.5)
-    axes.set_ylabel("True positive rate (sensitivity)", color=_INK, fontsize=9.5)
-    _style(axes, title)
-    axes.grid(color=_GRID, linewidth=0.7)
+    axes.set_xlabel("False positive rate (1 − specificity)", color=INK, fontsize=9.5)
+    axes.set_ylabel("True positive rate (sensitivity)", color=INK, fontsize=9.5)
+    style_axes(axes, title)
+    axes.grid(color=GRID, linewidth=0.7)
     if lines:
         legend = axes.legend(loc="lower right", fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
-        _plain(legend.get_texts())
-    return _png(canvas)
+        show_plainly(legend.get_texts())
+    return encode_png(canvas)
 
 
 def plot_scores(panels: Mapping[str, Sequence[Score]], *, metric: str, chance: float | None = None) -> bytes:
@@ -119,18 +114,18 @@ def plot_scores(panels: Mapping[str, Sequence[Score]], *, metric: str, chance: f
     """
     limits = _score_limits(panels, chance)
     heights = [len(scores) + 0.3 for scores in panels.values()]
-    canvas = Canvas(figsize=(8.4, 0.31 * sum(heights) + 0.36 * len(heights) + 0.7), dpi=DPI, layout=_padded())
+    canvas = Canvas(figsize=(8.4, 0.31 * sum(heights) + 0.36 * len(heights) + 0.7), dpi=DPI, layout=padded_layout())
     grid = canvas.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (task, scores) in zip(grid[:, 0], panels.items(), strict=True):
-        _style(axes, task)
+        style_axes(axes, task)
         _draw_scores(axes, scores, chance)
         axes.set_xlim(*limits)
-        axes.grid(axis="x", color=_GRID, linewidth=0.7)
+        axes.grid(axis="x", color=GRID, linewidth=0.7)
         axes.tick_params(axis="x", labelbottom=axes is grid[-1, 0])
-        _plain(axes.get_yticklabels())
+        show_plainly(axes.get_yticklabels())
     label = metric if chance is None else f"{metric}   (dotted: chance)"
-    _plain([grid[-1, 0].set_xlabel(label, color=_INK, fontsize=9.5)])
-    return _png(canvas)
+    show_plainly([grid[-1, 0].set_xlabel(label, color=INK, fontsize=9.5)])
+    return encode_png(canvas)
 
 
 def plot_montage(
@@ -176,19 +171,19 @@ def plot_montage(
         place = (edge + column * (side + gap)) / width, bottom / height, side / width, side / height
         axes = canvas.add_axes(place)
         _draw_slice(axes, image, overlay)
-        _plain([axes.set_title(text, color=_NIGHT_INK, fontsize=8.5, pad=4, linespacing=1.15)])
+        show_plainly([axes.set_title(text, color=_NIGHT_INK, fontsize=8.5, pad=4, linespacing=1.15)])
         for spine in axes.spines.values():
             spine.set(visible=number in outlined, color=_OUTLINE, linewidth=2.2)
     if below:
         _draw_scale(canvas, (width, height), edge, scale)
-    return _png(canvas)
+    return encode_png(canvas)
 
 
 def _draw_scores(axes: Axes, scores: Sequence[Score], chance: float | None) -> None:
     if chance is not None:
-        axes.axvline(chance, color=_QUIET, linewidth=1, linestyle=(0, (1, 2.5)))
+        axes.axvline(chance, color=QUIET, linewidth=1, linestyle=(0, (1, 2.5)))
     for row, score in enumerate(scores):
-        colour = _QUIET if score.baseline else _COLOURS[0]
+        colour = QUIET if score.baseline else COLOURS[0]
         found = score.interval
         axes.plot([found.low, found.high], [row, row], color=colour, linewidth=1.4 if score.baseline else 2.4)
         face = "white" if score.baseline else colour
@@ -199,13 +194,13 @@ def _draw_scores(axes: Axes, scores: Sequence[Score], chance: float | None) -> N
             xycoords=("axes fraction", "data"),
             va="center",
             fontsize=8.5,
-            color=_QUIET if score.baseline else _INK,
+            color=QUIET if score.baseline else INK,
             annotation_clip=False,
         )
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.set_yticks(range(len(scores)), [f"{each.label}{' (baseline)' if each.baseline else ''}" for each in scores])
     for label, score in zip(axes.get_yticklabels(), scores, strict=True):
-        label.set(color=_QUIET if score.baseline else _INK, fontsize=9)
+        label.set(color=QUIET if score.baseline else INK, fontsize=9)
 
 
 def _score_limits(panels: Mapping[str, Sequence[Score]], chance: float | None) -> tuple[float, float]:
@@ -243,35 +238,6 @@ def _draw_scale(canvas: Canvas, size: tuple[float, float], edge: float, what: st
     axes.imshow(mpl.colormaps[_HEAT](0.15 + 0.85 * ramp)[None], aspect="auto")
     axes.set_axis_off()
     for text, spot, side in ((f"{what}  low", -0.04, "right"), ("high", 1.04, "left")):
-        _plain(
+        show_plainly(
             [axes.text(spot, 0.5, text, transform=axes.transAxes, ha=side, va="center", color=_NIGHT_INK, fontsize=8)]
         )
-
-
-def _style(axes: Axes, title: str) -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_QUIET)
-    axes.tick_params(colors=_QUIET, labelsize=9, length=0)
-    axes.set_axisbelow(True)
-    if title:
-        _plain([axes.set_title(title, loc="left", color=_INK, fontsize=10.5, fontweight="bold")])
-
-
-def _padded() -> ConstrainedLayoutEngine:
-    return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, hspace=0.0)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _plain(texts: Sequence[Text]) -> None:
-    """Shows ``$`` as it stands: names from data are no formulas."""
-    for text in texts:
-        text.set_parse_math(False)
-
-
-def _png(canvas: Canvas) -> bytes:
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()

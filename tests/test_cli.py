@@ -19,7 +19,7 @@ from embedkit.errors import EmbedkitError
 from embedkit.phantoms import make_phantoms
 
 COMMANDS = ("demo", "scan", "extract", "info", "verify", "pack", "train", "predict", "evaluate", "explain", "index")
-COMMANDS += ("search", "heads", "backbones")
+COMMANDS += ("compare", "search", "heads", "backbones")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,19 @@ def test_training_writes_a_run_for_the_head_and_both_baselines(work: Path) -> No
         "lesion.logistic",
         "lesion.raptor",
     ]
+
+
+def test_comparison_prints_every_pair_with_its_p_values(work: Path) -> None:
+    runs = [work / "runs" / f"lesion.{head}" for head in ("grid", "logistic", "raptor")]
+    found = json.loads(call("compare", *runs, "--json"))
+    assert found["scores"].keys() == {"lesion.grid", "lesion.logistic", "lesion.raptor"}
+    assert [(each["first"], each["second"]) for each in found["contrasts"]] == [
+        ("lesion.grid", "lesion.logistic"), ("lesion.grid", "lesion.raptor"), ("lesion.logistic", "lesion.raptor"),
+    ]  # fmt: skip
+    assert all(0 <= each["p_delong"] <= each["p_holm"] <= 1 for each in found["contrasts"])
+    printed = call("compare", *runs, "--reference", runs[1], "--metric", "brier")
+    assert "lesion.raptor - lesion.logistic" in printed and "Benjamini-Hochberg" in printed
+    assert "lesion.grid - lesion.raptor" not in printed
 
 
 def test_evaluation_on_cases_of_the_training_is_refused(work: Path) -> None:

@@ -16,6 +16,7 @@ STAGES = {"manifest", "volumes", "slices", "backbones", "tokens", "cache", "task
 ABOVE = {
     "account",
     "casework",
+    "comparison",
     "demo",
     "engines",
     "estimate",
