@@ -216,8 +216,9 @@ class _Descent:
             self._step(self.cases[items], store.batch(self.places[items], _token_sets(self.member)))
 
     def _step(self, cases: Tensor, bag: Bag) -> None:
-        logits = self.member.head(self.member.prepare(bag)).logits.float()
-        loss = self.loss(logits, cases.to(logits.device))
+        output = self.member.head(self.member.prepare(bag))
+        answers = [each for each in (output.logits, output.auxiliary_logits) if each is not None]
+        loss = torch.stack([self.loss(each.float(), cases.to(each.device)) for each in answers]).mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()

@@ -7,6 +7,7 @@ A head is a class derived from ``torch.nn.Module``::
         fit_by = "gradient"                   # or "closed form"
         prefers = TokenPreference("cls")      # optional: which token set to take when the user names none
         fit_defaults = {"learning_rate": 1e-3}  # optional: see embedkit.fitting.FitOptions
+        slice_order = "free"                  # optional: what it makes of the order of slices, see SliceOrder
 
         def __init__(self, shape: BagShape, token_sets: tuple[str, ...], outputs: int, *, width: int = 64): ...
         def forward(self, bag: Bag) -> HeadOutput: ...
@@ -32,7 +33,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast, get_args
+from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 from torch import Tensor, nn
 
@@ -45,6 +46,7 @@ __all__ = [
     "Head",
     "HeadEntry",
     "HeadOutput",
+    "SliceOrder",
     "TokenPreference",
     "check_output",
     "choose_token_set",
@@ -55,6 +57,10 @@ __all__ = [
 
 GROUP = "embedkit.heads"
 FIT_WAYS = ("gradient", "closed form")
+
+SliceOrder = Literal["free", "positions", "sequence"]
+"""What a head makes of the order of slices. ``free``: nothing, slices may be shuffled. ``positions``: it reads
+``Bag.positions`` alone, slices may be shuffled together with them. ``sequence``: neighbours along the axis matter."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class HeadOutput:
             or signed contributions to the logit where the head has those.
         mask_logits: [batch views slices patches], a predicted mask on the token grid.
         embedding: [batch dim], the pooled vector that the last layer reads.
+        auxiliary_logits: [batch outputs], a second answer that has the same loss in training; the mean of both losses
+            is minimised. Nothing but training reads it.
     """
 
     logits: Tensor
@@ -75,6 +83,7 @@ class HeadOutput:
     token_attention: Tensor | None = None
     mask_logits: Tensor | None = None
     embedding: Tensor | None = None
+    auxiliary_logits: Tensor | None = None
 
 
 class Head(Protocol):
@@ -228,7 +237,8 @@ def check_output(name: str, output: Any, bag: Bag, outputs: int) -> HeadOutput:
     """
     if not isinstance(output, HeadOutput):
         raise HeadError(f"head {name!r} returned {type(output).__name__}, expected embedkit.plugins.HeadOutput")
-    expected = {"logits": (len(bag), outputs), "slice_attention": tuple(bag.mask.shape)}
+    logits = (len(bag), outputs)
+    expected = {"logits": logits, "auxiliary_logits": logits, "slice_attention": tuple(bag.mask.shape)}
     for field, shape in expected.items():
         tensor = getattr(output, field)
         if tensor is not None and tuple(tensor.shape) != shape:
@@ -260,6 +270,8 @@ def _check_class(loaded: object, entry: HeadEntry) -> None:
         problem = f"its `reads` is {reads!r}, expected a frozenset of kinds among {', '.join(kinds)}"
     elif fit_by not in FIT_WAYS:
         problem = f"its `fit_by` is {fit_by!r}, expected one of {', '.join(FIT_WAYS)}"
+    elif (order := getattr(loaded, "slice_order", None)) not in (None, *get_args(SliceOrder)):
+        problem = f"its `slice_order` is {order!r}, expected one of {', '.join(get_args(SliceOrder))}"
     elif fit_by == "closed form" and not all(hasattr(loaded, name) for name in ("features", "fit", "read_out")):
         problem = "it is fitted in closed form but lacks `features`, `fit` or `read_out`"
     if problem:

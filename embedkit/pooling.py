@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from embedkit.bags import Bag, BagShape
 from embedkit.errors import HeadError
 
-__all__ = ["ViewQuery", "join_tokens", "joined_size", "masked_max", "masked_mean", "masked_softmax"]
+__all__ = [
+    "ViewQuery",
+    "join_tokens",
+    "joined_size",
+    "masked_max",
+    "masked_mean",
+    "masked_softmax",
+    "pool_views",
+    "weigh_slices",
+]
 
 
 def joined_size(shape: BagShape, token_sets: Sequence[str]) -> tuple[int, int]:
@@ -75,6 +84,32 @@ def masked_softmax(scores: Tensor, mask: Tensor, dim: int | tuple[int, ...]) -> 
     scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
     weights = (scores - scores.detach().amax(dim, keepdim=True)).exp().masked_fill(~mask, 0.0)
     return weights / weights.sum(dim, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def pool_views(bag: Bag, token_sets: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The mean of the tokens of each view over slices and patches, and the share of each view in a mean over views.
+
+    Returns:
+        [batch views dim], zeros for a missing view, and [batch views], which sums to 1 over the views present.
+    """
+    tokens = join_tokens(bag, token_sets).mean(3)
+    present = bag.mask.any(2)
+    pooled = masked_mean(tokens, bag.mask[..., None], 2)
+    return pooled, (present / present.sum(1, keepdim=True).clamp(min=1)).to(pooled.dtype)
+
+
+def weigh_slices(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``slice_attention`` and ``token_attention`` of weights over tokens that need not sum to 1 in any one view.
+
+    Args:
+        weights: Not negative, 0 on masked slices [batch views slices patches].
+
+    Returns:
+        [batch views slices], summing to 1 over each view that has any weight, and the same with the patches apart.
+    """
+    total = weights.sum((2, 3), keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    attention = weights / total
+    return attention.sum(3), attention
 
 
 class ViewQuery(nn.Module):

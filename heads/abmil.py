@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
-from embedkit.plugins import HeadOutput
+from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
 
 __all__ = ["AbmilHead"]
@@ -24,6 +24,7 @@ class AbmilHead(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "gradient"
+    slice_order: ClassVar[SliceOrder] = "free"
 
     def __init__(
         self,

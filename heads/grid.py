@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
-from embedkit.plugins import HeadOutput, TokenPreference
+from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import join_tokens, joined_size, masked_max, masked_mean
 
 __all__ = ["GridHead"]
@@ -26,6 +26,7 @@ class GridHead(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "gradient"
+    slice_order: ClassVar[SliceOrder] = "free"
     prefers: ClassVar[TokenPreference] = TokenPreference("patch", depth=2 / 3, grid=4)
     fit_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-3}
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
-from embedkit.plugins import HeadOutput
-from embedkit.pooling import join_tokens, joined_size, masked_mean
+from embedkit.plugins import HeadOutput, SliceOrder
+from embedkit.pooling import join_tokens, joined_size, pool_views
 
 __all__ = ["LinearHead"]
 
@@ -27,6 +27,7 @@ class LinearHead(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "gradient"
+    slice_order: ClassVar[SliceOrder] = "free"
 
     def __init__(self, shape: BagShape, token_sets: Sequence[str], outputs: int, *, dropout: float = 0.2) -> None:
         super().__init__()
@@ -38,10 +39,7 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, bag: Bag) -> HeadOutput:
-        tokens = join_tokens(bag, self.token_sets).mean(3)
-        present = bag.mask.any(2)
-        pooled = masked_mean(tokens, bag.mask[..., None], 2)
-        share = (present / present.sum(1, keepdim=True).clamp(min=1)).to(pooled.dtype)
+        pooled, share = pool_views(bag, self.token_sets)
         per_view: Tensor = torch.einsum("bvd,vod->bvo", self.dropout(pooled), self.weight)
         logits = torch.einsum("bvo,bv->bo", per_view, share) + self.bias
         return HeadOutput(logits, embedding=(pooled * self.weight.norm(dim=1)).flatten(1))

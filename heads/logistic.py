@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
 from embedkit.closed_form import LinearReadout
-from embedkit.plugins import HeadOutput
+from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import join_tokens, joined_size, masked_mean
 
 __all__ = ["LogisticHead"]
@@ -25,6 +25,7 @@ class LogisticHead(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "closed form"
+    slice_order: ClassVar[SliceOrder] = "free"
 
     def __init__(self, shape: BagShape, token_sets: Sequence[str], outputs: int) -> None:
         super().__init__()

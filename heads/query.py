@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
-from embedkit.plugins import HeadOutput
+from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
 
 __all__ = ["QueryHead"]
@@ -28,6 +28,7 @@ class QueryHead(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "gradient"
+    slice_order: ClassVar[SliceOrder] = "free"
 
     def __init__(self, shape: BagShape, token_sets: Sequence[str], outputs: int, *, dropout: float = 0.2) -> None:
         super().__init__()

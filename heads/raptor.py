@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
 from embedkit.closed_form import LinearReadout
-from embedkit.plugins import HeadOutput, TokenPreference
+from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import join_tokens, joined_size, masked_mean
 
 __all__ = ["RaptorHead"]
@@ -27,6 +27,7 @@ class RaptorHead(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "closed form"
+    slice_order: ClassVar[SliceOrder] = "free"
     prefers: ClassVar[TokenPreference] = TokenPreference("patch")
 
     def __init__(

@@ -24,7 +24,7 @@ from embedkit.plugins import (
 )
 from embedkit.recipe import TokenSet
 
-BUILT_IN = ("abmil", "grid", "linear", "logistic", "query", "raptor")
+BUILT_IN = ("abmil", "dsmil", "grid", "linear", "logistic", "mha", "mlp", "query", "raptor", "transformer")
 
 
 class GoodHead(nn.Module):
@@ -51,11 +51,17 @@ class Unfitted(nn.Module):
     fit_by = "closed form"
 
 
+class Disordered(nn.Module):
+    reads = frozenset({"cls"})
+    fit_by = "gradient"
+    slice_order = "any"
+
+
 @pytest.fixture
 def strangers(monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of an importable module that holds the heads above."""
     module = ModuleType("stranger_heads")
-    for item in (GoodHead, Homeless, Undecided, Unread, Unfitted):
+    for item in (GoodHead, Homeless, Undecided, Unread, Unfitted, Disordered):
         setattr(module, item.__name__, item)
     module.number = 3  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -83,7 +89,7 @@ def test_a_strangers_head_comes_through_the_same_door(strangers: str) -> None:
 
 
 def test_an_unknown_head_lists_the_known_ones_and_the_nearest() -> None:
-    with pytest.raises(HeadError, match=r"no head is called 'abmill'; did you mean abmil\? installed: abmil, grid"):
+    with pytest.raises(HeadError, match=r"no head is called 'abmill'; did you mean abmil\? installed: abmil, "):
         load_head("abmill")
     with pytest.raises(HeadError, match="no head is called 'zzz'; installed: abmil"):
         load_head("zzz")
@@ -112,6 +118,7 @@ def test_an_entry_point_that_fails_to_import_tells_the_cause() -> None:
         ("Homeless", "its `reads` is None"),
         ("Unread", r"its `reads` is frozenset\(\{'voxels'\}\), expected a frozenset of kinds among cls, patch"),
         ("Undecided", "its `fit_by` is 'magic', expected one of gradient, closed form"),
+        ("Disordered", "its `slice_order` is 'any', expected one of free, positions, sequence"),
         ("Unfitted", "lacks `features`, `fit` or `read_out`"),
     ],
 )
@@ -172,6 +179,7 @@ BAG = Bag({}, torch.ones(2, 1, 3, dtype=torch.bool), torch.zeros(2, 1, 3), ("a",
     [
         (torch.zeros(2, 1), "Tensor, expected embedkit.plugins.HeadOutput"),
         (HeadOutput(torch.zeros(2)), r"logits of shape \(2,\), expected \(2, 1\)"),
+        (HeadOutput(torch.zeros(2, 1), auxiliary_logits=torch.zeros(1)), r"auxiliary_logits of shape \(1,\), expected"),
         (HeadOutput(torch.zeros(2, 1), torch.zeros(2, 3)), r"slice_attention of shape \(2, 3\), expected \(2, 1, 3\)"),
         (HeadOutput(torch.zeros(2, 1), None, torch.zeros(2, 1, 4, 5)), r"token_attention of shape \(2, 1, 4, 5\)"),
     ],

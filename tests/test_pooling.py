@@ -9,7 +9,16 @@ import torch
 
 from embedkit.bags import Bag, BagShape
 from embedkit.errors import HeadError
-from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_max, masked_mean, masked_softmax
+from embedkit.pooling import (
+    ViewQuery,
+    join_tokens,
+    joined_size,
+    masked_max,
+    masked_mean,
+    masked_softmax,
+    pool_views,
+    weigh_slices,
+)
 
 MASK = torch.tensor([[True, False, True], [False, False, False]])
 VALUES = torch.tensor([[-1.0, math.nan, -3.0], [math.inf, 7.0, -math.inf]])
@@ -78,3 +87,19 @@ def test_view_query_weighs_by_softmax_of_the_scaled_product() -> None:
     vectors = torch.tensor([[[1.0, 0, 0, 0], [3.0, 0, 0, 0]]])
     weights = torch.tensor([1.0, 3.0]).softmax(0)
     torch.testing.assert_close(fuse.weigh(vectors, torch.ones(1, 2, dtype=torch.bool))[0], weights)
+
+
+def test_views_are_pooled_to_means_that_share_equally_where_they_are_there() -> None:
+    tokens = {
+        "cls:2": torch.tensor([[[[[2.0]], [[4.0]]], [[[5.0]], [[9.0]]]], [[[[7.0]], [[1.0]]], [[[3.0]], [[3.0]]]]])
+    }
+    mask = torch.tensor([[[True, True], [True, False]], [[True, False], [False, False]]])
+    pooled, share = pool_views(Bag(tokens, mask, torch.zeros(2, 2, 2), ("a", "b")), ("cls:2",))
+    assert pooled[..., 0].tolist() == [[3, 5], [7, 0]]
+    assert share.tolist() == [[0.5, 0.5], [1, 0]]
+
+
+def test_weights_over_all_views_become_attention_within_each() -> None:
+    slices, tokens = weigh_slices(torch.tensor([[[[0.1, 0.1], [0.2, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]]))
+    torch.testing.assert_close(slices, torch.tensor([[[0.5, 0.5], [0.0, 0.0]]]))
+    torch.testing.assert_close(tokens[0, 0], torch.tensor([[0.25, 0.25], [0.5, 0.0]]))
