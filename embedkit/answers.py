@@ -10,16 +10,30 @@ from numpy.typing import NDArray
 
 from embedkit.targets import TaskKind
 
-__all__ = ["choose_class", "name_classes", "score_array", "score_columns", "word_answer"]
+__all__ = ["choose_class", "name_classes", "score_array", "score_columns", "stated_times", "word_answer"]
+
+_SURVIVAL = "survival_"
 
 
-def score_columns(kind: TaskKind, classes: Sequence[str]) -> tuple[str, ...]:
-    """Columns of predictions: ``score`` for binary and regression, else ``score_CLASS`` for each class."""
+def score_columns(kind: TaskKind, classes: Sequence[str], times: Sequence[float] = ()) -> tuple[str, ...]:
+    """Columns of predictions: ``score`` for binary and regression, else ``score_CLASS`` for each class.
+
+    Survival: ``score``, the risk, then ``survival_TIME`` for each stated time: the chance to be without the event then.
+    """
+    if kind == "survival":
+        return ("score", *(f"{_SURVIVAL}{time:.12g}" for time in times))
     return ("score",) if kind in ("binary", "regression") else tuple(f"score_{name}" for name in classes)
 
 
+def stated_times(kind: TaskKind, columns: Sequence[str]) -> tuple[float, ...]:
+    """The times of a survival task from the columns of its predictions, () for other kinds."""
+    if kind != "survival":
+        return ()
+    return tuple(float(name.removeprefix(_SURVIVAL)) for name in columns if name.startswith(_SURVIVAL))
+
+
 def score_array(kind: TaskKind, scores: NDArray[Any]) -> NDArray[np.float64]:
-    """Scores [cases outputs] as `compute_metrics` takes them: one column flat, multiclass rows summing to 1."""
+    """Scores [cases columns] as `compute_metrics` takes them: one column flat, multiclass rows summing to 1."""
     values: NDArray[np.float64] = scores.astype(np.float64)
     if kind == "multiclass":
         values /= values.sum(1, keepdims=True)
@@ -38,15 +52,26 @@ def name_classes(kind: TaskKind, classes: Sequence[str], scores: NDArray[Any]) -
 def choose_class(kind: TaskKind, classes: Sequence[str], scores: NDArray[Any], class_name: str | None) -> int:
     """The place in ``classes`` of the class to explain: the one named, else the positive or the most probable one.
 
-    0 for a regression.
+    0 for a regression and for survival.
     """
     if class_name is not None:
         return classes.index(class_name)
-    return {"binary": 1, "regression": 0}.get(kind, int(scores.argmax()))
+    return {"binary": 1, "regression": 0, "survival": 0}.get(kind, int(scores.argmax()))
 
 
-def word_answer(kind: TaskKind, classes: Sequence[str], target: str, scores: NDArray[Any], place: int) -> str:
-    """What scores [outputs] say of the class at ``place``, in words."""
+def word_answer(
+    kind: TaskKind,
+    classes: Sequence[str],
+    target: str,
+    scores: NDArray[Any],
+    place: int,
+    *,
+    times: Sequence[float] = (),
+) -> str:
+    """What scores [columns] say of the class at ``place``, in words; of survival, the chances at the stated times."""
+    if kind == "survival":
+        chances = ", ".join(f"{time:g}: {chance:.2f}" for time, chance in zip(times, scores[1:], strict=True))
+        return f"{target}: risk {scores[0]:.2f}, chance to be without the event at {chances}"
     if kind == "regression":
         return f"{target} = {scores[0]:.4g}"
     probability = float(scores[place]) if kind != "binary" else float(scores[0] if place else 1 - scores[0])

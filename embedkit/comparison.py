@@ -275,7 +275,9 @@ def _score_all(
 
 
 def _statistics(found: Outcomes) -> dict[str, Statistic]:
-    return metric_statistics(found.kind, found.targets, found.scores, found.patient_ids, repeated=True)
+    return metric_statistics(
+        found.kind, found.targets, found.scores, found.patient_ids, repeated=True, times=found.times
+    )
 
 
 def _delong(

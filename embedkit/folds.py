@@ -28,6 +28,7 @@ _Bools = NDArray[np.bool_]
 
 _ATTEMPTS = 32
 _QUANTILE_BINS = 10
+_TIME_BINS = 5
 _TRAINING_NAMES = frozenset({"train", "training", "val", "valid", "validation", "dev"})
 
 
@@ -35,7 +36,8 @@ def make_folds(task: Task, n: int, *, seed: int) -> _Ints:
     """Deals the cases into folds that keep each patient whole and are alike in their targets.
 
     Stratified by class; by the rarest of a case's labels or absences for multilabel; by ten quantile bins for
-    regression. Every class is in every fold, so it is in the test part and in the training part of each.
+    regression; for survival by event or none and five quantile bins of the time of each. Every class (or an event) is
+    in every fold, so it is in the test part and in the training part of each.
 
     Args:
         task: Labelled cases.
@@ -61,10 +63,10 @@ def make_folds(task: Task, n: int, *, seed: int) -> _Ints:
     for state, count in zip(task.states, task.patients_per_state, strict=True):
         if count < n:
             fewer = f"ask for at most {count} folds, " if count > 1 else ""
+            way_out = "leave it out by naming the classes to learn, merge it with another class in the label table, or "
             raise TaskError(
-                f"target {task.name}: class {state} occurs in {count_noun(count, 'patient')}, fewer than the {n} folds,"
-                f" so a fold would lack it; {fewer}leave it out by naming the classes to learn, merge it with another"
-                " class in the label table, or add cases"
+                f"target {task.name}: {task.word_state(state)} occurs in {count_noun(count, 'patient')}, fewer than the"
+                f" {n} folds, so a fold would lack it; {fewer}{way_out if task.classes else 'or '}add cases"
             )
     for folds in _deal(task, np.arange(len(task.case_ids)), n, seed):
         lacks = [_first_absent(task, folds == fold) for fold in range(n)]
@@ -212,7 +214,7 @@ def _share_states(held: _Bools, states: _Bools, rng: np.random.Generator) -> Non
 
 def _deal(task: Task, cases: _Ints, parts: int, seed: int) -> Iterator[_Ints]:
     """Grouped, stratified deals of ``cases`` into parts, each int64 [cases]; the same sequence for the same seed."""
-    strata = _merge_rare(_stratify(task, cases), parts)
+    strata = _merge_rare(_stratify(task, cases, parts), parts)
     patients = np.unique(np.asarray(task.patient_ids)[cases], return_inverse=True)[1]
     for attempt in range(_ATTEMPTS):
         state = int(np.random.SeedSequence([seed, attempt]).generate_state(1)[0])
@@ -223,14 +225,28 @@ def _deal(task: Task, cases: _Ints, parts: int, seed: int) -> Iterator[_Ints]:
         yield folds
 
 
-def _stratify(task: Task, cases: _Ints) -> _Ints:
-    """int64 [cases]: the rarest state of each case, or the quantile bin of its target."""
+def _stratify(task: Task, cases: _Ints, parts: int) -> _Ints:
+    """int64 [cases]: the rarest state of each case, or the quantile bin of its target; of a time, ``parts`` or more."""
     if task.kind == "regression":
         ranks = rankdata(task.targets[cases]) - 0.5
         return np.asarray(ranks * _QUANTILE_BINS / len(cases)).astype(np.int64)
+    if task.kind == "survival":
+        return _stratify_followup(task.targets[cases, 0], task.targets[cases, 1], parts)
     membership = task.membership[cases]
     rarity = np.where(membership, membership.sum(axis=0), len(cases) + 1)
     return np.asarray(rarity.argmin(axis=1), dtype=np.int64)
+
+
+def _stratify_followup(times: NDArray[np.float64], events: NDArray[np.float64], parts: int) -> _Ints:
+    """int64 [cases]: event or none, and among those the quantile bin of the time, with ``parts`` cases or more each."""
+    strata = np.zeros(len(times), dtype=np.int64)
+    for happened in (0, 1):
+        inside = events == happened
+        size = int(inside.sum())
+        bins = min(_TIME_BINS, max(1, size // parts))
+        ranks = rankdata(times[inside], method="ordinal") - 1
+        strata[inside] = happened * _TIME_BINS + ranks * bins // max(1, size)
+    return strata
 
 
 def _merge_rare(strata: _Ints, parts: int) -> _Ints:
@@ -247,7 +263,7 @@ def _first_absent(task: Task, inside: _Bools) -> str | None:
         return "any case"
     columns = task.membership[inside].T
     return next(
-        (f"class {state}" for state, column in zip(task.states, columns, strict=True) if not column.any()), None
+        (task.word_state(state) for state, column in zip(task.states, columns, strict=True) if not column.any()), None
     )
 
 

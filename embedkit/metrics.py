@@ -30,6 +30,7 @@ from embedkit.formulas import (
     weigh_r2,
     weigh_spearman,
 )
+from embedkit.survival import weigh_concordance, weigh_integrated_brier, weigh_ipcw_concordance
 from embedkit.targets import KINDS, TaskKind
 
 __all__ = [
@@ -53,10 +54,12 @@ METRICS: dict[TaskKind, tuple[str, ...]] = {
     "multiclass": _CLASSIFICATION,
     "multilabel": _CLASSIFICATION,
     "regression": ("mae", "r2", "spearman"),
+    "survival": ("c_index", "c_index_ipcw", "integrated_brier"),
 }
-"""Names of the metrics of each kind of task; the first of a classification and ``r2`` are the usual headline."""
+"""Names of the metrics of each kind of task; the first is the usual headline, of a regression ``r2``."""
 
-HIGHER_IS_BETTER = {name: name not in ("brier", "ece", "mae") for names in METRICS.values() for name in names}
+_LOWER_IS_BETTER = ("brier", "ece", "mae", "integrated_brier")
+HIGHER_IS_BETTER = {name: name not in _LOWER_IS_BETTER for names in METRICS.values() for name in names}
 
 _BAND_POINTS = 101
 
@@ -86,6 +89,7 @@ def compute_metrics(
     groups: Sequence[str],
     *,
     repeated: bool = False,
+    times: Sequence[float] = (),
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Interval]:
@@ -100,18 +104,22 @@ def compute_metrics(
       interval lies high and may even miss the value.
     - multilabel: each of these per label as if binary, then their mean; ``accuracy`` is thus 1 - Hamming loss.
     - ``mae``, ``r2``, ``spearman`` for regression.
+    - survival: ``c_index`` (Harrell's), ``c_index_ipcw`` (Uno's, for events before the last stated time), and
+      ``integrated_brier``, the mean of the Brier score under IPCW from the first to the last stated time.
 
     Classes that the targets lack are left out of the means of ``auroc``, ``auprc``, ``balanced_accuracy`` and ``f1``.
     Resamples that lack a class which the targets have are left out for these four, and counted in the interval.
 
     Args:
-        task_kind: binary, multiclass, multilabel or regression.
-        targets: As `Task.targets`: [cases], or [cases classes] for multilabel.
+        task_kind: binary, multiclass, multilabel, regression or survival.
+        targets: As `Task.targets`: [cases], [cases classes] for multilabel, [cases 2] for survival.
         scores: Probabilities: [cases] of the positive class; multiclass [cases classes], rows summing to 1; multilabel
-            [cases classes]. Regression: predictions [cases].
+            [cases classes]. Regression: predictions [cases]. Survival: [cases 1+times], the risk, then the chance to be
+            without the event at each of ``times``.
         groups: Patient of each case.
         repeated: ``scores`` have an axis of repeats (repeated folds) in front: each metric is the mean of what it is in
             every repeat. The scores are not averaged, which would judge an ensemble of heads.
+        times: Of a survival task, as `Task.times`.
         resamples: Of the bootstrap; 0 leaves the limits NaN.
         seed: Of the bootstrap.
 
@@ -119,7 +127,9 @@ def compute_metrics(
         TaskError: shapes that do not fit each other, no cases, NaN, or scores that are no probabilities.
         OptionError: unknown kind, or ``resamples`` below 0.
     """
-    statistics = metric_statistics(task_kind, targets, scores, groups, repeated=repeated, resamples=resamples)
+    statistics = metric_statistics(
+        task_kind, targets, scores, groups, repeated=repeated, times=times, resamples=resamples
+    )
     resampled = bootstrap_values(statistics, groups, resamples=resamples, seed=seed)
     plain = np.ones((1, len(groups)))
     return {
@@ -135,30 +145,34 @@ def metric_statistics(
     groups: Sequence[str],
     *,
     repeated: bool = False,
+    times: Sequence[float] = (),
     resamples: int = 0,
 ) -> dict[str, Statistic]:
     """Every metric of the kind of task as a function of case weights, by name; checked as `compute_metrics` does.
 
     Args:
-        task_kind, targets, scores, groups, repeated, resamples: As in `compute_metrics`.
+        task_kind, targets, scores, groups, repeated, times, resamples: As in `compute_metrics`.
 
     Raises:
         TaskError, OptionError: as `compute_metrics`.
     """
     repeats = np.asarray(scores) if repeated else [np.asarray(scores)]
-    each = [_statistics(task_kind, *_checked(task_kind, targets, part, groups, resamples)) for part in repeats]
+    each = [
+        _statistics(task_kind, *_checked(task_kind, targets, part, groups, resamples, times=times), times)
+        for part in repeats
+    ]
     if len(each) == 1:
         return each[0]
     return {name: average_statistics([statistics[name] for statistics in each]) for name in METRICS[task_kind]}
 
 
 def compute_weighted_metrics(
-    task_kind: TaskKind, targets: ArrayLike, scores: ArrayLike, weights: ArrayLike
+    task_kind: TaskKind, targets: ArrayLike, scores: ArrayLike, weights: ArrayLike, *, times: Sequence[float] = ()
 ) -> dict[str, Floats]:
     """Every metric of the kind of task under many weightings of the cases, as in `compute_metrics`.
 
     Args:
-        task_kind, targets, scores: As in `compute_metrics`.
+        task_kind, targets, scores, times: As in `compute_metrics`.
         weights: [weightings cases], 0 or above.
 
     Returns:
@@ -168,7 +182,7 @@ def compute_weighted_metrics(
         TaskError, OptionError: as `compute_metrics`.
     """
     weights = np.atleast_2d(np.asarray(weights, dtype=np.float64))
-    statistics = _statistics(task_kind, *_checked(task_kind, targets, scores, weights[0], 0))
+    statistics = _statistics(task_kind, *_checked(task_kind, targets, scores, weights[0], 0, times=times), times)
     return {name: statistic(weights) for name, statistic in statistics.items()}
 
 
@@ -180,6 +194,7 @@ def paired_difference(
     groups: Sequence[str],
     *,
     metric: str,
+    times: Sequence[float] = (),
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
@@ -188,7 +203,7 @@ def paired_difference(
     Both are computed on each resample of patients, so what makes cases easy or hard for both cancels.
 
     Args:
-        task_kind, targets, groups, resamples, seed: As in `compute_metrics`.
+        task_kind, targets, groups, times, resamples, seed: As in `compute_metrics`.
         scores_a, scores_b: Each as ``scores`` in `compute_metrics`.
         metric: One of `METRICS` of the kind.
 
@@ -196,7 +211,8 @@ def paired_difference(
         TaskError, OptionError: as `compute_metrics`; OptionError also for a metric that the kind does not have.
     """
     both = [
-        metric_statistics(task_kind, targets, scores, groups, resamples=resamples) for scores in (scores_a, scores_b)
+        metric_statistics(task_kind, targets, scores, groups, times=times, resamples=resamples)
+        for scores in (scores_a, scores_b)
     ]
     require_metric(task_kind, metric)
     first, second = (statistics[metric] for statistics in both)
@@ -273,7 +289,16 @@ def _roc_rates(targets: NDArray[Any], scores: Floats, weights: Floats) -> tuple[
     return false_rates, true_rates
 
 
-def _statistics(task_kind: TaskKind, targets: NDArray[Any], scores: Floats) -> dict[str, Statistic]:
+def _statistics(
+    task_kind: TaskKind, targets: NDArray[Any], scores: Floats, times: Sequence[float] = ()
+) -> dict[str, Statistic]:
+    if task_kind == "survival":
+        followed, happened, at = targets[:, 0], targets[:, 1] == 1, np.asarray(times, dtype=np.float64)
+        return {
+            "c_index": weigh_concordance(followed, happened, scores[:, 0]),
+            "c_index_ipcw": weigh_ipcw_concordance(followed, happened, scores[:, 0], until=at[-1]),
+            "integrated_brier": weigh_integrated_brier(followed, happened, scores[:, 1:], at),
+        }
     if task_kind == "regression":
         return {
             "mae": weigh_mean(np.abs(targets - scores)),
@@ -324,7 +349,13 @@ def _multiclass_statistics(targets: NDArray[Any], scores: Floats) -> dict[str, S
 
 
 def _checked(
-    task_kind: TaskKind, targets: ArrayLike, scores: ArrayLike, groups: Sequence[str] | NDArray[Any], resamples: int
+    task_kind: TaskKind,
+    targets: ArrayLike,
+    scores: ArrayLike,
+    groups: Sequence[str] | NDArray[Any],
+    resamples: int,
+    *,
+    times: Sequence[float] = (),
 ) -> tuple[NDArray[Any], Floats]:
     """Targets, and scores as float64, once they fit the kind of task and each other."""
     if task_kind not in KINDS:
@@ -332,10 +363,13 @@ def _checked(
     if resamples < 0:
         raise OptionError(f"{resamples} resamples were asked for, expected 0 or more")
     targets, scores = np.asarray(targets), np.asarray(scores, dtype=np.float64)
-    wide = task_kind in ("multiclass", "multilabel")
+    wide = task_kind in ("multiclass", "multilabel", "survival")
     expected = "[cases classes]" if wide else "[cases]"
     fits = scores.shape[:1] == targets.shape[:1] and scores.ndim == 1 + wide
-    if not fits or len(groups) != len(scores) or targets.ndim != 1 + (task_kind == "multilabel"):
+    if task_kind == "survival":
+        expected = f"[cases {1 + len(times)}], targets [cases 2]"
+        fits = fits and len(times) > 0 and scores.shape[1] == 1 + len(times) and targets.shape[1:] == (2,)
+    if not fits or len(groups) != len(scores) or targets.ndim != 1 + (task_kind in ("multilabel", "survival")):
         raise TaskError(
             f"{task_kind} targets {targets.shape}, scores {scores.shape} and {len(groups)} groups do not fit each"
             f" other; expected scores {expected} and one target and one group for each case"
@@ -352,12 +386,17 @@ def _check_values(task_kind: TaskKind, targets: NDArray[Any], scores: Floats) ->
     if not np.isfinite(scores).all() or not np.isfinite(targets).all():
         bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(targets)).sum())
         raise TaskError(f"{bad} scores or targets are NaN or infinite, expected finite numbers; did training diverge?")
+    if task_kind == "survival":
+        _check_followup(targets)
+        scores = scores[:, 1:]
     if task_kind == "regression":
         return
     if scores.min() < 0 or scores.max() > 1:
         raise TaskError(
             f"scores lie in {scores.min():g}..{scores.max():g}, expected probabilities; apply sigmoid or softmax first"
         )
+    if task_kind == "survival":
+        return
     classes = scores.shape[1] if task_kind == "multiclass" else 2
     if not np.isin(targets, np.arange(classes)).all():
         raise TaskError(f"{task_kind} targets are not all whole numbers in 0..{classes - 1}; expected codes of classes")
@@ -365,4 +404,12 @@ def _check_values(task_kind: TaskKind, targets: NDArray[Any], scores: Floats) ->
     if np.abs(sums - 1).max() > 0.01:
         raise TaskError(
             f"scores of a case sum to {sums[np.abs(sums - 1).argmax()]:g}, expected 1; apply softmax over the classes"
+        )
+
+
+def _check_followup(targets: NDArray[Any]) -> None:
+    if targets[:, 0].min() <= 0 or not np.isin(targets[:, 1], (0, 1)).all():
+        raise TaskError(
+            f"survival targets begin with {targets[0, 0]:g} and {targets[0, 1]:g}; expected of every case a time above"
+            " 0, then 1 for an event or 0 for censored"
         )

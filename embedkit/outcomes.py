@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embedkit.answers import score_array, score_columns
+from embedkit.answers import score_array, score_columns, stated_times
 from embedkit.bootstrap import Floats
 from embedkit.targets import TaskKind
 
@@ -28,6 +28,7 @@ class Outcomes:
         targets: As `Task.targets`, one per case.
         scores: As `compute_metrics` takes them, with the repeats in front: [repeats cases] or [repeats cases classes].
         folds: int64 [repeats cases], which member gave each score; -1 where all members gave it together.
+        times: As `Task.times`.
     """
 
     kind: TaskKind
@@ -37,6 +38,7 @@ class Outcomes:
     targets: NDArray[Any]
     scores: Floats
     folds: NDArray[np.int64]
+    times: tuple[float, ...] = ()
 
     def select(self, chosen: NDArray[np.bool_]) -> Outcomes:
         """Those of some of the cases, bool [cases]."""
@@ -56,29 +58,33 @@ def read_outcomes(kind: TaskKind, classes: Sequence[str], table: pl.DataFrame) -
 
     Args:
         kind, classes: Of the run.
-        table: ``case_id``, ``patient_id``, ``fold``, ``target`` and the score columns; a case has as many rows as there
-            are repeats.
+        table: ``case_id``, ``patient_id``, ``fold``, ``target`` (for survival ``event`` too) and the score columns; a
+            case has as many rows as there are repeats.
     """
     numbered = table.sort("case_id", "fold").with_columns(_repeat=pl.int_range(pl.len()).over("case_id"))
     repeats = numbered.partition_by("_repeat", maintain_order=True)
     first = repeats[0]
-    columns = score_columns(kind, classes)
+    times = stated_times(kind, first.columns)
+    columns = score_columns(kind, classes, times)
     return Outcomes(
         kind,
         tuple(classes),
         tuple(first["case_id"]),
         tuple(first["patient_id"]),
-        encode_truth(kind, classes, first["target"]),
+        encode_truth(kind, classes, first),
         np.stack([score_array(kind, part.select(columns).to_numpy()) for part in repeats]),
         np.stack([part["fold"].to_numpy() for part in repeats]).astype(np.int64),
+        times,
     )
 
 
-def encode_truth(kind: TaskKind, classes: Sequence[str], target: pl.Series) -> NDArray[Any]:
-    """`Task.targets` from the column ``target`` of a table of predictions."""
+def encode_truth(kind: TaskKind, classes: Sequence[str], table: pl.DataFrame) -> NDArray[Any]:
+    """`Task.targets` from the column ``target`` (and ``event`` of a survival task) of a table of predictions."""
     if kind == "regression":
-        return target.cast(pl.Float64).to_numpy()
-    names = target.cast(pl.String).to_list()
+        return table["target"].cast(pl.Float64).to_numpy()
+    if kind == "survival":
+        return table.select(pl.col("target", "event").cast(pl.Float64)).to_numpy()
+    names = table["target"].cast(pl.String).to_list()
     if kind == "multilabel":
         return np.array([[int(name in cell.split(";")) for name in classes] for cell in names], dtype=np.int64)
     codes = {name: code for code, name in enumerate(classes)}

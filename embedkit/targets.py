@@ -27,7 +27,7 @@ __all__ = [
     "list_some",
 ]
 
-TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
+TaskKind = Literal["binary", "multiclass", "multilabel", "regression", "survival"]
 KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 _MOST_CLASSES = 20
@@ -40,7 +40,8 @@ def infer_kind(values: pl.Series, target: str) -> TaskKind:
 
     A list, or text with ``;`` or ``|`` in it, is multilabel. Any two values are binary. Text is multiclass with at
     most 20 values; text that is all numbers counts as numbers beyond that. Whole numbers within -99..99 are multiclass
-    with at most 5 values, or with at most 20 values and 5 or more cases per value. Other numbers are regression.
+    with at most 5 values, or with at most 20 values and 5 or more cases per value. Other numbers are regression. A
+    survival task takes a second column and is never inferred from one.
 
     Args:
         values: Labels; null is unknown.

@@ -1,7 +1,7 @@
 """Owns tasks: a target column of the labelled cases as numbers that a head can learn.
 
-How values become codes is in `embedkit.targets`, splits are in `embedkit.folds` and offered here too. Knows no cache,
-no token and no head.
+How values become codes is in `embedkit.targets` and `embedkit.followup`, splits are in `embedkit.folds` and offered
+here too. Knows no cache, no token and no head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from embedkit.errors import OptionError, TaskError
 from embedkit.folds import folds_from_column, folds_from_groups, inner_split, make_folds, repeat_folds
+from embedkit.followup import choose_times, encode_followup
 from embedkit.targets import (
     KINDS,
     TaskKind,
@@ -52,14 +53,17 @@ class Task:
 
     Attributes:
         name: The target column.
-        kind: binary, multiclass, multilabel or regression.
-        classes: Names in the order of the targets' codes; empty for regression. Sorted (as numbers where all are
-            numbers) unless given. For binary the last is the positive class: ``1`` of 0/1, ``yes`` of no/yes,
-            ``malignant`` of benign/malignant.
+        kind: binary, multiclass, multilabel, regression or survival.
+        classes: Names in the order of the targets' codes; empty for regression and survival. Sorted (as numbers
+            where all are numbers) unless given. For binary the last is the positive class: ``1`` of 0/1, ``yes`` of
+            no/yes, ``malignant`` of benign/malignant.
         case_ids: Labelled cases, in the order of the case table.
         patient_ids: Patient of each case.
         targets: binary: int64 [cases] 0 or 1; multiclass: int64 [cases], place in ``classes``; multilabel: int64
-            [cases classes] 0 or 1; regression: float64 [cases].
+            [cases classes] 0 or 1; regression: float64 [cases]; survival: float64 [cases 2], the time followed and
+            1 where it ended with the event, 0 where it was censored.
+        event: Column of the events of a survival task, else empty.
+        times: At which the survival of each case is stated, rising; empty for other kinds.
     """
 
     name: str
@@ -68,15 +72,19 @@ class Task:
     case_ids: tuple[str, ...]
     patient_ids: tuple[str, ...]
     targets: NDArray[Any]
+    event: str = ""
+    times: tuple[float, ...] = ()
 
     @property
     def outputs(self) -> int:
-        """Width of a head's logits: 1 for binary and regression, else one per class."""
+        """Width of a head's logits: one per class for multiclass and multilabel, else 1."""
         return len(self.classes) if self.kind in ("multiclass", "multilabel") else 1
 
     @cached_property
     def states(self) -> tuple[str, ...]:
-        """What a split must keep on both sides: each class; for multilabel each label and its absence."""
+        """What a split must keep on both sides: each class; for multilabel each label and its absence; an event."""
+        if self.kind == "survival":
+            return ("an event",)
         if self.kind == "multilabel":
             return (*self.classes, *(f"without {name}" for name in self.classes))
         return self.classes
@@ -88,6 +96,8 @@ class Task:
             return np.zeros((len(self.case_ids), 0), dtype=bool)
         if self.kind == "multilabel":
             return np.hstack([self.targets == 1, self.targets == 0])
+        if self.kind == "survival":
+            return np.asarray(self.targets[:, 1:] == 1)
         return cast(NDArray[np.bool_], self.targets[:, None] == np.arange(len(self.classes)))
 
     @cached_property
@@ -95,6 +105,10 @@ class Task:
         """Number of patients with at least one case in each of `states`."""
         patients = np.asarray(self.patient_ids)
         return tuple(len(np.unique(patients[column])) for column in self.membership.T)
+
+    def word_state(self, state: str) -> str:
+        """One of `states` in words: ``class NAME``, or ``an event``."""
+        return state if self.kind == "survival" else f"class {state}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,8 @@ def make_task(
     *,
     kind: TaskKind | None = None,
     classes: Sequence[str] | None = None,
+    event: str | None = None,
+    times: Sequence[float] | None = None,
 ) -> tuple[Task, TaskReport]:
     """Makes a task that can be learned: `encode_targets`, then a check that every class has patients enough.
 
@@ -130,22 +146,26 @@ def make_task(
         kind: As `infer_kind` says if not given.
         classes: Values to learn, in this order (the last is positive for binary); cases with another value are left
             out and reported. All values, sorted, if not given.
+        event: Makes it a survival task: the target is how long a case was followed, above 0, and this column is 1
+            where that ended with the event and 0 where it was censored. A case that lacks either is without label.
+        times: At which a survival task's survival is stated, rising; None for deciles of the times of events.
 
     Raises:
-        TaskError: as `encode_targets`; also a constant target, or a class that fewer than two patients have (it
-            cannot be learned from one and tested on another).
+        TaskError: as `encode_targets`; also a constant target, or a class (or an event) that fewer than two patients
+            have: it cannot be learned from one and tested on another.
         OptionError: as `encode_targets`.
     """
-    task, report = encode_targets(labels, target, cases, kind=kind, classes=classes)
+    task, report = encode_targets(labels, target, cases, kind=kind, classes=classes, event=event, times=times)
     if task.kind == "regression" and len(np.unique(task.targets)) < 2:
         raise constant_target(target, f"{task.targets[0]:g}", len(task.case_ids))
     for state, patients, inside in zip(task.states, task.patients_per_state, task.membership.T, strict=True):
         if patients < 2:
             found = [task.case_ids[case] for case in np.flatnonzero(inside)]
+            way_out = "leave it out by naming the classes to learn, merge it with another class in the label table, or "
             raise TaskError(
-                f"target {target}: class {state} has {count_noun(len(found), 'case')}{list_some(found)} of"
-                f" {count_noun(patients, 'patient')}, but learning and testing it take at least 2 patients; leave it"
-                " out by naming the classes to learn, merge it with another class in the label table, or add cases"
+                f"target {target}: {task.word_state(state)} has {count_noun(len(found), 'case')}{list_some(found)} of"
+                f" {count_noun(patients, 'patient')}, but learning and testing it take at least 2 patients;"
+                f" {way_out if task.classes else ''}add cases"
             )
     return task, report
 
@@ -157,6 +177,8 @@ def encode_targets(
     *,
     kind: TaskKind | None = None,
     classes: Sequence[str] | None = None,
+    event: str | None = None,
+    times: Sequence[float] | None = None,
 ) -> tuple[Task, TaskReport]:
     """Makes a task without asking whether it can be learned: for judging a trained head on any labelled cases.
 
@@ -166,16 +188,18 @@ def encode_targets(
     multilabel task ``classes`` picks the labels and leaves no case out.
 
     Args:
-        labels, target, cases, kind, classes: As in `make_task`.
+        labels, target, cases, kind, classes, event, times: As in `make_task`.
 
     Raises:
         TaskError: a column is missing, a case has two labels or two patients, the tables name different patients of a
             case, no case has a label, a label is NaN or infinite, all labels are equal and ``classes`` is not given,
             or the values do not fit ``kind``.
-        OptionError: ``kind`` is unknown, or ``classes`` is empty, repeats itself or comes with regression.
+        OptionError: ``kind`` is unknown or does not go with ``event``, ``times`` are not rising from above 0, or
+            ``classes`` is empty, repeats itself or comes with regression or survival.
     """
-    _check_options(kind, classes)
-    known, unknown = _join_labels(labels, target, cases)
+    kind = "survival" if kind is None and event is not None else kind
+    _check_options(kind, classes, target, event, times)
+    known, unknown = _join_labels(labels, target, cases, event)
     labelled = known.drop_nulls("value")
     case_ids = labelled["case_id"].to_list()
     if not case_ids:
@@ -190,8 +214,12 @@ def encode_targets(
     names: tuple[str, ...] = ()
     targets: NDArray[Any]
     kept = np.ones(len(case_ids), dtype=bool)
+    stated: tuple[float, ...] = ()
     if kind == "regression":
         targets = encode_numbers(target, values, case_ids)
+    elif kind == "survival":
+        targets = encode_followup(target, values, str(event), labelled["happened"], case_ids)
+        stated = choose_times(target, targets, times)
     elif kind == "multilabel":
         names, targets = encode_sets(target, values, classes)
     else:
@@ -205,17 +233,27 @@ def encode_targets(
     patients = np.array(labelled["patient_id"].to_list(), dtype=object)[kept]
     ids = np.array(case_ids, dtype=object)
     unlabelled = known.filter(pl.col("value").is_null())["case_id"].to_list()
-    task = Task(target, kind, names, tuple(ids[kept]), tuple(patients), targets[kept])
+    task = Task(target, kind, names, tuple(ids[kept]), tuple(patients), targets[kept], event or "", stated)
     return task, TaskReport(tuple(unlabelled), tuple(unknown), tuple(ids[~kept]))
 
 
-def _check_options(kind: str | None, classes: Sequence[str] | None) -> None:
+def _check_options(
+    kind: str | None, classes: Sequence[str] | None, target: str, event: str | None, times: Sequence[float] | None
+) -> None:
     if kind is not None and kind not in KINDS:
         raise OptionError(f"task kind {kind!r} is unknown; expected one of {', '.join(KINDS)}")
+    if kind == "survival" and event is None:
+        raise OptionError(
+            f"target {target} is to be a survival task, but no event column was named; name the column that is 1 where"
+            " the time ended with the event and 0 where it was censored"
+        )
+    if kind != "survival" and (event is not None or times is not None):
+        given = f"event column {event}" if event is not None else "times of survival"
+        raise OptionError(f"{given} given for target {target}, which is no survival task ({kind}); leave it away")
     if classes is None:
         return
-    if kind == "regression":
-        raise OptionError(f"classes {', '.join(classes)} were named for a regression, which has none; leave them away")
+    if kind in ("regression", "survival"):
+        raise OptionError(f"classes {', '.join(classes)} were named for a {kind} task, which has none; leave them away")
     if not classes or len(set(classes)) < len(classes):
         raise OptionError(f"classes are {', '.join(classes) or 'none'}; expected one or more, each named once")
 
@@ -229,14 +267,23 @@ def _implied_kind(values: pl.Series, target: str, classes: Sequence[str] | None)
     return "binary" if len(classes) == 2 else "multiclass"
 
 
-def _join_labels(labels: pl.DataFrame, target: str, cases: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-    """The cases with their label as column ``value``, in the order of the case table; and the unknown cases."""
-    for column in ("case_id", target):
+def _join_labels(
+    labels: pl.DataFrame, target: str, cases: pl.DataFrame, event: str | None
+) -> tuple[pl.DataFrame, list[str]]:
+    """The cases with their label as column ``value``, in the order of the case table; and the unknown cases.
+
+    With an event column also ``happened``; ``value`` is null where that is.
+    """
+    for column in ("case_id", target, *([] if event is None else [event])):
         _require_column(labels, column, "label table")
     for column in ("case_id", "patient_id"):
         _require_column(cases, column, "case table")
     known = cases.select(pl.col("case_id", "patient_id").cast(pl.String)).unique(maintain_order=True)
     given = labels.select(pl.col("case_id").cast(pl.String), _cleaned(labels[target]).alias("value"))
+    if event is not None:
+        given = given.with_columns(_cleaned(labels[event]).alias("happened")).with_columns(
+            pl.when(pl.col("happened").is_not_null()).then(pl.col("value"))
+        )
     for table, what in ((known, "patients"), (given, "rows in the label table")):
         twice = table.filter(pl.col("case_id").is_duplicated())["case_id"].unique(maintain_order=True).to_list()
         if twice:

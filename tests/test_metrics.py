@@ -171,7 +171,12 @@ def test_known_values_by_hand() -> None:
 def test_every_metric_of_a_kind_is_there_in_order() -> None:
     assert tuple(compute_metrics("binary", [0, 1], [0.2, 0.7], people(2), resamples=0)) == METRICS["binary"]
     assert tuple(compute_metrics("regression", [0, 1], [0.2, 0.7], people(2), resamples=0)) == METRICS["regression"]
-    assert [name for name, higher in HIGHER_IS_BETTER.items() if not higher] == ["brier", "ece", "mae"]
+    assert [name for name, higher in HIGHER_IS_BETTER.items() if not higher] == [
+        "brier",
+        "ece",
+        "mae",
+        "integrated_brier",
+    ]
 
 
 # --- undefined

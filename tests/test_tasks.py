@@ -90,8 +90,8 @@ def test_dates_are_refused() -> None:
 
 
 def test_an_unknown_kind_names_the_known_ones() -> None:
-    with pytest.raises(OptionError, match="'survival' is unknown; expected one of binary, multiclass, multilabel, reg"):
-        task_of([0, 1, 0, 1], kind="survival")
+    with pytest.raises(OptionError, match="'ranking' is unknown; expected one of binary, multiclass, multilabel, reg"):
+        task_of([0, 1, 0, 1], kind="ranking")
 
 
 # --- codes
@@ -182,7 +182,7 @@ def test_numbers_become_classes_when_classes_are_named() -> None:
     [
         ([], None, "classes are none; expected one or more, each named once"),
         (["1", "1"], None, "classes are 1, 1; expected one or more, each named once"),
-        (["1"], "regression", "classes 1 were named for a regression, which has none"),
+        (["1"], "regression", "classes 1 were named for a regression task, which has none"),
     ],
 )
 def test_senseless_classes_are_refused(classes: list[str], kind: Any, message: str) -> None:
