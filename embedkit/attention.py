@@ -70,15 +70,16 @@ def encode_positions(positions: Tensor, width: int) -> Tensor:
     return torch.cat([phases.sin(), phases.cos()], -1).to(positions.dtype)
 
 
-def order_slices(mask: Tensor, *, backwards: bool = False) -> Tensor:
+def order_slices(mask: Tensor, *, dtype: torch.dtype = torch.float32, backwards: bool = False) -> Tensor:
     """Permutation that brings the real slices to the front in their order, wherever masked ones lie between them.
 
     Args:
         mask: Bool [... slices].
+        dtype: Of the result.
         backwards: Last real slice first.
 
     Returns:
-        float32 [... places slices] of zeros and ones: times [... slices dim] it gives the real slices without gaps and
+        [... places slices] of zeros and ones: times [... slices dim] it gives the real slices without gaps and
         zeros behind them, its transpose brings them back. A product, so that it is exact, has gradients, and can be
         stacked and exported.
     """
@@ -86,4 +87,4 @@ def order_slices(mask: Tensor, *, backwards: bool = False) -> Tensor:
     if backwards:
         ranks = mask.sum(-1, keepdim=True) - 1 - ranks
     places = torch.arange(mask.shape[-1], device=mask.device)
-    return ((ranks[..., None, :] == places[:, None]) & mask[..., None, :]).float()
+    return ((ranks[..., None, :] == places[:, None]) & mask[..., None, :]).to(dtype)

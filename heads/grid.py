@@ -2,8 +2,7 @@
 
 Pooling that forgets where a token was cannot tell left from right. Here slices are pooled place by place, as PointNet
 pools points (mean and maximum; Qi et al., arXiv 1612.00593), and one linear layer reads the pooled map whole. Made for
-tens to hundreds of cases: whole channels are dropped (Tompson et al., arXiv 1411.4280), one draw per case, which
-regularises better here than dropping single numbers and costs next to nothing; the last layer starts small.
+tens to hundreds of cases: whole channels are dropped, and the last layer starts small.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
+from embedkit.places import ChannelDropout, small_linear
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import join_tokens, joined_size, masked_max, masked_mean
 
@@ -52,10 +52,7 @@ class GridHead(nn.Module):
         )
         self.dropout = ChannelDropout(dropout)
         self.places = (len(shape.views), patches, 2, width)
-        self.classify = nn.Linear(len(shape.views) * patches * 2 * width, outputs)
-        with torch.no_grad():
-            self.classify.weight.mul_(0.1)
-            self.classify.bias.zero_()
+        self.classify = small_linear(len(shape.views) * patches * 2 * width, outputs)
 
     def forward(self, bag: Bag) -> HeadOutput:
         features = self.network(join_tokens(bag, self.token_sets))
@@ -82,17 +79,3 @@ class GridHead(nn.Module):
         credit = (highest.values * max_weight[:, None]).new_zeros(features.shape)
         credit.scatter_(2, highest.indices, highest.values * max_weight[:, None])
         return (shared + credit.sum(-1)).masked_fill(~bag.mask[..., None], 0.0)
-
-
-class ChannelDropout(nn.Module):
-    """Drops whole channels (the last axis) of each item of the batch in training, and scales up the rest."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, values: Tensor) -> Tensor:
-        if not self.training or not self.rate:
-            return values
-        size = (len(values), *[1] * (values.ndim - 2), values.shape[-1])
-        return values * torch.nn.functional.dropout(values.new_ones(size), self.rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from typing import Any, cast
 
@@ -250,7 +251,7 @@ def test_attention_sums_to_one_over_the_real_slices_of_every_view(name: str) -> 
     bag = make_bag([[3, 0], [5, 1]])
     output = make_head(name)(bag)
     if output.slice_attention is None:
-        assert name in ("linear", "logistic", "mlp", "raptor", "grid")
+        assert name in ("linear", "logistic", "mlp", "raptor", "grid", "conv", "transmil")
         return
     sums = bag.mask.any(2).float()
     torch.testing.assert_close(output.slice_attention.sum(2), sums)
@@ -320,17 +321,6 @@ def test_abmil_is_gated_attention() -> None:
     output = head(bag)
     torch.testing.assert_close(output.slice_attention[0, 0, :4], weights)
     torch.testing.assert_close(output.logits[0], head.classify(weights @ hidden))
-
-
-def test_grid_keeps_places_where_mean_pooling_forgets_them() -> None:
-    tokens = torch.zeros(2, 1, 1, 4, DIM)
-    tokens[0, 0, 0, 0] = 3
-    tokens[1, 0, 0, 3] = 3
-    shape = BagShape({"patch@2:1": (4, DIM)}, {"patch@2:1": (2, 2)}, ("a/axial",))
-    bag = Bag({"patch@2:1": tokens}, torch.ones(2, 1, 1, dtype=torch.bool), torch.zeros(2, 1, 1), ("left", "right"))
-    blind, seeing = make_head("linear", shape=shape)(bag).logits, make_head("grid", shape=shape)(bag).logits
-    torch.testing.assert_close(blind[0], blind[1])
-    assert (seeing[0] - seeing[1]).abs().max() > 0.1
 
 
 def test_evidence_of_grid_finds_the_token_that_made_the_difference() -> None:
@@ -443,3 +433,115 @@ def test_dsmil_weighs_tokens_by_their_likeness_to_the_critical_one() -> None:
     torch.testing.assert_close(output.auxiliary_logits[0], scores.amax(0))
     torch.testing.assert_close(output.logits[0], (head.classify(torch.cat(pooled)) + scores.amax(0)) / 2)
     torch.testing.assert_close(output.slice_attention[0, 0, :4], torch.stack(weights).mean(0))
+
+
+def test_gru_is_torchs_on_slices_and_their_differences_to_both_neighbours() -> None:
+    head = cast(Any, make_head("gru", shape=ONE_VIEW, width=4, hidden=3))
+    bag = make_bag([[4]], shape=ONE_VIEW)
+    theirs = nn.GRU(12, 3, bidirectional=True)
+    own = head.recurrence
+    with torch.no_grad():
+        for way, suffix in enumerate(("l0", "l0_reverse")):
+            getattr(theirs, f"weight_ih_{suffix}").copy_(own.inward[way].T)
+            getattr(theirs, f"weight_hh_{suffix}").copy_(own.recurrent[way].T)
+            getattr(theirs, f"bias_ih_{suffix}").copy_(own.bias[way, 0])
+            getattr(theirs, f"bias_hh_{suffix}").copy_(torch.cat([torch.zeros(6), own.candidate_bias[way, 0]]))
+    slices = head.project(bag.tokens["cls:2"][0, 0, :4, 0])
+    none = torch.zeros(1, 4)
+    steps = slices[1:] - slices[:-1]
+    states, _ = theirs(torch.cat([slices, torch.cat([none, steps]), torch.cat([steps, none])], 1))
+    weights = (states @ head.score[0]).softmax(0)
+    output = head(bag)
+    torch.testing.assert_close(output.slice_attention[0, 0, :4], weights)
+    torch.testing.assert_close(output.embedding[0], weights @ states)
+
+
+def test_pyramid_encoding_convolves_the_square_that_its_first_tokens_fill_up() -> None:
+    encode = cast(Any, make_head("transmil", shape=ONE_VIEW, width=4, heads=2)).encode
+    slices = torch.randn(1, 1, 7, 4, generator=torch.Generator().manual_seed(0))
+    square = torch.cat([slices[0, 0, :5], slices[0, 0, :4]]).T.view(1, 4, 3, 3)
+    expected = square + encode.bias.view(4, 1, 1)
+    for kernel in (encode.large, encode.middle, encode.small):
+        expected = expected + torch.nn.functional.conv2d(square, kernel, padding="same", groups=4)
+    found = encode(slices, torch.tensor([[5]]))
+    torch.testing.assert_close(found[0, 0, :5], expected[0].flatten(1).T[:5])
+
+
+def test_nystrom_attention_with_a_landmark_per_token_is_full_attention() -> None:
+    head = cast(Any, make_head("transmil", shape=ONE_VIEW, width=8, heads=2, landmarks=9))
+    layer = head.before
+    with torch.no_grad():
+        layer.project.weight[:16] = 6 * torch.eye(8).repeat(2, 1)  # sharp, so that six steps invert it
+    tokens = torch.randn(1, 1, 6, 8, generator=torch.Generator().manual_seed(0))
+    parts = layer.project(layer.norm(tokens[0, 0, :5])).view(5, 3, 2, 4).permute(1, 2, 0, 3)
+    mixed = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(0, 1).flatten(1)
+    found = layer(tokens, torch.tensor([[5]]))
+    torch.testing.assert_close(found[0, 0, :5], tokens[0, 0, :5] + layer.mix(mixed), rtol=0, atol=1e-3)
+
+
+def test_landmarks_of_nystrom_attention_are_means_of_segments_of_the_real_tokens() -> None:
+    layer = cast(Any, make_head("transmil", shape=ONE_VIEW, width=8, heads=2, landmarks=2)).before
+    shares = layer._share_out(torch.arange(7), torch.tensor([[5]]))[0, 0]
+    assert shares[:, :5].tolist() == [[1, 1, 1, 0, 0], [0, 0, 0, 1, 1]]
+
+
+def test_six_steps_of_the_iterative_inverse_come_near_the_pseudo_inverse() -> None:
+    transmil = importlib.import_module("embedkit.heads.transmil")
+    matrix = (3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).softmax(-1) + torch.eye(4)
+    padded = torch.nn.functional.pad(matrix, (0, 2, 0, 2))
+    torch.testing.assert_close(transmil._invert(padded), torch.linalg.pinv(padded), rtol=0, atol=1e-3)
+
+
+def test_conv_convolves_every_channel_over_slices_and_places() -> None:
+    shape = BagShape({"patch@2:1": (4, DIM)}, {"patch@2:1": (2, 2)}, ("a/axial",))
+    head = cast(Any, make_head("conv", shape=shape, width=3))
+    bag = make_bag([[4]], shape=shape, slices=6)
+    block = head.blocks[0]
+    volume = head.project(bag.tokens["patch@2:1"][0, 0, :4])
+    cube = torch.nn.functional.gelu(volume).permute(2, 0, 1).view(3, 4, 2, 2)
+    mixed = torch.nn.functional.conv3d(cube, block.weight, padding=1, groups=3).flatten(2).permute(1, 2, 0)
+    volume = volume + block.mix(torch.nn.functional.gelu(block.norm(mixed)))
+    expected = torch.cat([volume.mean(0), volume.amax(0)], 1).flatten()
+    torch.testing.assert_close(head(bag).embedding[0], expected)
+
+
+def test_fusion_weighs_the_slices_of_every_place_given_the_mean_of_the_case() -> None:
+    head = cast(Any, make_head("fusion", width=5, attention_width=3))
+    bag = make_bag([[3, 2]])
+    tokens = bag.tokens["patch@2:1"]
+    hidden = [torch.nn.functional.gelu(head.project(tokens[0, view, :count])) for view, count in ((0, 3), (1, 2))]
+    context = head.context(torch.cat([part.mean(1) for part in hidden]).mean(0))
+    output = head(bag)
+    for view, part in enumerate(hidden):
+        weights = (torch.tanh(head.compare(part) + context) @ head.score[view]).softmax(0)
+        fused = (weights[..., None] * part).sum(0)
+        torch.testing.assert_close(output.embedding[0].view(2, 4, 5)[view], fused)
+        torch.testing.assert_close(output.token_attention[0, view, : len(part)], weights / 4)
+
+
+@pytest.mark.parametrize("places", ["learned", "sines"])
+def test_gridattention_is_gated_attention_on_tokens_that_know_their_place(places: str) -> None:
+    shape = BagShape({"patch@2:1": (4, DIM)}, {"patch@2:1": (2, 2)}, ("a/axial",))
+    head = cast(Any, make_head("gridattention", shape=shape, width=4, heads=2, places=places))
+    bag = make_bag([[3]], shape=shape)
+    phases = bag.positions[0, 0, :3, None] * math.pi * torch.tensor([1.0, 64.0])
+    axial = head.axial(torch.cat([phases.sin(), phases.cos()], 1))
+    hidden = torch.nn.functional.gelu(
+        head.project(bag.tokens["patch@2:1"][0, 0, :3]) + head.place() + axial[:, None]
+    ).flatten(0, 1)
+    gated = torch.tanh(head.value(hidden)) * torch.sigmoid(head.gate(hidden))
+    weights = (gated @ head.score[0].T).softmax(0)
+    torch.testing.assert_close(head(bag).embedding[0], (weights.T @ hidden).flatten())
+    assert head.place().unique(dim=0).shape[0] == 4
+    with pytest.raises(HeadError, match="'gridattention' is 'none', expected learned or sines"):
+        make_head("gridattention", places="none")
+
+
+@pytest.mark.parametrize("name", ["grid", "gridattention", "fusion", "conv"])
+def test_heads_on_grids_tell_one_place_from_another(name: str) -> None:
+    tokens = torch.zeros(2, 1, 1, 4, DIM)
+    tokens[0, 0, 0, 0] = tokens[1, 0, 0, 3] = 3
+    shape = BagShape({"patch@2:1": (4, DIM)}, {"patch@2:1": (2, 2)}, ("a/axial",))
+    bag = Bag({"patch@2:1": tokens}, torch.ones(2, 1, 1, dtype=torch.bool), torch.zeros(2, 1, 1), ("left", "right"))
+    left, right = make_head(name, shape=shape)(bag).logits
+    assert (left - right).abs().max() > 0.05

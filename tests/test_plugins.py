@@ -24,7 +24,10 @@ from embedkit.plugins import (
 )
 from embedkit.recipe import TokenSet
 
-BUILT_IN = ("abmil", "dsmil", "grid", "linear", "logistic", "mha", "mlp", "query", "raptor", "transformer")
+BUILT_IN = (
+    "abmil", "conv", "dsmil", "fusion", "grid", "gridattention", "gru", "linear", "logistic", "mha", "mlp", "query",
+    "raptor", "transformer", "transmil",
+)  # fmt: skip
 
 
 class GoodHead(nn.Module):
@@ -89,7 +92,7 @@ def test_a_strangers_head_comes_through_the_same_door(strangers: str) -> None:
 
 
 def test_an_unknown_head_lists_the_known_ones_and_the_nearest() -> None:
-    with pytest.raises(HeadError, match=r"no head is called 'abmill'; did you mean abmil\? installed: abmil, "):
+    with pytest.raises(HeadError, match=r"no head is called 'abmill'; did you mean abmil\? installed: abmil, conv"):
         load_head("abmill")
     with pytest.raises(HeadError, match="no head is called 'zzz'; installed: abmil"):
         load_head("zzz")
