@@ -2,8 +2,9 @@
 
 Usage: python benchmarks/extract_peers.py [--cases N] [--backbone NAME] [--envs FOLDER] [--threads N] [--workers N ...]
 
-Each peer is installed by pip into a virtual environment of its own below --envs and found there the next time; the
-first run downloads some 13 GB and takes minutes longer than the others. Every side runs in a process of its own, on the
+Each peer is installed by pip into a virtual environment of its own below --envs and found there the next time. What
+it needs and this environment has in a version that suits it, torch above all, is taken from here: all sides then run
+the same torch, and nobody downloads it again. Every side runs in a process of its own, on the
 CPU in fp32, with the library's own entry point: `extract`, `Model.embed_images` and `embed_images_dense`, `eva predict`
 with its embeddings writer. Peers load pictures in their main process, which on two cores is faster than in loader
 workers; with `--workers 0 2` both are measured, and the faster counts.
@@ -336,6 +337,8 @@ def make_environment(envs: Path, peer: str) -> Path:
     if not mark.exists():
         print(f"installing {' '.join(PACKAGES[peer])} into {envs / peer}", flush=True)
         venv.create(envs / peer, with_pip=True, clear=True)
+        (own,) = (envs / peer).glob("lib/*/site-packages")
+        (own / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # searched after the peer's own
         command = [str(python), "-m", "pip", "install", "--quiet", *PACKAGES[peer], f"torch=={torch.__version__}"]
         subprocess.run(command, check=True, capture_output=True, text=True)
         mark.touch()

@@ -40,6 +40,8 @@ run = info_command
 
 
 def _print_summary(summary: CacheSummary) -> None:
+    from embedkit.failures import FAILURES_FILE
+
     recipe = summary.recipe
     typer.echo(
         f"{summary.path}: recipe {summary.fingerprint}, {summary.shards} shards, {summary.bytes / 1e6:.1f} MB\n"
@@ -61,6 +63,11 @@ def _print_summary(summary: CacheSummary) -> None:
     _print_choices(summary.choices)
     for failure in summary.failures:
         typer.echo(f"failed    {failure.case_id}: {failure.reason}")
+    if summary.failures:
+        typer.echo(
+            f"note      {FAILURES_FILE} keeps a failure until an extraction does the case; delete the file to forget"
+            " cases that no manifest has any more"
+        )
     if len(summary.duplicates):
         typer.echo(f"note      {len(summary.duplicates)} stacks are stored twice; embedkit pack drops the copies")
     if summary.unreadable_failures:

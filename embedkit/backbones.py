@@ -15,13 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from embedkit.errors import BackboneError
 from embedkit.featuremaps import FeatureMapBackbone
-from embedkit.features import Backbone, BackboneInfo, BackboneOutput, LayerTokens
+from embedkit.features import DEFAULT_BACKBONE, Backbone, BackboneInfo, BackboneOutput, LayerTokens
 from embedkit.scattering import SCATTERING, ScatteringBackbone
 from embedkit.vit import VitBackbone
 from embedkit.weights import digest_state, fetch_hub_file, fit_weights, read_weights
 
 __all__ = [
-    "DEFAULT_BACKBONE",
     "Backbone",
     "BackboneInfo",
     "BackboneNote",
@@ -33,7 +32,6 @@ __all__ = [
     "suggest_backbones",
 ]
 
-DEFAULT_BACKBONE = "vit_small_patch14_reg4_dinov2.lvd142m"
 _HUB = "hf-hub:"
 
 

@@ -7,7 +7,7 @@
     ├── BackboneError           unknown backbone, weights that do not fit, hub out of reach
     ├── RecipeError             two recipes differ where they must agree
     ├── CacheError              a cache or one of its shards is damaged, incomplete or of a newer format
-    ├── ExtractionError         cases failed during extraction, after all others were done
+    ├── ExtractionError         no worker is left to extract with; a case that fails is on record and raises nothing
     ├── TaskError               a target cannot be learned as it stands (constant, one-member class, no label)
     ├── HeadError               unknown head, duplicate name, head that cannot read the tokens asked for
     ├── RunError                a run folder is incomplete or does not fit the cache
@@ -61,7 +61,7 @@ class CacheError(EmbedkitError):
 
 
 class ExtractionError(EmbedkitError):
-    """Cases failed during extraction, after all others were done."""
+    """No worker is left to extract with; a case that fails is put on record and raises nothing."""
 
 
 class TaskError(EmbedkitError):

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from embedkit.cache import open_cache
 from embedkit.errors import CacheError, OptionError, VolumeError
-from embedkit.features import Backbone, BackboneInfo
+from embedkit.features import DEFAULT_BACKBONE, Backbone, BackboneInfo
 from embedkit.folder import describe_folder, stored_recipe
 from embedkit.forward import run_backbone
 from embedkit.manifest import read_manifest
 from embedkit.parts import take_part
 from embedkit.pipeline import explain_failure
-from embedkit.planning import DEFAULT_BACKBONE, choose_device, require_counts
+from embedkit.planning import choose_device, require_counts
 from embedkit.processes import split_devices
 from embedkit.quantisation import TOKEN_DTYPES, token_set_bytes
 from embedkit.recipe import Recipe, TokenSet, require_same_recipe
@@ -116,7 +116,8 @@ def estimate_extraction(
 ) -> ExtractionEstimate:
     """Tells what `embedkit.extract` with these arguments will take, for the cases that ``out`` lacks; writes nothing.
 
-    With several devices the time is that of the first alone, divided by their number.
+    With several accelerators the time is that of the first alone, divided by their number; processes on the CPU share
+    its cores, so that several take about as long as one.
 
     Args:
         manifest: As for `embedkit.extract`, like ``out`` and ``options``.
@@ -152,7 +153,7 @@ def estimate_extraction(
     estimate = estimate_cases(
         pending, backbone, recipe, device=device, batch_size=batch_size, workers=workers, samples=samples
     )
-    return replace(estimate, seconds=estimate.seconds / len(devices))
+    return replace(estimate, seconds=estimate.seconds / (1 if device.type == "cpu" else len(devices)))
 
 
 def _without_cached(cases: list[Case], out: Path, recipe: Recipe) -> list[Case]:

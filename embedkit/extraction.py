@@ -15,12 +15,12 @@ from embedkit.cache import create_cache, open_cache
 from embedkit.engines import dispatch_cases
 from embedkit.errors import OptionError
 from embedkit.failures import clear_failures
-from embedkit.features import Backbone
+from embedkit.features import DEFAULT_BACKBONE, Backbone
 from embedkit.forward import require_precision
 from embedkit.manifest import read_manifest
 from embedkit.orders import Transport
 from embedkit.parts import take_part
-from embedkit.planning import DEFAULT_BACKBONE, DEFAULT_TOKENS, DEFAULT_WINDOW, choose_device, require_counts
+from embedkit.planning import DEFAULT_TOKENS, DEFAULT_WINDOW, choose_device, require_counts
 from embedkit.processes import ProcessTransport, split_devices
 from embedkit.rayengine import RayTransport
 from embedkit.recipe import Recipe

@@ -8,7 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Backbone", "BackboneInfo", "BackboneOutput", "LayerTokens"]
+__all__ = ["DEFAULT_BACKBONE", "Backbone", "BackboneInfo", "BackboneOutput", "LayerTokens"]
+
+DEFAULT_BACKBONE = "vit_small_patch14_reg4_dinov2.lvd142m"
+"""Its weights are open and no hub asks for an account to fetch them."""
 
 
 @dataclass(frozen=True)

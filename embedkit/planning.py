@@ -16,7 +16,6 @@ from embedkit.tokens import resolve_token_sets
 __all__ = [
     "AUTOCAST_DTYPES",
     "COMPILED",
-    "DEFAULT_BACKBONE",
     "DEFAULT_TOKENS",
     "DEFAULT_WINDOW",
     "choose_device",
@@ -26,7 +25,6 @@ __all__ = [
     "require_counts",
 ]
 
-DEFAULT_BACKBONE = "vit_small_patch14_reg4_dinov2.lvd142m"
 DEFAULT_TOKENS = ("cls", "patch@4")
 DEFAULT_WINDOW = "percentile:0.5:99.5"
 COMPILED = "+compile"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 import pytest
-from embedkit.cli.main import app
+from embedkit.cli.main import app, main
 from typer.testing import CliRunner
 
 from embedkit.errors import EmbedkitError
@@ -68,9 +67,27 @@ def call(*arguments: object, code: int = 0) -> str:
     return str(result.stdout)
 
 
-def spawn(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from embedkit.cli.main import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@dataclass(frozen=True)
+class Ended:
+    """How the program ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs the program's entry point in this process, which has imported everything, and says how it ended."""
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["embedkit", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Ended(int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
 
 
 def test_help_lists_every_command() -> None:
@@ -93,7 +110,9 @@ def test_info_tells_cases_token_sets_and_bytes_and_the_same_as_json(work: Path) 
     assert fields["recipe"]["slices"] == "count:6"
 
 
-def test_verify_passes_a_whole_cache_and_names_a_damaged_file(work: Path, tmp_path: Path) -> None:
+def test_verify_passes_a_whole_cache_and_names_a_damaged_file(
+    work: Path, tmp_path: Path, program: Callable[..., Ended]
+) -> None:
     assert "all checksums are right" in call("verify", work / "cache")
     call("pack", work / "cache", "-o", tmp_path / "packed.h5")
     assert "24 cases" in call("info", tmp_path / "packed.h5")
@@ -102,11 +121,31 @@ def test_verify_passes_a_whole_cache_and_names_a_damaged_file(work: Path, tmp_pa
     content = bytearray((tmp_path / "packed.h5").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "packed.h5").write_bytes(content)
-    done = spawn("verify", tmp_path / "packed.h5")
+    done = program("verify", tmp_path / "packed.h5")
     assert done.returncode == 1
     assert "packed.h5" in done.stderr and "damaged" in done.stderr
     (damage,) = json.loads(call("verify", tmp_path / "packed.h5", "--json", code=1))["damages"]
     assert damage["file"] == str(tmp_path / "packed.h5") and damage["problem"]
+
+
+def test_the_program_extracts_by_the_defaults_of_the_library() -> None:
+    from embedkit.cli.extract import run
+
+    from embedkit.extraction import extract
+
+    program, library = (inspect.signature(function).parameters for function in (run, extract))
+    shared = [name for name in program if name in library and name not in {"manifest", "out"}]
+    assert len(shared) > 20
+
+    def spelt(value: object) -> object:
+        return ",".join(value) if isinstance(value, tuple) else value
+
+    differing = {
+        name: (program[name].default, library[name].default)
+        for name in shared
+        if (program[name].default or None) != (spelt(library[name].default) or None)
+    }
+    assert differing == {}
 
 
 def test_a_second_extraction_repeats_nothing(work: Path) -> None:
@@ -115,16 +154,20 @@ def test_a_second_extraction_repeats_nothing(work: Path) -> None:
     assert (summary["cases_before"], summary["cases_done"]) == (24, 0)
 
 
-def test_a_failed_case_is_listed_and_the_exit_code_is_one(work: Path, tmp_path: Path) -> None:
+def test_a_failed_case_is_listed_and_the_exit_code_is_one(
+    work: Path, tmp_path: Path, program: Callable[..., Ended]
+) -> None:
     rows = pl.read_csv(work / "scans" / "manifest.csv").head(2).to_dicts()
     images = [{"case_id": row["case_id"], "path": str(work / "scans" / row["path"])} for row in rows]
     (tmp_path / "broken.nii.gz").write_bytes(b"not an image")
     pl.DataFrame([*images, {"case_id": "broken", "path": "broken.nii.gz"}]).write_csv(tmp_path / "cases.csv")
     options = ["--backbone", "embedkit/scattering", "--slices", "count:2", "--image-size", "64"]
-    done = spawn("extract", tmp_path / "cases.csv", "-o", tmp_path / "cache", *options)
+    done = program("extract", tmp_path / "cases.csv", "-o", tmp_path / "cache", *options)
     assert done.returncode == 1, done.stderr
     assert "2 cases extracted" in done.stdout
     assert "broken failed: view image" in done.stderr
+    told = call("info", tmp_path / "cache")
+    assert "failed    broken: view image" in told and "failures.jsonl keeps a failure until" in told
 
 
 def test_predictions_of_new_cases_are_written_with_their_columns(work: Path, tmp_path: Path) -> None:
@@ -269,10 +312,10 @@ def test_heads_and_backbones_are_listed() -> None:
     ],
 )
 def test_an_error_is_one_line_that_names_the_thing_and_the_exit_code_is_two(
-    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: Callable[..., Ended]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = spawn(*arguments)
+    done = program(*arguments)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
@@ -308,27 +351,3 @@ def test_a_run_is_not_replaced_unasked(work: Path) -> None:
 def test_an_unknown_backbone_is_answered_with_the_nearest(work: Path, tmp_path: Path) -> None:
     with pytest.raises(EmbedkitError, match="deit_tiny_patch16_224"):
         call("extract", work / "scans" / "manifest.csv", "-o", tmp_path / "c", "--backbone", "deit_tinny_patch16_224")
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_shard_and_gives_its_exit_code(
-    work: Path, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    command = [sys.executable, "-c", "from embedkit.cli.main import main; main()", "extract"]
-    options = ["--backbone", "embedkit/scattering", "--batch-size", "2"]
-    process = subprocess.Popen(
-        [*command, str(work / "scans" / "manifest.csv"), "-o", str(tmp_path / "cache"), *options],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while not (tmp_path / "cache" / "recipe.json").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(number)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == code, printed
-    assert "resumes" in printed and "Traceback" not in printed
-    assert not list((tmp_path / "cache").rglob("*.tmp"))

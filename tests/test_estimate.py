@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from embedkit.backbones import load_backbone
 from embedkit.cache import create_cache, open_cache
 from embedkit.errors import EmbedkitError, RecipeError, VolumeError
-from embedkit.estimate import estimate_cases, estimate_extraction, list_token_choices
+from embedkit.estimate import ExtractionEstimate, estimate_cases, estimate_extraction, list_token_choices
 from embedkit.extraction import extract, extract_cases
 from embedkit.features import BackboneInfo
 from embedkit.planning import make_recipe
@@ -111,6 +112,22 @@ def test_a_dry_run_tells_of_the_cases_that_the_cache_lacks_and_writes_nothing(tm
     assert (rest.cases, rest.slices) == (3, 24) and sorted((tmp_path / "c").rglob("*")) == before
     with pytest.raises(RecipeError, match="image_size"):
         estimate_extraction(tmp_path / "cases.csv", tmp_path / "c", backbone="embedkit/scattering", image_size=64)
+
+
+def test_processes_that_share_the_cores_are_not_told_to_take_less_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cases(tmp_path, [8])
+    (tmp_path / "cases.csv").write_text("case_id,path\n0,0.nii.gz\n")
+
+    def in_a_minute(*arguments: Any, **options: Any) -> ExtractionEstimate:
+        return replace(estimate_cases(*arguments, **options), seconds=60.0)
+
+    monkeypatch.setattr("embedkit.estimate.estimate_cases", in_a_minute)
+    two = estimate_extraction(
+        tmp_path / "cases.csv", tmp_path / "c", backbone="embedkit/scattering", image_size=32, device="cpu,cpu"
+    )
+    assert two.seconds == 60.0
 
 
 def test_a_dry_run_reads_well(tmp_path: Path) -> None:
