@@ -1,10 +1,12 @@
 """Slices per second of extract on a CUDA device over those of the bare compiled backbone, DINOv2 ViT-S, B and L.
 
-Usage: python benchmarks/extract_gpu.py [--backbones NAME ...] [--sizes N ...] [--slices N] [--device DEVICE]
+Usage: python benchmarks/extract_gpu.py [--backbones NAME ...] [--sizes N ...] [--slices N] [--eager]
+                                           [--device DEVICE]
 
 The bare side is the timm model compiled by torch.compile at the same precision (bf16), fed with batches that lie on
-the device already; extract reads compressed NIfTI phantoms from disk (page cache warm) and writes shards. Both have
-random weights and run once before their clock starts. They take turns, and the median of some turns counts.
+the device already; extract, as with `--compile` (`--eager`: without), reads compressed NIfTI phantoms from disk (page
+cache warm) and writes shards. Both have random weights and run once before their clock starts. They take turns, and the
+median of some turns counts.
 
 Without a CUDA device it says so and exits with code 2. `--device cpu` checks the arithmetic with a tiny model and few
 slices; its figures mean nothing else. The last line is `ratio N.NN`: the lowest of all backbones and sizes.
@@ -27,10 +29,11 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from embedkit.backbones import load_backbone
+from embedkit.backbones import compile_backbone, load_backbone
 from embedkit.cache import create_cache
 from embedkit.extraction import extract_cases
-from embedkit.planning import AUTOCAST_DTYPES, make_recipe
+from embedkit.forward import require_compiled
+from embedkit.planning import AUTOCAST_DTYPES, COMPILED, make_recipe
 from embedkit.sources import Case
 
 BACKBONES = ("vit_small_patch14_dinov2", "vit_base_patch14_dinov2", "vit_large_patch14_dinov2")
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--repeats", type=int)
+    parser.add_argument("--eager", action="store_true", help="extract runs without --compile")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     tiny = options.device == "cpu"
@@ -78,7 +82,11 @@ def compare(options: argparse.Namespace, name: str, image_size: int, cases: list
     torch.manual_seed(0)
     save_file(timm.create_model(name, pretrained=False, num_classes=0).state_dict(), folder / "random.safetensors")
     backbone = load_backbone(name, weights=folder / "random.safetensors", image_size=image_size, device=options.device)
-    recipe = make_recipe(backbone.info, tokens=["cls", "patch@4"], precision=PRECISION)
+    precision = PRECISION if options.eager else PRECISION + COMPILED
+    recipe = make_recipe(backbone.info, tokens=["cls", "patch@4"], precision=precision)
+    if not options.eager:
+        compile_backbone(backbone)
+        require_compiled(backbone, recipe, device, batch_size=options.batch_size)
     network: Any = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size).eval().to(device)
     network.forward = network.forward_features
     bare: Callable[[torch.Tensor], object] = torch.compile(network)
@@ -101,7 +109,7 @@ def compare(options: argparse.Namespace, name: str, image_size: int, cases: list
             theirs.append(sent / time_bare(bare, options, image_size, sent))
     ratio: float = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
     print(
-        f"{name} at {image_size}, {PRECISION}, batches of {options.batch_size}: extract {statistics.median(ours):.0f},"
+        f"{name} at {image_size}, {precision}, batches of {options.batch_size}: extract {statistics.median(ours):.0f},"
         f" bare {statistics.median(theirs):.0f} slices per second, {ratio:.2f}",
         flush=True,
     )

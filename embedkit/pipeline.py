@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from embedkit.slices import render_previews, render_slices
 from embedkit.sources import Case, CaseImages
 
 __all__ = ["Rendered", "compute_cases", "explain_failure", "render_cases"]
+
+Item = TypeVar("Item")
 
 _CHUNKS_AHEAD = 4
 _BATCHES_IN_FLIGHT = {"cuda": 1}
@@ -107,9 +110,23 @@ def render_cases(
 
     if device.type == "cpu":
         return stream()
+    rendered = _in_own_stream(stream(), device) if device.type == "cuda" else stream()
     return run_in_background(
-        stream(), depth=_CHUNKS_AHEAD, waits=waits, taking="backbone for slices", putting="renderer for the backbone"
+        rendered, depth=_CHUNKS_AHEAD, waits=waits, taking="backbone for slices", putting="renderer for the backbone"
     )
+
+
+def _in_own_stream(rendered: Iterator[Item], device: torch.device) -> Iterator[Item]:
+    """Renders in a CUDA stream beside the backbone's, so that a wait for slices is none for the batches before them.
+
+    What is yielded is complete, so that the backbone may read it from its own stream. Its memory goes back to this
+    stream, which is safe because `compute_cases` keeps the slices of a batch until the batch is done.
+    """
+    own = torch.cuda.Stream(device)
+    with torch.cuda.stream(own):
+        for item in rendered:
+            own.synchronize()
+            yield item
 
 
 def explain_failure(error: Exception) -> str:

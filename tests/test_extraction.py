@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from embedkit.backbones import load_backbone
 from embedkit.cache import open_cache
@@ -83,8 +84,6 @@ def test_tokens_do_not_depend_on_batch_size_or_neighbours(manifest: Path, tmp_pa
 
 
 def test_tokens_equal_a_direct_run_of_the_backbone(manifest: Path, tmp_path: Path) -> None:
-    import torch
-
     from embedkit.slices import plan_stacks, render_slices
     from embedkit.volumes import read_volume
 
@@ -98,6 +97,20 @@ def test_tokens_equal_a_direct_run_of_the_backbone(manifest: Path, tmp_path: Pat
             direct = backbone.forward_layers(images, [2]).layers[2].summary
         assert direct is not None
         np.testing.assert_allclose(cache.read(0, "cls:2"), direct.numpy(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tokens_of_a_gpu_are_those_of_the_cpu_however_batches_fall(manifest: Path, tmp_path: Path) -> None:
+    run(manifest, tmp_path / "cpu", device="cpu")
+    expected = read_all(tmp_path / "cpu")
+    for batch_size in (1, 3, 32):
+        out = tmp_path / f"cuda{batch_size}"
+        run(manifest, out, device="cuda", batch_size=batch_size)
+        for name, tokens in read_all(out).items():
+            np.testing.assert_allclose(
+                tokens.astype(float), expected[name].astype(float), rtol=1e-2, atol=1e-2, err_msg=name
+            )
 
 
 def test_resume_repeats_nothing_finished(manifest: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from embedkit.tables import StackTokens, check_stack
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe("toy", "builtin:1", ("cls:2", "patch@2:1"), 32, (0.5,), (0.25,), preview=4)
 INT8 = replace(RECIPE, dtype="int8")
-FUZZ_COPIES = int(os.environ.get("EMBEDKIT_FUZZ_COPIES", "900"))
+FUZZ_COPIES = int(os.environ.get("EMBEDKIT_FUZZ_COPIES", "1000"))
 
 
 def make_stack(number: int, slices: int = 3, dim: int = 6, **changes: Any) -> StackTokens:
