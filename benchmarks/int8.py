@@ -1,14 +1,15 @@
 """What int8 tokens cost and save: the same heads on float16 and int8 copies of real caches, error, bytes and speed.
 
 Usage: python benchmarks/int8.py [--data ../shared/data] [--work FOLDER] [--backbone NAME [--weights FILE]]
-                                 [--heads linear,query,grid] [--tasks side,laterality,gender] [--seed 0]
+                                 [--heads all|none|linear,query,grid] [--tasks laterality,gender] [--seed 0]
 
 --work holds the float16 caches that benchmarks/real_tasks.py makes, and they are made where they are not there; each is
-written anew as int8 in a temporary folder. Both baselines on every token set, and the heads of --heads on the sets that
-they choose, are trained on both with equal folds and seed; the difference is int8 less float16 with its 95% interval
-by patient, both scored on the same resamples. Speed is that of one pass over all stacks, whose tokens are copied from
-the map of a float16 cache (in memory already) and restored from an int8 one, in turns; on a disk that gives less than
-the rate printed for int8, int8 is the faster. The last line is bytes of int8 over float16.
+written anew as int8 in a temporary folder. Both baselines on every token set, and the heads of --heads (by default
+every one installed) on the sets that they choose, are trained on both with equal folds and seed; the difference is int8
+less float16 with its 95% interval by patient, both scored on the same resamples. A head trained by gradient can move by
+as much as another seed would move it, for whatever grain of noise. Speed is that of one pass over all stacks, whose
+tokens are copied from the map of a float16 cache (in memory already) and restored from an int8 one, in turns; on a disk
+that gives less than the rate printed for int8, int8 is the faster. The last line is bytes of int8 over float16.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from embedkit.cache import Cache, StackTokens, create_cache, open_cache, write_s
 from embedkit.errors import EmbedkitError
 from embedkit.metrics import Interval, paired_difference
 from embedkit.plots import describe_interval
+from embedkit.plugins import list_heads, load_head
 from embedkit.quantisation import bytes_per_slice
-from embedkit.recipe import Recipe
+from embedkit.recipe import Recipe, TokenSet
 from embedkit.runs import Run, open_run
-from embedkit.training import train
+from embedkit.training import BASELINES, train
 
 STACKS_PER_SHARD = 64
 
@@ -42,8 +44,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("real-tasks"))
     parser.add_argument("--backbone", default="embedkit/scattering")
     parser.add_argument("--weights", type=Path)
-    parser.add_argument("--heads", default="", help="also these heads, on the token sets that they choose")
-    parser.add_argument("--tasks", default="side,laterality,gender")
+    parser.add_argument("--heads", default="all", help="besides the baselines, on the token sets that they choose")
+    parser.add_argument("--tasks", default="laterality,gender")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tasks = [task for task in TASKS if task.target in options.tasks.split(",")]
@@ -147,8 +149,16 @@ def compare_heads(task: Task, pair: tuple[Cache, Cache], options: argparse.Names
         names = ("logistic", "raptor") if token_set.startswith("patch") else ("logistic",)
         runs = [train_on(cache, task, [], [token_set], options=options, out=out) for cache in pair]
         print_rows(task, names, runs)
-    if heads := [name for name in options.heads.split(",") if name]:
+    if heads := choose_heads(pair[0], options.heads):
         print_rows(task, heads, [train_on(cache, task, heads, None, options=options, out=out) for cache in pair])
+
+
+def choose_heads(cache: Cache, asked: str) -> list[str]:
+    """The heads to compare: those named, none, or every one installed that reads tokens of this cache."""
+    if asked != "all":
+        return [name for name in asked.split(",") if name not in {"", "none"}]
+    kinds = {TokenSet.parse(name).kind for name in cache.token_sets}
+    return [name for name in list_heads() if name not in BASELINES and load_head(name).reads & kinds]
 
 
 def train_on(

@@ -122,7 +122,7 @@ def _in_own_stream(rendered: Iterator[Item], device: torch.device) -> Iterator[I
     What is yielded is complete, so that the backbone may read it from its own stream. Its memory goes back to this
     stream, which is safe because `compute_cases` keeps the slices of a batch until the batch is done.
     """
-    own = torch.cuda.Stream(device)
+    own = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(own):
         for item in rendered:
             own.synchronize()

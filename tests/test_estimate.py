@@ -124,9 +124,8 @@ def test_processes_that_share_the_cores_are_not_told_to_take_less_time(
         return replace(estimate_cases(*arguments, **options), seconds=60.0)
 
     monkeypatch.setattr("embedkit.estimate.estimate_cases", in_a_minute)
-    two = estimate_extraction(
-        tmp_path / "cases.csv", tmp_path / "c", backbone="embedkit/scattering", image_size=32, device="cpu,cpu"
-    )
+    options = {"backbone": "embedkit/scattering", "image_size": 32, "tokens": ["cls"], "device": "cpu,cpu"}
+    two = estimate_extraction(tmp_path / "cases.csv", tmp_path / "c", **options)  # type: ignore[arg-type]
     assert two.seconds == 60.0
 
 
