@@ -3,32 +3,123 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from embedkit.cli.console import print_json, print_table
+
+if TYPE_CHECKING:
+    from embedkit.evaluation import Evaluation
 
 __all__ = ["run"]
 
 
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
-    cache: Annotated[Path, typer.Argument(help="Cache of cases that the run was not trained on, of its recipe.")],
-    labels: Annotated[Path, typer.Option(help="Table by case_id with the run's target.")],
+    cache: Annotated[
+        Path | None,
+        typer.Argument(help="Cache of cases that the run was not trained on; none: the run's own cases, out of fold."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Table by case_id: the target of new cases, the columns of subgroups.")
+    ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(help="temperature, platt or isotonic, fitted on the inner splits of each fold.")
+    ] = None,
+    at: Annotated[
+        list[str] | None, typer.Option(help="sensitivity=0.95 or specificity=0.9: a threshold from the inner splits.")
+    ] = None,
+    subgroup: Annotated[
+        list[str] | None, typer.Option(help="Label column: scores by its values; again for more.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap over patients.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Score a trained run on other cases, with patient-level intervals."""
-    import dataclasses
-
+    """Judge a trained run out of fold or on other cases, with patient-level intervals."""
     from embedkit import evaluate
 
-    metrics = evaluate(run, cache, labels, device=device)
+    found = evaluate(
+        run,
+        cache,
+        labels,
+        calibrate=calibrate,  # type: ignore[arg-type]  # refused with the known methods by fit_calibrator
+        at=at or (),
+        subgroups=subgroup or (),
+        device=device,
+        seed=seed,
+    )
     if json:
-        print_json({name: dataclasses.asdict(interval) for name, interval in metrics.items()})
+        print_json(found.to_dict())
         return
-    rows = [(name, f"{each.value:.3f}", f"{each.low:.3f}", f"{each.high:.3f}") for name, each in metrics.items()]
-    print_table(("metric", "value", "low", "high"), rows)
+    _print(found)
 
 
 run = evaluate_command
+
+
+def _print(found: Evaluation) -> None:
+    from embedkit.canvas import describe_interval
+
+    outcomes = found.outcomes
+    source = "out of fold" if found.held_out else "new cases"
+    typer.echo(
+        f"{found.run.name}, {source}: {len(outcomes.case_ids)} cases of {len(set(outcomes.patient_ids))} patients"
+    )
+    rows = [(name, describe_interval(each)) for name, each in found.metrics.items()]
+    if found.delong is not None:
+        rows.insert(1, ("auroc (DeLong)", describe_interval(found.delong)))
+    print_table(("metric", "value"), rows)
+    if found.method is not None:
+        _print_calibration(found)
+    if found.operating_points:
+        _print_operating_points(found)
+    if found.subgroups:
+        _print_subgroups(found)
+
+
+def _print_calibration(found: Evaluation) -> None:
+    from embedkit.canvas import describe_interval
+
+    typer.echo(f"\ncalibration: {found.method}, from the inner splits")
+    lines = [
+        (when, *(describe_interval(value) for value in each.metrics.values()), f"{each.debiased:.3f}")
+        for when, each in zip(("before", "after"), found.calibration, strict=True)
+    ]
+    print_table(("", *found.calibration[0].metrics, "debiased error"), lines)
+
+
+def _print_operating_points(found: Evaluation) -> None:
+    from embedkit.canvas import describe_interval
+
+    typer.echo("\noperating points, thresholds from the inner splits")
+    names = ("sensitivity", "specificity", "ppv", "npv", "called")
+    lines = [
+        (
+            str(point.goal),
+            f"{sum(point.thresholds) / len(point.thresholds):.3f}",
+            *(describe_interval(getattr(point, name)) for name in names),
+        )
+        for point in found.operating_points
+    ]
+    print_table(("goal", "mean threshold", *names), lines)
+
+
+def _print_subgroups(found: Evaluation) -> None:
+    from embedkit.canvas import describe_interval
+    from embedkit.subgroups import shown_metrics
+
+    shown = shown_metrics(found.outcomes.kind)
+    typer.echo("\nsubgroups (small: too few to conclude from)")
+    lines = [
+        (
+            group.column,
+            group.value,
+            str(group.cases),
+            str(group.patients),
+            *(describe_interval(group.metrics[name]) for name in shown),
+            "small" if group.small else "",
+        )
+        for group in found.subgroups
+    ]
+    print_table(("column", "value", "cases", "patients", *shown, ""), lines)

@@ -15,6 +15,9 @@ def predict_command(
     run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
     cache: Annotated[Path, typer.Argument(help="Cache of the new cases, of the run's recipe.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Table to write: .parquet, .csv or .tsv.")],
+    calibrate: Annotated[
+        str | None, typer.Option(help="temperature, platt or isotonic, fitted on the inner splits of each fold.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print the predictions as JSON too, a row per case.")] = False,
 ) -> None:
@@ -22,7 +25,12 @@ def predict_command(
     from embedkit import predict
     from embedkit.manifest import write_table
 
-    predictions = predict(run, cache, device=device)
+    predictions = predict(
+        run,
+        cache,
+        calibrate=calibrate,  # type: ignore[arg-type]  # refused with the known methods by fit_calibrator
+        device=device,
+    )
     write_table(predictions, out)
     if json:
         print_json(predictions.to_dicts())

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from embedkit.comparison import compare_runs as compare_runs
     from embedkit.errors import EmbedkitError as EmbedkitError
     from embedkit.estimate import estimate_extraction as estimate_extraction
+    from embedkit.evaluation import evaluate as evaluate
     from embedkit.explanation import explain as explain
     from embedkit.extraction import extract as extract
     from embedkit.inspection import describe_cache as describe_cache
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from embedkit.retrieval import match_cases as match_cases
     from embedkit.retrieval import open_index as open_index
     from embedkit.retrieval import search as search
-    from embedkit.runs import evaluate as evaluate
     from embedkit.runs import open_run as open_run
     from embedkit.runs import predict as predict
     from embedkit.scanning import scan_folder as scan_folder
@@ -43,6 +43,7 @@ _HOMES = {
     "comparison": ("compare_runs",),
     "errors": ("EmbedkitError",),
     "estimate": ("estimate_extraction",),
+    "evaluation": ("evaluate",),
     "explanation": ("explain",),
     "extraction": ("extract",),
     "inspection": ("describe_cache", "verify_cache"),
@@ -52,7 +53,7 @@ _HOMES = {
     "plugins": ("list_heads",),
     "recipe": ("Recipe",),
     "retrieval": ("build_index", "match_cases", "open_index", "search"),
-    "runs": ("evaluate", "open_run", "predict"),
+    "runs": ("open_run", "predict"),
     "scanning": ("scan_folder",),
     "training": ("train",),
     "volumes": ("read_volume",),

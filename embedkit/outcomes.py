@@ -14,7 +14,7 @@ from embedkit.answers import score_array, score_columns, stated_times
 from embedkit.bootstrap import Floats
 from embedkit.targets import TaskKind
 
-__all__ = ["Outcomes", "read_outcomes"]
+__all__ = ["Outcomes", "encode_truth", "read_outcomes"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,19 +17,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedkit.answers import choose_class, name_classes, word_answer
+from embedkit.answers import choose_class, name_classes, score_array, word_answer
 from embedkit.bags import Bag, list_views, stream_bags
 from embedkit.cache import Cache, open_cache
+from embedkit.calibration import CalibrationMethod, Calibrator, fit_calibrator
 from embedkit.errors import RunError
-from embedkit.manifest import read_labels
 from embedkit.members import Member
-from embedkit.metrics import Interval, compute_metrics
+from embedkit.metrics import Interval
+from embedkit.outcomes import encode_truth
 from embedkit.planning import choose_device
 from embedkit.recipe import require_same_recipe
 from embedkit.runfolder import RunRecord, read_run
-from embedkit.tasks import encode_targets
 
-__all__ = ["Evidence", "Run", "evaluate", "open_run", "predict"]
+__all__ = ["Evidence", "Run", "open_run", "predict"]
 
 FloatArray = NDArray[np.float32]
 
@@ -63,6 +63,7 @@ class Run:
         inner: What choices were made by: training cases of each fold, held out once per inner split: fold, split,
             case_id, patient_id, target and the score columns. No case of the fold's test part is among them.
         members: The fitted heads.
+        calibrators: What maps the scores of each member; none unless `calibrated`.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Run:
     predictions: pl.DataFrame
     inner: pl.DataFrame
     members: tuple[Member, ...]
+    calibrators: tuple[Calibrator, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,7 +104,28 @@ class Run:
 
     def predict_bag(self, bag: Bag) -> FloatArray:
         """Scores [batch outputs] of a bag with this run's token sets and views: the mean over members."""
-        return _mean_scores(self.members, bag)
+        return _mean_scores(self.members, bag, self.calibrators)
+
+    def calibrated(self, method: CalibrationMethod) -> Run:
+        """This run with calibrated scores, out of fold, of inner splits and of new cases alike.
+
+        Each fold has a map of its own, fitted on the held-out scores of its inner splits, which no test case of the
+        fold is among; a new case gets the mean of the members' mapped scores. `metrics` stay those of the training.
+
+        Raises:
+            OptionError: unknown method, or a run that gives no probabilities.
+        """
+        record = self.record
+        maps = {
+            int(cast(int, fold)): _fit_map(record, part, method)
+            for (fold,), part in self.inner.partition_by("fold", as_dict=True, maintain_order=True).items()
+        }
+        return dataclasses.replace(
+            self,
+            predictions=_map_scores(record, self.predictions, maps),
+            inner=_map_scores(record, self.inner, maps),
+            calibrators=tuple(maps[member["fold"]] for member in record.members),
+        )
 
     def embed(self, cache: Cache, *, device: str = "cpu") -> tuple[tuple[str, ...], FloatArray]:
         """Pooled vectors for search: those of the members side by side, each scaled to length 1.
@@ -195,7 +218,12 @@ def open_run(path: Path | str) -> Run:
 
 
 def predict(
-    run: Run | Path | str, cache: Cache | Path | str, *, case_ids: Sequence[str] | None = None, device: str = "auto"
+    run: Run | Path | str,
+    cache: Cache | Path | str,
+    *,
+    case_ids: Sequence[str] | None = None,
+    calibrate: CalibrationMethod | None = None,
+    device: str = "auto",
 ) -> pl.DataFrame:
     """Predicts cases with the mean of a run's members.
 
@@ -204,6 +232,7 @@ def predict(
         cache: Cache of the run's recipe; it may hold more token sets, planes and views, and lack some of the run's
             views, which then count as missing in every case.
         case_ids: Which cases, in this order; None for all of the cache, sorted.
+        calibrate: Map the scores as `Run.calibrated` does; None gives them as they are.
         device: Where the heads run.
 
     Returns:
@@ -214,8 +243,10 @@ def predict(
     Raises:
         RunError: the cache lacks a token set, all of the run's views, or a case that is asked for; or as `open_run`.
         RecipeError: the cache has another recipe.
+        OptionError: as `Run.calibrated`.
     """
     opened = run if isinstance(run, Run) else open_run(run)
+    opened = opened if calibrate is None else opened.calibrated(calibrate)
     source = cache if isinstance(cache, Cache) else open_cache(cache)
     patients = dict(source.stacks.select("case_id", "patient_id").unique().iter_rows())
     wanted = _all_cases(source) if case_ids is None else list(case_ids)
@@ -238,53 +269,6 @@ def predict(
         )
     good = pl.Series(usable, dtype=pl.Boolean)
     return table.with_columns(pl.when(good).then(pl.col(name)).alias(name) for name in table.columns[2:])
-
-
-def evaluate(
-    run: Run | Path | str,
-    cache: Cache | Path | str,
-    labels: pl.DataFrame | Path | str,
-    *,
-    device: str = "auto",
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """Scores a run on labelled cases of patients that it was not trained on.
-
-    Args:
-        run, cache, device: As in `predict`.
-        labels: Table with ``case_id`` and the run's target, or its file; cases of the cache without a label are left
-            out.
-        resamples: Of the bootstrap over patients.
-        seed: Of the bootstrap.
-
-    Raises:
-        RunError: a labelled case is of a patient of the training, or has no usable slice; or as `predict`.
-        TaskError: the labels do not fit the run's task.
-        RecipeError: the cache has another recipe.
-    """
-    opened = run if isinstance(run, Run) else open_run(run)
-    source = cache if isinstance(cache, Cache) else open_cache(cache)
-    table = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
-    record = opened.record
-    cases = source.stacks.select("case_id", "patient_id").unique(maintain_order=True)
-    task, _ = encode_targets(table, record.target, cases, kind=record.kind, classes=record.classes or None)
-    known = opened.training_patients
-    pairs = zip(task.case_ids, task.patient_ids, strict=True)
-    if seen := [case for case, patient in pairs if patient in known]:
-        raise RunError(
-            f"{len(seen)} of the labelled cases are of patients that run {opened.name} was trained on"
-            f" ({', '.join(seen[:5])}), expected others; those that a fold"
-            " tested are scored in its run.json"
-        )
-    answers = predict(opened, source, case_ids=task.case_ids, device=device)
-    scores = answers.select(record.score_columns)
-    if blank := answers.filter(pl.col(scores.columns[0]).is_null())["case_id"].to_list():
-        raise RunError(
-            f"{len(blank)} labelled cases have no usable slice ({', '.join(blank[:5])}); leave their labels empty"
-        )
-    values = record.score_array(scores.to_numpy())
-    return compute_metrics(record.kind, task.targets, values, task.patient_ids, resamples=resamples, seed=seed)
 
 
 def check_cache(record: RunRecord, cache: Cache) -> None:
@@ -326,11 +310,38 @@ def _read_bags(run: Run, cache: Cache, case_ids: Sequence[str], device: str) -> 
     return stream_bags(cache, case_ids, run.record.token_sets, views=run.views)
 
 
-def _mean_scores(members: Sequence[Member], bag: Bag) -> FloatArray:
+def _mean_scores(members: Sequence[Member], bag: Bag, calibrators: Sequence[Calibrator] = ()) -> FloatArray:
     with torch.no_grad():
         each = [member.scores(member(bag).logits).reshape(len(bag), -1) for member in members]
+    if calibrators:
+        mapped = [
+            calibrator.apply(score_array(member.kind, scores.cpu().numpy())).reshape(len(bag), -1)
+            for member, scores, calibrator in zip(members, each, calibrators, strict=True)
+        ]
+        return np.asarray(np.mean(mapped, axis=0), np.float32)
     mean: FloatArray = torch.stack(each).mean(0).cpu().numpy()
     return mean
+
+
+def _fit_map(record: RunRecord, inner: pl.DataFrame, method: CalibrationMethod) -> Calibrator:
+    """The map of one fold, from its inner splits; a case that several of them held out counts once."""
+    return fit_calibrator(
+        record.kind,
+        encode_truth(record.kind, record.classes, inner),
+        record.score_array(inner.select(record.score_columns).to_numpy()),
+        method=method,
+        weights=1 / inner.select(pl.len().over("case_id")).to_series().to_numpy(),
+    )
+
+
+def _map_scores(record: RunRecord, table: pl.DataFrame, maps: Mapping[int, Calibrator]) -> pl.DataFrame:
+    """A table with ``fold`` and score columns, each score mapped by its fold's map."""
+    names, folds = record.score_columns, table["fold"].to_numpy()
+    scores = table.select(names).to_numpy().astype(np.float64)
+    for fold, calibrator in maps.items():
+        rows = folds == fold
+        scores[rows] = calibrator.apply(record.score_array(scores[rows])).reshape(-1, len(names))
+    return table.with_columns(pl.Series(name, column) for name, column in zip(names, scores.T, strict=True))
 
 
 def _all_cases(cache: Cache) -> list[str]:

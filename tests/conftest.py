@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
+
+from embedkit.answers import score_columns
+from embedkit.bags import BagShape
+from embedkit.recipe import Recipe
+from embedkit.runfolder import RunRecord
+from embedkit.runs import Run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,3 +41,35 @@ def deit_weights(real_data: Path) -> Path:
     if not file.is_file():
         pytest.skip(f"no weights at {file}")
     return file
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Run]:
+    """Makes a run that holds scores alone, no heads: see `_make_run`."""
+    return _make_run
+
+
+def _make_run(
+    head: str, target: list[Any], scores: np.ndarray, *, kind: Any = "binary", patients: list[str] | None = None,
+    name: str = "grade", classes: tuple[str, ...] | None = None, inner: pl.DataFrame | None = None,
+) -> Run:  # fmt: skip
+    """Scores out of two folds of cases c000, c001, ... in order: even ones in fold 0, odd ones in fold 1."""
+    count = len(target)
+    known = {"binary": ("no", "yes"), "multiclass": ("a", "b", "c"), "multilabel": ("x", "y"), "regression": ()}
+    classes = known[kind] if classes is None else classes
+    table = pl.DataFrame(
+        {
+            "case_id": [f"c{case:03}" for case in range(count)],
+            "patient_id": patients or [f"p{case:03}" for case in range(count)],
+            "fold": [case % 2 for case in range(count)],
+            "target": target,
+            **dict(zip(score_columns(kind, classes), np.atleast_2d(scores.T), strict=True)),
+        }
+    )
+    record = RunRecord(
+        name=f"{name}.{head}", target=name, kind=kind, classes=classes, head=head, head_options={}, outputs=1,
+        shape=BagShape({"cls:1": (1, 4)}, {"cls:1": (1, 1)}, ("image/axial",)),
+        recipe=Recipe("tiny", "builtin:1", ("cls:1",), 32, (0.5,), (0.5,), preview=0), metrics={},
+        members=({"fold": 0}, {"fold": 1}), fit_options={}, folds=2, seed=0, parameters=1, seconds=0.0,
+    )  # fmt: skip
+    return Run(Path(f"runs/{record.name}"), record, table, table.clear() if inner is None else inner, ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedkit.answers import score_columns
-from embedkit.bags import BagShape
 from embedkit.bootstrap import two_sided_p
 from embedkit.comparison import adjust_p_values, compare_runs
 from embedkit.errors import OptionError, RunError
 from embedkit.metrics import compute_metrics, paired_difference
 from embedkit.outcomes import read_outcomes
-from embedkit.recipe import Recipe
-from embedkit.runfolder import RunRecord
 from embedkit.runs import Run
 
-RECIPE = Recipe("tiny", "builtin:1", ("cls:1",), 32, (0.5,), (0.5,), preview=0)
 CLASSES = {"binary": ("no", "yes"), "multiclass": ("a", "b", "c"), "regression": ()}
-
-
-def make_run(
-    head: str, target: list[Any], scores: np.ndarray, *, kind: Any = "binary", patients: list[str] | None = None,
-    folds: list[int] | None = None, name: str = "grade", classes: tuple[str, ...] | None = None,
-) -> Run:  # fmt: skip
-    """A run that holds out-of-fold predictions alone; cases c000, c001, ... in order."""
-    count = len(target)
-    classes = CLASSES[kind] if classes is None else classes
-    table = pl.DataFrame(
-        {
-            "case_id": [f"c{case:03}" for case in range(count)],
-            "patient_id": patients or [f"p{case:03}" for case in range(count)],
-            "fold": folds or [case % 2 for case in range(count)],
-            "target": target,
-            **dict(zip(score_columns(kind, classes), np.atleast_2d(scores.T), strict=True)),
-        }
-    )
-    record = RunRecord(
-        name=f"{name}.{head}", target=name, kind=kind, classes=classes, head=head, head_options={}, outputs=1,
-        shape=BagShape({"cls:1": (1, 4)}, {"cls:1": (1, 1)}, ("image/axial",)), recipe=RECIPE, metrics={},
-        members=({"fold": 0}, {"fold": 1}), fit_options={}, folds=2, seed=0, parameters=1, seconds=0.0,
-    )  # fmt: skip
-    given = {"path": Path(f"runs/{name}.{head}"), "record": record, "predictions": table, "members": ()}
-    absent = {field.name for field in dataclasses.fields(Run)} - set(given)
-    return Run(**given, **{field: table.clear() for field in absent})
+MakeRun = Callable[..., Run]
 
 
 def yes_no(size: int) -> list[str]:
@@ -63,7 +34,7 @@ def noisy(size: int, noise: float, seed: int) -> np.ndarray:
     return np.clip(signal + noise * np.random.default_rng(seed).normal(size=size), 0, 1)
 
 
-def test_a_difference_is_that_of_the_metrics_with_both_tests_beside_it() -> None:
+def test_a_difference_is_that_of_the_metrics_with_both_tests_beside_it(make_run: MakeRun) -> None:
     good, poor = make_run("good", yes_no(120), noisy(120, 0.2, 0)), make_run("poor", yes_no(120), noisy(120, 0.9, 1))
     found = compare_runs([good, poor], resamples=400)
     (contrast,) = found.contrasts
@@ -81,7 +52,7 @@ def test_a_difference_is_that_of_the_metrics_with_both_tests_beside_it() -> None
     assert (found.metric, found.cases, found.patients, found.notes) == ("auroc", 120, 120, ())
 
 
-def test_the_table_has_a_row_for_every_pair_and_numbers_alone() -> None:
+def test_the_table_has_a_row_for_every_pair_and_numbers_alone(make_run: MakeRun) -> None:
     runs = [make_run(f"h{seed}", yes_no(40), noisy(40, 0.4, seed)) for seed in range(4)]
     table = compare_runs(runs, resamples=50).table
     assert table.height == 6
@@ -92,7 +63,7 @@ def test_the_table_has_a_row_for_every_pair_and_numbers_alone() -> None:
     assert (table["p_bh"] <= table["p_holm"] + 1e-12).all()
 
 
-def test_a_reference_meets_each_of_the_others_once() -> None:
+def test_a_reference_meets_each_of_the_others_once(make_run: MakeRun) -> None:
     runs = [make_run(f"h{seed}", yes_no(40), noisy(40, 0.4, seed)) for seed in range(3)]
     found = compare_runs(runs, reference="runs/grade.h1", resamples=50)
     assert [(each.first, each.second) for each in found.contrasts] == [
@@ -101,7 +72,7 @@ def test_a_reference_meets_each_of_the_others_once() -> None:
     assert found.contrasts == compare_runs(runs, reference=runs[1], resamples=50).contrasts
 
 
-def test_other_metrics_and_other_kinds_use_the_bootstrap_alone() -> None:
+def test_other_metrics_and_other_kinds_use_the_bootstrap_alone(make_run: MakeRun) -> None:
     first, second = make_run("a", yes_no(40), noisy(40, 0.2, 0)), make_run("b", yes_no(40), noisy(40, 0.5, 1))
     (contrast,) = compare_runs([first, second], metric="brier", resamples=50).contrasts
     assert (contrast.delong, contrast.p_delong) == (None, None)
@@ -120,7 +91,7 @@ def test_other_metrics_and_other_kinds_use_the_bootstrap_alone() -> None:
     assert compare_runs(several, resamples=50).contrasts[0].p_delong is None
 
 
-def test_repeats_of_the_folds_are_averaged_not_pooled() -> None:
+def test_repeats_of_the_folds_are_averaged_not_pooled(make_run: MakeRun) -> None:
     size, repeats = 30, 3
     truth = (np.arange(size) % 2 == 0).astype(int)
     scores = [np.stack([noisy(size, 0.5, 10 * head + repeat) for repeat in range(repeats)]) for head in range(2)]
@@ -146,14 +117,14 @@ def test_repeats_of_the_folds_are_averaged_not_pooled() -> None:
     assert found.cases == size
 
 
-def test_runs_with_other_folds_are_compared_with_a_note() -> None:
+def test_runs_with_other_folds_are_compared_with_a_note(make_run: MakeRun) -> None:
     first, second = make_run("a", yes_no(20), noisy(20, 0.4, 0)), make_run("b", yes_no(20), noisy(20, 0.4, 1))
     moved = dataclasses.replace(second, predictions=second.predictions.with_columns(fold=1 - pl.col("fold")))
     (note,) = compare_runs([first, moved], resamples=20).notes
     assert note.startswith("The folds of grade.b differ from those of grade.a")
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders() -> None:
+def test_runs_of_one_name_are_told_apart_by_their_folders(make_run: MakeRun) -> None:
     first = make_run("a", yes_no(20), noisy(20, 0.4, 0))
     second = dataclasses.replace(make_run("a", yes_no(20), noisy(20, 0.4, 1)), path=Path("other/grade.a"))
     assert compare_runs([first, second], resamples=20).names == ("runs/grade.a", "other/grade.a")
@@ -173,7 +144,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders() -> None:
         ({"size": 22}, r"run grade.b was tested on 2 cases \(c020, c021\) that run grade.a was not, expected the same"),
     ],
 )
-def test_runs_about_other_things_are_refused(change: dict[str, Any], message: str) -> None:
+def test_runs_about_other_things_are_refused(make_run: MakeRun, change: dict[str, Any], message: str) -> None:
     size = change.pop("size", 20)
     target = change.pop("target", yes_no(size))
     other = make_run("b", target, noisy(size, 0.4, 1), **change)
@@ -181,7 +152,7 @@ def test_runs_about_other_things_are_refused(change: dict[str, Any], message: st
         compare_runs([make_run("a", yes_no(20), noisy(20, 0.4, 0)), other])
 
 
-def test_wrong_options_are_refused() -> None:
+def test_wrong_options_are_refused(make_run: MakeRun) -> None:
     first, second = make_run("a", yes_no(20), noisy(20, 0.4, 0)), make_run("b", yes_no(20), noisy(20, 0.4, 1))
     with pytest.raises(OptionError, match="1 run given to compare, expected two or more"):
         compare_runs([first])
@@ -228,7 +199,7 @@ def test_the_bootstrap_p_value_agrees_with_the_interval_and_is_never_zero() -> N
     assert math.isnan(two_sided_p(np.array([math.nan])))
 
 
-def test_two_heads_alike_are_seldom_told_apart() -> None:
+def test_two_heads_alike_are_seldom_told_apart(make_run: MakeRun) -> None:
     found = []
     for round_ in range(60):
         runs = [make_run(f"h{head}", yes_no(60), noisy(60, 0.5, 2 * round_ + head)) for head in range(2)]

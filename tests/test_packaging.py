@@ -20,6 +20,7 @@ ABOVE = {
     "demo",
     "engines",
     "estimate",
+    "evaluation",
     "explanation",
     "extraction",
     "ledger",

@@ -18,10 +18,11 @@ import torch
 from embedkit import runfolder
 from embedkit.cache import Cache, StackTokens, open_cache
 from embedkit.errors import HeadError, RecipeError, RunError, TaskError
+from embedkit.evaluation import evaluate
 from embedkit.files import remove_stale, temporary_path
 from embedkit.folder import create_cache, write_shard
 from embedkit.recipe import Recipe
-from embedkit.runs import Run, evaluate, open_run, predict
+from embedkit.runs import Run, open_run, predict
 from embedkit.training import train
 
 DIM = 5
@@ -132,6 +133,19 @@ def test_a_run_predicts_new_cases_as_the_mean_of_its_members(runs: dict[str, Run
     assert table["predicted"].to_list() == [("absent", "present")[int(score >= 0.5)] for score in table["score"]]
 
 
+def test_a_calibrated_run_predicts_the_mean_of_its_members_mapped_scores(runs: dict[str, Run], new: Cache) -> None:
+    for name in ("lesion.logistic", "grade.linear"):
+        run = runs[name]
+        columns = run.record.score_columns
+        mapped = []
+        for member, calibrator in zip(run.members, run.calibrated("platt").calibrators, strict=True):
+            alone = predict(dataclasses.replace(run, members=(member,)), new).select(columns).to_numpy()
+            mapped.append(calibrator.apply(run.record.score_array(alone)).reshape(alone.shape))
+        found = predict(run, new, calibrate="platt").select(columns).to_numpy()
+        np.testing.assert_allclose(found, np.mean(mapped, axis=0), atol=1e-5)
+        assert np.abs(found - predict(run, new).select(columns).to_numpy()).max() > 1e-3
+
+
 def test_out_of_fold_scores_are_those_of_the_member_that_held_the_case_out(runs: dict[str, Run], old: Cache) -> None:
     run = runs["lesion.abmil"]
     for case, fold, score in run.predictions.select("case_id", "fold", "score").head(6).iter_rows():
@@ -231,10 +245,10 @@ def test_an_unknown_case_is_refused(runs: dict[str, Run], new: Cache) -> None:
 def test_evaluation_scores_new_patients_and_refuses_those_of_the_training(
     runs: dict[str, Run], old: Cache, new: Cache
 ) -> None:
-    found = evaluate(runs["lesion.abmil"], new, build_labels("new", 12), resamples=50)
+    found = evaluate(runs["lesion.abmil"], new, build_labels("new", 12), resamples=50).metrics
     assert found["auroc"].value > 0.7
     assert found["auroc"].low <= found["auroc"].value <= found["auroc"].high
-    assert set(evaluate(runs["volume.linear"].path, new, build_labels("new", 12), resamples=0)) == {
+    assert set(evaluate(runs["volume.linear"].path, new, build_labels("new", 12), resamples=0).metrics) == {
         "mae", "r2", "spearman",
     }  # fmt: skip
     with pytest.raises(RunError, match=r"24 of the labelled cases are of patients that run lesion\.abmil was trained"):
