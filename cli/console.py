@@ -30,14 +30,14 @@ def split_list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``500MB``; units are powers of ten."""
+def parse_size(text: str, option: str = "--shard-size") -> int:
+    """Bytes of a size such as ``500MB``, given to ``option``; units are powers of ten."""
     match = _SIZE.fullmatch(text.strip())
     size = int(float(match["number"]) * _UNITS[match["unit"].lower()]) if match else 0
     if size < 1:
         raise typer.BadParameter(
             f"size {text!r} means nothing; give a number above 0 with B, kB, MB, GB or TB, or plain bytes: 500MB",
-            param_hint="--shard-size",
+            param_hint=option,
         )
     return size
 

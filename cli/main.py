@@ -19,6 +19,7 @@ from embedkit.cli import (
     predict,
     scan,
     search,
+    serve,
     train,
     verify,
 )
@@ -49,6 +50,7 @@ for command in (
     explain,
     index,
     search,
+    serve,
     heads,
     backbones,
 ):

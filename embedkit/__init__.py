@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from embedkit.runs import open_run as open_run
     from embedkit.runs import predict as predict
     from embedkit.scanning import scan_folder as scan_folder
+    from embedkit.serving import serve as serve
     from embedkit.training import train as train
     from embedkit.volumes import read_volume as read_volume
 
@@ -55,6 +56,7 @@ _HOMES = {
     "retrieval": ("build_index", "match_cases", "open_index", "search"),
     "runs": ("open_run", "predict"),
     "scanning": ("scan_folder",),
+    "serving": ("serve",),
     "training": ("train",),
     "volumes": ("read_volume",),
 }

@@ -11,10 +11,13 @@
     ├── TaskError               a target cannot be learned as it stands (constant, one-member class, no label)
     ├── HeadError               unknown head, duplicate name, head that cannot read the tokens asked for
     ├── RunError                a run folder is incomplete or does not fit the cache
-    └── SearchError             an index is damaged, does not fit, or a query or filter is wrong
+    ├── SearchError             an index is damaged, does not fit, or a query or filter is wrong
+    └── RequestError            what the explore page asks for is not there, is too large, or must wait its turn
 
 A message says what was found, what was expected and what to do.
 """
+
+from typing import Literal
 
 __all__ = [
     "BackboneError",
@@ -25,6 +28,7 @@ __all__ = [
     "ManifestError",
     "OptionError",
     "RecipeError",
+    "RequestError",
     "RunError",
     "SearchError",
     "TaskError",
@@ -78,3 +82,15 @@ class RunError(EmbedkitError):
 
 class SearchError(EmbedkitError):
     """An index is damaged, does not fit, or a query or filter is wrong."""
+
+
+class RequestError(EmbedkitError):
+    """What the explore page asks for is not there, is too large, or must wait its turn.
+
+    Attributes:
+        reason: Which of the three.
+    """
+
+    def __init__(self, message: str, *, reason: Literal["unknown", "too_large", "busy"] = "unknown") -> None:
+        super().__init__(message)
+        self.reason = reason

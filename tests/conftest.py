@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,37 @@ def _make_run(
         members=({"fold": 0}, {"fold": 1}), fit_options={}, folds=2, seed=0, parameters=1, seconds=0.0,
     )  # fmt: skip
     return Run(Path(f"runs/{record.name}"), record, table, table.clear() if inner is None else inner, ())
+
+
+@dataclass(frozen=True)
+class Explored:
+    """Phantoms with all that the explore page shows of them."""
+
+    scans: Path
+    cache: Path
+    index: Path
+    runs: tuple[Path, ...]
+    labels: Path
+
+
+@pytest.fixture(scope="session")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> Explored:
+    """Twelve phantoms, their cache, index and two runs; the first phantom is a DICOM series."""
+    import embedkit
+
+    folder = tmp_path_factory.mktemp("explored")
+    made = embedkit.make_phantoms(folder / "scans", cases=12, seed=3)
+    embedkit.extract(
+        made.manifest,
+        folder / "cache",
+        backbone="embedkit/scattering",
+        slices="count:4",
+        image_size=64,
+        preview=32,
+    )
+    trained = embedkit.train(
+        folder / "cache", made.labels, targets=["lesion"], heads=["logistic"], folds=2, out=folder / "runs"
+    )
+    embedkit.build_index(folder / "cache", folder / "index", labels=made.labels)
+    runs = tuple(sorted(run.path for run in trained.runs))
+    return Explored(folder / "scans", folder / "cache", folder / "index", runs, Path(made.labels))

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-HEAVY = {"torch", "timm", "faiss", "polars", "SimpleITK", "h5py", "sklearn", "matplotlib"}
+HEAVY = {"torch", "timm", "faiss", "polars", "SimpleITK", "h5py", "sklearn", "matplotlib", "starlette", "uvicorn"}
 STAGES = {"manifest", "volumes", "slices", "backbones", "tokens", "cache", "tasks", "bags", "metrics", "index"}
 ABOVE = {
     "account",
     "casework",
+    "cohort",
     "comparison",
     "demo",
     "engines",
@@ -25,18 +26,23 @@ ABOVE = {
     "extraction",
     "ledger",
     "orders",
+    "overlays",
     "pictures",
     "pipeline",
     "processes",
     "queries",
+    "queryjob",
     "rayengine",
     "report",
     "retrieval",
     "runs",
     "scanning",
+    "serving",
+    "slicepairs",
     "sources",
     "stream",
     "training",
+    "webapp",
     "worker",
 }
 
@@ -119,7 +125,12 @@ def test_the_wheel_holds_embedkit_alone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"embedkit"}
-    for wanted in ("embedkit/heads/linear.py", "embedkit/cli/main.py", "embedkit/py.typed"):
+    for wanted in (
+        "embedkit/heads/linear.py",
+        "embedkit/cli/main.py",
+        "embedkit/py.typed",
+        "embedkit/static/index.html",
+    ):
         assert wanted in names
 
 
