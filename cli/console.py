@@ -12,7 +12,16 @@ from typing import Any, Protocol
 
 import typer
 
-__all__ = ["Meter", "format_seconds", "parse_size", "print_json", "print_table", "show_progress", "split_list"]
+__all__ = [
+    "Meter",
+    "format_bytes",
+    "format_seconds",
+    "parse_size",
+    "print_json",
+    "print_table",
+    "show_progress",
+    "split_list",
+]
 
 _PLAIN_EVERY_S = 10.0
 _SIZE = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?P<unit>|B|kB|MB|GB|TB)", re.IGNORECASE)
@@ -49,6 +58,15 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def format_bytes(count: float) -> str:
+    """A size for people, in powers of ten: ``834 B``, ``13.3 kB``, ``1.25 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 999.5 else f"{count / 1000:,.3g} TB"
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout; paths become text."""
     typer.echo(json.dumps(value, indent=2, default=str, ensure_ascii=False))
@@ -68,7 +86,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def show_progress(title: str, unit: str) -> Iterator[Meter]:
-    """Yields a meter: a progress bar on a terminal, else a plain line every ten seconds and at the end."""
+    """Yields a meter: a progress bar on a terminal, else a plain line every ten seconds and one at the end."""
     if sys.stderr.isatty():
         with _bar(title, unit) as meter:
             yield meter
@@ -94,11 +112,14 @@ def _bar(title: str, unit: str) -> Iterator[Meter]:
 
 
 def _lines(title: str, unit: str) -> Meter:
-    last = time.monotonic()
+    last, ended = time.monotonic(), False
 
     def update(done: int, total: int, note: str = "") -> None:
-        nonlocal last
-        if done >= total or time.monotonic() - last >= _PLAIN_EVERY_S:
+        nonlocal last, ended
+        if ended:
+            return
+        ended = done >= total
+        if ended or time.monotonic() - last >= _PLAIN_EVERY_S:
             last = time.monotonic()
             typer.echo(f"{title}: {done}/{total} {unit}{'  ' + note if note else ''}", err=True)
 

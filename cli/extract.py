@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from embedkit.cli.console import (
     Meter,
+    format_bytes,
     format_seconds,
     parse_size,
     print_json,
@@ -181,14 +182,12 @@ def _print_estimate(manifest: Path, out: Path, options: EstimateOptions, *, json
     typer.echo(
         f"{estimate.cases} cases left to do, about {estimate.slices} slices ({estimate.blank_share:.0%} blank),"
         f" told from {estimate.sampled_cases} cases\n"
-        f"size  about {estimate.bytes / 1e9:.3g} GB, {estimate.bytes_per_slice} bytes per slice\n"
+        f"size  about {format_bytes(estimate.bytes)}, {estimate.bytes_per_slice} bytes per slice\n"
         f"time  about {format_seconds(estimate.seconds)}: reading {estimate.read_seconds_per_case:.2f} s per case,"
         f" rendering {estimate.render_ms_per_slice:.1f} ms, backbone {estimate.forward_ms_per_slice:.1f} ms per slice"
     )
-    rows = [
-        [name, *(f"{sizes[dtype] / 1e9:.3g}" for dtype in sizes)] for name, sizes in sorted(estimate.choices.items())
-    ]
-    print_table(["token set, GB", *next(iter(estimate.choices.values()))], rows)
+    rows = [[name, *map(format_bytes, sizes.values())] for name, sizes in sorted(estimate.choices.items())]
+    print_table(["token set", *next(iter(estimate.choices.values()))], rows)
     for problem in estimate.unreadable:
         typer.echo(f"  unreadable: {problem}", err=True)
 

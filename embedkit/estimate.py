@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from embedkit.cache import open_cache
-from embedkit.errors import CacheError, OptionError, VolumeError
+from embedkit.errors import OptionError, VolumeError
 from embedkit.features import DEFAULT_BACKBONE, Backbone, BackboneInfo
-from embedkit.folder import describe_folder, stored_recipe
+from embedkit.folder import require_room, stored_recipe
 from embedkit.forward import run_backbone
 from embedkit.manifest import read_manifest
 from embedkit.parts import take_part
@@ -158,13 +158,9 @@ def estimate_extraction(
 
 def _without_cached(cases: list[Case], out: Path, recipe: Recipe) -> list[Case]:
     """The cases that a cache lacks; raises what extracting to it would."""
-    if not out.exists():
-        return cases
-    found = stored_recipe(out) if out.is_dir() else None
+    require_room(out)
+    found = stored_recipe(out)
     if found is None:
-        if not out.is_dir() or (others := describe_folder(out)):
-            holds = f"holds {others}" if out.is_dir() else "is a file"
-            raise CacheError(f"{out} is no cache and {holds}; choose a new or empty folder for the cache")
         return cases
     ways_out = "Choose another --out, or pass the options that made it"
     require_same_recipe(found, recipe, where=f"cache {out}", ways_out=ways_out)

@@ -29,6 +29,7 @@ __all__ = [
     "describe_folder",
     "list_shards",
     "parse_recipe",
+    "require_room",
     "shard_path",
     "stored_recipe",
     "write_shard",
@@ -49,9 +50,8 @@ def create_cache(path: Path | str, recipe: Recipe) -> None:
     """
     path = Path(path)
     shards = path / _SHARDS_FOLDER
+    require_room(path)
     try:
-        if path.is_dir() and not (path / _RECIPE_FILE).exists() and not shards.is_dir():
-            _require_empty(path)
         shards.mkdir(parents=True, exist_ok=True)
         for folder in (path, shards):
             remove_stale(folder)
@@ -70,9 +70,24 @@ def _require_recipe(path: Path, recipe: Recipe) -> None:
         require_same_recipe(found, recipe, where=f"cache {path}", ways_out=ways_out)
 
 
-def _require_empty(path: Path) -> None:
-    if others := describe_folder(path):
-        raise CacheError(f"{path} is no cache and holds {others}; choose a new or empty folder for the cache")
+def require_room(path: Path) -> None:
+    """Checks that a cache is at ``path`` or can be made there.
+
+    Raises:
+        CacheError: it is a file, a folder with other things in it, or cannot be read.
+    """
+    try:
+        if not path.is_dir():
+            found = "is a file" if path.exists() else ""
+        elif (path / _RECIPE_FILE).exists() or (path / _SHARDS_FOLDER).is_dir():
+            found = ""
+        else:
+            others = describe_folder(path)
+            found = f"holds {others}" if others else ""
+    except OSError as error:
+        raise CacheError(f"cannot make a cache: {explain_os_error(error, path)}") from error
+    if found:
+        raise CacheError(f"{path} is no cache and {found}; choose a new or empty folder for the cache")
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:

@@ -116,7 +116,12 @@ def make_recipe(
 
 
 def choose_precision(precision: str, device: torch.device, info: BackboneInfo) -> str:
-    """Resolves ``auto``: bf16 where the device computes it natively and the backbone has learned weights."""
+    """Resolves ``auto``: bf16 where the device computes it natively and the backbone has learned weights.
+
+    Raises:
+        OptionError: another precision than ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+    """
+    _require_one_of("precision", [precision], ("auto", *_PRECISIONS))
     if precision != "auto":
         return precision
     if info.weights.startswith("builtin:"):

@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import struct
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise BackboneError(f"weights file {file} does not exist; check --weights")
     try:
-        state: Any = load_file(file) if _is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # refused or read, as it may be
+            state: Any = load_file(file) if _is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BackboneError(
             f"weights file {file} is no plain table of tensors, and reading more could run code, so it is refused;"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -325,8 +326,10 @@ class Trap:
 
 def test_a_torch_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": Trap(tmp_path / "ran")}, tmp_path / "trap.pth")
-    with pytest.raises(BackboneError, match="reading more could run code, so it is refused"):
-        load_backbone("test_vit", weights=tmp_path / "trap.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Trap(tmp_path / "ran"), protocol=4))
+    for name in ("trap.pth", "plain.pth"):
+        with pytest.raises(BackboneError, match="reading more could run code, so it is refused"):
+            load_backbone("test_vit", weights=tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 

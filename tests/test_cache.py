@@ -573,7 +573,7 @@ def test_a_cache_is_not_made_among_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(CacheError, match=r"is no cache and holds thesis.tex; choose a new or empty folder"):
         create_cache(tmp_path, RECIPE)
-    with pytest.raises(CacheError, match="cannot make a cache"):
+    with pytest.raises(CacheError, match=r"thesis.tex is no cache and is a file; choose a new or empty folder"):
         create_cache(tmp_path / "thesis.tex", RECIPE)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 

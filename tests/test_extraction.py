@@ -268,7 +268,7 @@ def test_a_packed_copy_holds_the_same_tokens(manifest: Path, tmp_path: Path) -> 
         ({"crop": "tight"}, "crop 'tight' is unknown"),
         ({"resize": "squash"}, "resize 'squash' is unknown"),
         ({"dtype": "int4"}, "dtype 'int4' is unknown"),
-        ({"precision": "fp8"}, "precision 'fp8' is unknown"),
+        ({"precision": "fp8"}, "precision 'fp8' is unknown; expected one of auto, fp32, bf16, fp16"),
         ({"fill": "flair"}, "no channels are given"),
         ({"preview": 4096}, "preview is 4096 pixels"),
         ({"batch_size": 0}, "batch_size is 0"),
