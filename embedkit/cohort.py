@@ -16,9 +16,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embedkit.answers import choose_class, word_answer
+from embedkit.answers import choose_class, stated_times, word_answer
 from embedkit.cache import Cache, open_cache
-from embedkit.errors import OptionError, RecipeError, RequestError, SearchError
+from embedkit.errors import OptionError, RecipeError, RequestError, RunError, SearchError
 from embedkit.index import Index, open_index
 from embedkit.manifest import read_labels
 from embedkit.retrieval import join_labels, search
@@ -149,7 +149,8 @@ class Cohort:
         """What each run says of a case, with ``source``: how far the run knew it.
 
         ``out_of_fold``: by the model that never saw its patient; ``ensemble``: by all models, none of which saw its
-        patient; ``seen``: by all models, some of which were trained on its patient.
+        patient; ``seen``: by all models, some of which were trained on its patient. A run that cannot judge the case
+        says why in its ``answer``.
         """
         return [self._predict(name, run, subject) for name, run in self.runs.items()]
 
@@ -198,43 +199,60 @@ class Cohort:
     def _predict(self, name: str, run: Run, subject: Subject) -> dict[str, Any]:
         record = run.record
         columns = list(record.score_columns)
-        fold = None
+        tested = run.predictions.filter(pl.col("case_id") == subject.case_id)
         if self.holds_out(run, subject):
-            row = run.predictions.row(by_predicate=pl.col("case_id") == subject.case_id, named=True)
-            source, fold = "out_of_fold", row["fold"]
+            source, answers = "out_of_fold", tested
         else:
-            row = predict(run, subject.cache, case_ids=[subject.case_id], device="cpu").row(0, named=True)
-            patient = subject.cache.stacks.row(by_predicate=pl.col("case_id") == subject.case_id, named=True)
-            seen = subject.vector is None and patient["patient_id"] in run.training_patients
-            source = "seen" if seen else "ensemble"
-        said: dict[str, Any] = {"run": name, "target": record.target, "head": run.head, "source": source, "fold": fold}
-        said["truth"] = _plain(self.labels(subject.case_id).get(record.target)) if subject.vector is None else None
-        if row[columns[0]] is None:
-            return said | {"answer": "no usable slice in the run's views", "probability": None, "scores": []}
-        scores = np.array([row[column] for column in columns], np.float64)
+            source = "seen" if self._was_trained_on(run, subject) else "ensemble"
+            answers = None
+        said: dict[str, Any] = {
+            "run": name,
+            "target": record.target,
+            "head": run.head,
+            "source": source,
+            "folds": tested["fold"].to_list() if source == "out_of_fold" else [],
+            "truth": None if subject.vector is not None else self.labels(subject.case_id).get(record.target),
+        }
+        nothing = {"answer": "no usable slice in the run's views", "probability": None, "scores": []}
+        try:
+            answers = (
+                predict(run, subject.cache, case_ids=[subject.case_id], device="cpu") if answers is None else answers
+            )
+        except RunError as error:  # a view that the run does not know: the other runs still have their say
+            return said | nothing | {"answer": str(error)}
+        if answers[columns[0]].null_count():
+            return said | nothing
+        scores = answers.select(columns).to_numpy().mean(0, dtype=np.float64)
+        times = stated_times(record.kind, columns)
         place = choose_class(record.kind, record.classes, scores, None)
         if record.kind == "binary":
             place = int(scores[0] >= 0.5)
         likely = scores[place] if record.kind != "binary" else max(scores[0], 1 - scores[0])
         return said | {
-            "answer": word_answer(record.kind, record.classes, record.target, scores, place),
-            "probability": None if record.kind == "regression" else _plain(likely),
+            "answer": word_answer(record.kind, record.classes, record.target, scores, place, times=times),
+            "probability": _plain(likely) if record.classes else None,
             "scores": [
                 {"name": column.removeprefix("score_"), "value": _plain(score)}
                 for column, score in zip(columns, scores, strict=True)
             ],
         }
 
+    def _was_trained_on(self, run: Run, subject: Subject) -> bool:
+        """True where a model of the run was trained on the patient; a new image is of nobody known."""
+        if subject.vector is not None:
+            return False
+        return self.index.cases["patient_id"][self._rows[subject.case_id]] in run.training_patients
+
     def _held_out_column(self, run: Run) -> pl.Series:
         """What a run said of each case that it was not trained on: a score where there is one, else a class."""
         columns = list(run.record.score_columns)
-        table = run.predictions
-        if len(columns) > 1:
-            best = table.select(columns).to_numpy().argmax(1)
-            said = pl.Series("said", [columns[place].removeprefix("score_") for place in best])
+        table = run.predictions.group_by("case_id", maintain_order=True).agg(pl.col(columns).mean())
+        if columns[0] == "score":
+            said = table["score"]
         else:
-            said = table[columns[0]].alias("said")
-        pairs = pl.DataFrame({"case_id": table["case_id"], "said": said})
+            best = table.select(columns).to_numpy().argmax(1)
+            said = pl.Series([columns[place].removeprefix("score_") for place in best], dtype=pl.String)
+        pairs = table.select("case_id", said=said)
         return self.index.cases.select("case_id").join(pairs, on="case_id", how="left", maintain_order="left")["said"]
 
 

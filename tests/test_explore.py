@@ -19,7 +19,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import embedkit
-from embedkit.cohort import column_kind, open_cohort
+from embedkit.cohort import Subject, column_kind, open_cohort
 from embedkit.errors import OptionError, RecipeError, RequestError, SearchError, VolumeError
 from embedkit.overlays import BoundedStore
 from embedkit.projection import list_projections, project_vectors
@@ -214,7 +214,7 @@ def test_a_case_tells_its_labels_stacks_and_what_runs_said_of_it_out_of_fold(
     said = {each["run"]: each for each in told["predictions"]}["lesion.logistic"]
     run = open_run(next(path for path in explored.runs if path.name == "lesion.logistic"))
     row = run.predictions.row(by_predicate=pl.col("case_id") == "phantom_001", named=True)
-    assert (said["source"], said["fold"], said["truth"]) == ("out_of_fold", row["fold"], labels["lesion"])
+    assert (said["source"], said["folds"], said["truth"]) == ("out_of_fold", [row["fold"]], labels["lesion"])
     assert said["scores"] == [{"name": "score", "value": pytest.approx(row["score"])}]
     assert said["probability"] == pytest.approx(max(row["score"], 1 - row["score"]))
     assert said["answer"].startswith(f"lesion = {int(row['score'] >= 0.5)}")
@@ -229,11 +229,24 @@ def test_a_case_that_no_fold_tested_is_said_to_be_new_or_seen(explored: Explored
     object.__setattr__(run, "predictions", others)
     (said,) = [each for each in cohort.predictions(subject) if each["run"] == "lesion.logistic"]
     expected = embedkit.predict(run, cohort.cache, case_ids=["phantom_001"], device="cpu")["score"][0]
-    assert (said["source"], said["fold"]) == ("ensemble", None)
+    assert (said["source"], said["folds"]) == ("ensemble", [])
     assert said["scores"][0]["value"] == pytest.approx(expected)
     run.record.cases["untested_patients"] = [patient]
     (said,) = [each for each in cohort.predictions(subject) if each["run"] == "lesion.logistic"]
     assert said["source"] == "seen"
+
+
+def test_a_run_that_does_not_know_the_view_says_so_beside_the_others(explored: Explored, tmp_path: Path) -> None:
+    table = embedkit.read_manifest(explored.scans / "manifest.csv").head(2).with_columns(view=pl.lit("mr"))
+    embedkit.extract(
+        table, tmp_path / "cache", backbone="embedkit/scattering", slices="count:4", image_size=64, preview=32
+    )
+    cohort = open_cohort(explored.cache, explored.index, explored.runs)
+    with embedkit.open_cache(tmp_path / "cache") as cache:
+        new = Subject(cache, "phantom_001", "new scan", np.zeros(1, np.float32))
+        said = cohort.predictions(new)
+    assert len(said) == 2 and all("needs one or more of the views ct/axial" in each["answer"] for each in said)
+    assert [each["probability"] for each in said] == [None, None]
 
 
 def test_previews_are_the_bytes_of_the_cache(client: TestClient, explored: Explored) -> None:

@@ -215,7 +215,8 @@ export class CasePanel {
     const classes = run?.classes || [];
     $("class-field").hidden = classes.length < 2;
     const named = classes.map((name) => ({ value: name, label: `${run.target} = ${name}` }));
-    fillSelect($("class"), [{ value: "", label: run?.kind === "binary" ? "the positive class" : "its answer" }, ...named]);
+    if (run?.kind === "binary") fillSelect($("class"), named, classes[1]);
+    else fillSelect($("class"), [{ value: "", label: "its answer" }, ...named]);
     this.#loadHeat({ seek: true });
   }
 

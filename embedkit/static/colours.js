@@ -1,4 +1,4 @@
-// Owns colours of values: categories after Okabe and Ito (2008), numbers by viridis, heat by inferno; draws nothing.
+// Owns colours of values: categories after Okabe and Ito (2008), numbers by viridis without its ends, which drown in a dark or a light page, heat by inferno; draws nothing.
 
 const CATEGORIES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bd1", "#8a8a00", "#b0416e", "#4a5b6c"];
 const VIRIDIS = ["#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6dcd59", "#b4de2c", "#fde725"];
@@ -15,7 +15,7 @@ function blend(stops, share) {
 }
 
 const css = ([red, green, blue]) => `rgb(${red} ${green} ${blue})`;
-const scale = Array.from({ length: STEPS }, (_, step) => css(blend(VIRIDIS, step / (STEPS - 1))));
+const scale = Array.from({ length: STEPS }, (_, step) => css(blend(VIRIDIS, 0.14 + (0.82 * step) / (STEPS - 1))));
 
 /** 256 x RGBA: opaque where heat is high, clear where there is none. */
 export const heatTable = Uint8ClampedArray.from(
@@ -28,8 +28,8 @@ export const scaleColours = scale;
 export function colourColumn(column) {
   const known = column.values.filter((value) => value !== null);
   if (column.kind === "number") {
-    const low = Math.min(...known);
-    const high = Math.max(...known);
+    const low = known.reduce((least, value) => Math.min(least, value), Infinity);
+    const high = known.reduce((most, value) => Math.max(most, value), -Infinity);
     const of = (value) => (value === null ? null : scale[Math.round(((value - low) / (high - low || 1)) * (STEPS - 1))]);
     return { kind: "number", low, high, of };
   }
