@@ -213,7 +213,7 @@ class Cohort:
             "folds": tested["fold"].to_list() if source == "out_of_fold" else [],
             "truth": None if subject.vector is not None else self.labels(subject.case_id).get(record.target),
         }
-        nothing = {"answer": "no usable slice in the run's views", "probability": None, "scores": []}
+        nothing: dict[str, Any] = {"answer": "no usable slice in the run's views", "probability": None, "scores": []}
         try:
             answers = (
                 predict(run, subject.cache, case_ids=[subject.case_id], device="cpu") if answers is None else answers
