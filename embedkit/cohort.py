@@ -149,8 +149,9 @@ class Cohort:
         """What each run says of a case, with ``source``: how far the run knew it.
 
         ``out_of_fold``: by the model that never saw its patient; ``ensemble``: by all models, none of which saw its
-        patient; ``seen``: by all models, some of which were trained on its patient. A run that cannot judge the case
-        says why in its ``answer``.
+        patient; ``seen``: by all models, some of which were trained on its patient; ``new_image``: by all models, and
+        nobody knows whose image it is, so that they may have been trained on its patient. A run that cannot judge the
+        case says why in its ``answer``.
         """
         return [self._predict(name, run, subject) for name, run in self.runs.items()]
 
@@ -203,7 +204,7 @@ class Cohort:
         if self.holds_out(run, subject):
             source, answers = "out_of_fold", tested
         else:
-            source = "seen" if self._was_trained_on(run, subject) else "ensemble"
+            source = self._source(run, subject)
             answers = None
         said: dict[str, Any] = {
             "run": name,
@@ -237,11 +238,12 @@ class Cohort:
             ],
         }
 
-    def _was_trained_on(self, run: Run, subject: Subject) -> bool:
-        """True where a model of the run was trained on the patient; a new image is of nobody known."""
+    def _source(self, run: Run, subject: Subject) -> str:
+        """How far all models of a run together knew a case; see `predictions`."""
         if subject.vector is not None:
-            return False
-        return self.index.cases["patient_id"][self._rows[subject.case_id]] in run.training_patients
+            return "new_image"
+        patient = self.index.cases["patient_id"][self._rows[subject.case_id]]
+        return "seen" if patient in run.training_patients else "ensemble"
 
     def _held_out_column(self, run: Run) -> pl.Series:
         """What a run said of each case that it was not trained on: a score where there is one, else a class."""

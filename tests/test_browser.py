@@ -257,7 +257,7 @@ def test_a_new_scan_finds_similar_cases_and_a_wrong_one_is_explained(page: Page,
     assert page.is_hidden("#upload")
     first = page.locator("#neighbours button").first.inner_text()
     assert "phantom_005" in first and "1.000" in first
-    assert "new to the run" in page.inner_text("#predictions")
+    assert "all fold models" in page.inner_text("#predictions")
     assert picture(page)["light"] > 100
 
 

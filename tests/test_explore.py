@@ -468,7 +468,7 @@ def test_a_new_scan_finds_itself_and_can_be_looked_at_like_a_case(
     assert case == "phantom_001" and similarity == pytest.approx(1, abs=1e-3)
     told = ask(client, "/api/case", upload=job["upload"])
     assert told["labels"] == {} and told["stacks"][0]["slices"] == 4
-    assert {said["source"] for said in told["predictions"]} == {"ensemble"}
+    assert {said["source"] for said in told["predictions"]} == {"new_image"}
     assert told["predictions"][0]["truth"] is None
     here = {"upload": job["upload"], "view": "ct/axial"}
     there = {"case": "phantom_001", "view": "ct/axial"}

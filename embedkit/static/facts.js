@@ -5,6 +5,7 @@ import { format, make } from "/static/dom.js";
 const SOURCES = {
   out_of_fold: ["out of fold", "by the model of the fold that tested this case: it never saw this patient"],
   ensemble: ["new to the run", "the mean of all fold models, none of which saw this patient"],
+  new_image: ["all fold models", "the mean of all fold models; if this patient was in training, too good to judge the run by"],
   seen: ["seen in training", "by models that were trained on this patient: too good to judge the run by"],
 };
 

@@ -67,13 +67,16 @@ export class CohortMap {
   }
 
   /** Place of a point in CSS pixels of the canvas. */
-  place(number) {
+  place(number, to = this.#transform()) {
+    return { x: to.x + this.#points.x[number] * to.across, y: to.y - this.#points.y[number] * to.up };
+  }
+
+  /** Where the middle of the map lies, and how many pixels its unit takes; asks the layout once for all points. */
+  #transform() {
     const { width, height } = this.#size();
-    const scale = (Math.min(width, height) / 2 - MARGIN) * this.#view.zoom;
-    return {
-      x: width / 2 + this.#view.x + this.#points.x[number] * scale * Math.min(width / height, 1.35),
-      y: height / 2 + this.#view.y - this.#points.y[number] * scale,
-    };
+    const up = (Math.min(width, height) / 2 - MARGIN) * this.#view.zoom;
+    const across = up * Math.min(width / height, 1.35);
+    return { x: width / 2 + this.#view.x, y: height / 2 + this.#view.y, across, up, width, height };
   }
 
   #size() {
@@ -109,16 +112,22 @@ export class CohortMap {
   }
 
   #dots(context, numbers, colour, radius, alpha) {
-    context.globalAlpha = alpha;
-    context.fillStyle = colour;
-    context.beginPath();
+    const dense = window.devicePixelRatio || 1;
+    const side = Math.ceil(2 * radius + 2);
+    const stamp = new OffscreenCanvas(Math.ceil(side * dense), Math.ceil(side * dense));
+    const ink = stamp.getContext("2d");
+    ink.scale(dense, dense);
+    ink.globalAlpha = alpha;
+    ink.fillStyle = colour;
+    ink.beginPath();
+    ink.arc(side / 2, side / 2, radius, 0, 2 * Math.PI);
+    ink.fill();
+    const to = this.#transform();
     for (const number of numbers) {
-      const { x, y } = this.place(number);
-      context.moveTo(x + radius, y);
-      context.arc(x, y, radius, 0, 2 * Math.PI);
+      const { x, y } = this.place(number, to);
+      if (x < -side || y < -side || x > to.width + side || y > to.height + side) continue;
+      context.drawImage(stamp, x - side / 2, y - side / 2, side, side);
     }
-    context.fill();
-    context.globalAlpha = 1;
   }
 
   #paintSelection(context, ink, accent, radius) {
@@ -153,9 +162,10 @@ export class CohortMap {
   #nearest(x, y) {
     let best = -1;
     let least = REACH * REACH;
+    const to = this.#transform();
     for (let number = 0; number < this.#points.x.length; number += 1) {
       if (!this.#isAllowed(number)) continue;
-      const place = this.place(number);
+      const place = this.place(number, to);
       const distance = (place.x - x) ** 2 + (place.y - y) ** 2;
       if (distance < least) [best, least] = [number, distance];
     }
