@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import stat
+import subprocess
 import sys
 import time
 import types
@@ -673,3 +675,18 @@ def test_what_is_not_installed_is_named_with_its_extra(explored: Explored, monke
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(OptionError, match=r"needs uvicorn, which is not installed; pip install 'embedkit\[serve\]'"):
         serve(explored.cache, explored.index)
+
+
+def test_a_server_that_is_told_to_end_removes_what_was_sent(explored: Explored, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from embedkit.cli.main import main; main()", "serve", "--no-browser"]
+    server = subprocess.Popen(
+        [*command, str(explored.cache), str(explored.index)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    assert server.stdout is not None and server.stdout.readline().startswith("http://127.0.0.1:")
+    assert list(tmp_path.glob("embedkit-serve-*"))
+    server.terminate()
+    server.communicate(timeout=60)
+    assert server.returncode == 143 and not list(tmp_path.glob("embedkit-serve-*"))
