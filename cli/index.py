@@ -1,44 +1,113 @@
-"""Owns `embedkit index`: parses, calls `embedkit.build_index`."""
+"""Owns `embedkit index`: parses, calls `build_index`, `add_cases` or `remove_cases`, says what the index holds."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from embedkit.cli.console import print_json
+from embedkit.cli.console import parse_size, print_json, split_list
+
+if TYPE_CHECKING:
+    from embedkit.index import Index
 
 __all__ = ["run"]
 
 
 def index_command(
     cache: Annotated[Path, typer.Argument(help="Folder or packed file of the cache.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the index to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the index to write, or to change.")],
     embedding: Annotated[
-        str, typer.Option(help="mean:cls, mean:patch@4 or grid:patch@4 (keeps places), optionally with :LAYER.")
-    ] = "mean:cls",
+        str | None,
+        typer.Option(
+            help="mean:cls, mean:patch@4, grid:patch@4 (keeps places), aligned:patch@4 (also places along the stack),"
+            " optionally with :LAYER; several with +. Default: aligned, of the coarsest patches cached."
+        ),
+    ] = None,
+    level: Annotated[str, typer.Option(help="case, or slice for a vector per slice.")] = "case",
+    slices: Annotated[
+        str | None, typer.Option(help="What slices are compared by, as --embedding; default: grid of patches.")
+    ] = None,
+    whiten: Annotated[
+        int | None, typer.Option(help="Keep so many whitened components of the vectors; 0 whitens nothing.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="flat, hnsw, ivf, sq or ivfpq; default: chosen by size and --memory.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="What the index may take in memory, such as 8GB.")] = None,
+    recall: Annotated[
+        float, typer.Option(help="Share of the ten nearest to be found by an index that does not compare all.")
+    ] = 0.95,
     run: Annotated[Path | None, typer.Option(help="Use the pooled vector of this run instead.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Table by case_id whose columns can be filtered by.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Take the cases of the cache that the index lacks.")] = False,
+    remove: Annotated[str | None, typer.Option(help="Withdraw these cases from the index: ID,ID,...")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
-    """Make a search index of the cases of a cache."""
-    from embedkit import build_index
+    """Make a search index of the cases of a cache, or bring one up to date."""
+    from embedkit import add_cases, build_index, remove_cases
 
-    index = build_index(cache, out, embedding=embedding, run=run, labels=labels)
-    if json:
-        print_json(
-            {
-                "index": str(out),
-                "cases": len(index),
-                "embedding": index.embedding,
-                "dim": index.dim,
-                "fingerprint": index.fingerprint,
-                "columns": index.cases.columns,
-            }
+    if add and remove is not None:
+        raise typer.BadParameter("add and remove are two steps; give one of them", param_hint="--remove")
+    changed: dict[str, Any] = {}
+    if add:
+        index, taken = add_cases(out, cache=cache, labels=labels)
+        changed = {"added": taken}
+    elif remove is not None:
+        index = remove_cases(out, split_list(remove), cache=cache)
+        changed = {"removed": split_list(remove)}
+    else:
+        index = build_index(
+            cache,
+            out,
+            embedding=embedding,
+            level=level,
+            run=run,
+            slices=slices,
+            labels=labels,
+            whiten=whiten,
+            kind=kind,
+            memory_bytes=None if memory is None else parse_size(memory, option="--memory"),
+            recall=recall,
         )
+    if json:
+        print_json(_as_fields(index) | changed)
         return
-    columns = ", ".join(index.cases.columns)
-    typer.echo(f"{out}: {len(index)} cases, {index.embedding}, {index.dim} dims; columns {columns}")
+    for word, cases in changed.items():
+        typer.echo(f"{word} {len(cases)} cases{': ' + ', '.join(cases[:5]) if cases else ''}")
+    typer.echo(_describe(index))
 
 
 run = index_command
+
+
+def _as_fields(index: Index) -> dict[str, Any]:
+    return {
+        "index": index.path,
+        "cases": len(index),
+        "vectors": index.count,
+        "level": index.level,
+        "embedding": index.embedding,
+        "slices": index.details["slices"],
+        "dim": index.dim,
+        "whitened": None if index.whitening is None else index.whitening.shape[1],
+        "kind": index.kind,
+        "effort": index.tuning.effort,
+        "refine": index.tuning.refine,
+        "recall_asked": index.options.recall,
+        "recall": index.tuning.recall,
+        "recall_queries": index.tuning.queries,
+        "fingerprint": index.fingerprint,
+        "columns": index.cases.columns,
+    }
+
+
+def _describe(index: Index) -> str:
+    whitened = "" if index.whitening is None else f", whitened to {index.whitening.shape[1]}"
+    found = "every vector compared"
+    if index.kind != "flat":
+        found = f"recall {index.tuning.recall:.3f} on {index.tuning.queries} held-out queries"
+    return (
+        f"{index.path}: {len(index)} cases, {index.embedding}, {index.dim} dims{whitened};"
+        f" {index.kind} of {index.count} {index.level} vectors, {found}; columns {', '.join(index.cases.columns)}"
+    )

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from embedkit.evaluation import evaluate as evaluate
     from embedkit.explanation import explain as explain
     from embedkit.extraction import extract as extract
+    from embedkit.indexbuilding import add_cases as add_cases
+    from embedkit.indexbuilding import build_index as build_index
+    from embedkit.indexbuilding import remove_cases as remove_cases
     from embedkit.inspection import describe_cache as describe_cache
     from embedkit.inspection import verify_cache as verify_cache
     from embedkit.manifest import read_labels as read_labels
@@ -27,10 +30,10 @@ if TYPE_CHECKING:
     from embedkit.phantoms import make_phantoms as make_phantoms
     from embedkit.plugins import list_heads as list_heads
     from embedkit.recipe import Recipe as Recipe
-    from embedkit.retrieval import build_index as build_index
     from embedkit.retrieval import match_cases as match_cases
     from embedkit.retrieval import open_index as open_index
     from embedkit.retrieval import search as search
+    from embedkit.retrieval import search_manifest as search_manifest
     from embedkit.runs import open_run as open_run
     from embedkit.runs import predict as predict
     from embedkit.scanning import scan_folder as scan_folder
@@ -47,13 +50,14 @@ _HOMES = {
     "evaluation": ("evaluate",),
     "explanation": ("explain",),
     "extraction": ("extract",),
+    "indexbuilding": ("add_cases", "build_index", "remove_cases"),
     "inspection": ("describe_cache", "verify_cache"),
     "manifest": ("read_labels", "read_manifest", "write_manifest"),
     "packing": ("pack_cache",),
     "phantoms": ("make_phantoms",),
     "plugins": ("list_heads",),
     "recipe": ("Recipe",),
-    "retrieval": ("build_index", "match_cases", "open_index", "search"),
+    "retrieval": ("match_cases", "open_index", "search", "search_manifest"),
     "runs": ("open_run", "predict"),
     "scanning": ("scan_folder",),
     "serving": ("serve",),

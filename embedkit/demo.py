@@ -15,6 +15,7 @@ from embedkit.cache import Cache, open_cache
 from embedkit.errors import OptionError
 from embedkit.explanation import explain
 from embedkit.extraction import extract
+from embedkit.indexbuilding import build_index
 from embedkit.manifest import read_labels, read_manifest
 from embedkit.metrics import compute_roc
 from embedkit.patches import measure_patch_cover
@@ -22,7 +23,7 @@ from embedkit.phantoms import make_phantoms
 from embedkit.pictures import draw_similar_cases, picture_case
 from embedkit.plots import RocLine, Score, describe_interval, plot_montage, plot_roc, plot_scores
 from embedkit.report import Figure, Report, Section, score_table, write_report
-from embedkit.retrieval import build_index, search
+from embedkit.retrieval import search
 from embedkit.runs import Run, open_run
 from embedkit.training import BASELINES, train
 from embedkit.volumes import read_volume
@@ -152,7 +153,7 @@ def _peak_is_on_lesion(run: Run, cache: Cache, case_id: str, mask: Path) -> bool
 def _search(out: Path, labels: Path, query: str) -> Section:
     index = build_index(out / "cache", out / "index", labels=labels)
     found = search(index, case_id=query, k=6, exclude_same="patient_id")
-    draw_similar_cases(index, found, out / "similar.png", case_id=query)
+    draw_similar_cases(index, found, out / "similar.png", query=query)
     sides = ", ".join(f"{side or 'no lesion'}" for side in found["side"])
     return Section(
         title="Similar cases",
@@ -160,7 +161,8 @@ def _search(out: Path, labels: Path, query: str) -> Section:
         figures=(
             Figure(
                 (out / "similar.png").read_bytes(),
-                "First column: the query. Three slices of each case, similarity (cosine) above.",
+                "A row for each case: framed slices of the query, each beside the slice that matches it,"
+                " and where their patches match.",
                 f"Slices of {query} beside those of its six nearest neighbours",
             ),
         ),

@@ -1,6 +1,6 @@
 """Owns embeddings: how cached tokens become the vector of a slice and of a case, in words and numbers; knows no index.
 
-An embedding is named ``STATISTIC:TOKEN_SET``.
+An embedding is named ``STATISTIC:TOKEN_SET``; ``A+B`` puts several side by side, each at length 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from embedkit.cache import Cache
 from embedkit.errors import OptionError, SearchError
 from embedkit.recipe import TokenSet
 
-__all__ = ["CaseVectors", "Embedding", "Statistic", "embed_cases", "name_layer", "require_token_set"]
+__all__ = [
+    "CaseVectors",
+    "EmbeddedCases",
+    "Embedding",
+    "Statistic",
+    "embed_cases",
+    "embed_new_cases",
+    "join_embeddings",
+    "name_layer",
+    "parse_embeddings",
+    "require_token_set",
+]
 
 FloatArray = NDArray[np.float32]
 Statistic = Literal["mean", "grid", "aligned"]
@@ -77,6 +88,16 @@ class Embedding:
         if self.statistic != "aligned":
             return cast(FloatArray, slices.mean(0))
         return cast(FloatArray, (_part_weights(len(slices)) @ slices).reshape(-1))
+
+    def subtract(self, tokens: NDArray[Any], mean: FloatArray) -> FloatArray:
+        """Tokens [slices patches dim] less what each must have been for `stack_vector` to give ``mean`` [dim]."""
+        if self.statistic == "mean":
+            return cast(FloatArray, tokens - mean)
+        if self.statistic == "grid":
+            return cast(FloatArray, tokens - mean.reshape(tokens.shape[1:]))
+        weights = _part_weights(len(tokens))
+        shares = weights / weights.sum(0)
+        return cast(FloatArray, tokens - np.tensordot(shares.T, mean.reshape(_ALIGNED, *tokens.shape[1:]), 1))
 
     def size(self, shape: Sequence[int]) -> int:
         """Length of a stack's vector where a slice's tokens have this shape."""
@@ -148,11 +169,72 @@ def embed_cases(cache: Cache, embedding: Embedding, *, views: Sequence[str] | No
     present = np.zeros((len(cases), len(names)), bool)
     for stack, case, view in stacks.select("stack", "case_id", "bag_view").iter_rows():
         row, column = place[case], names.index(view)
-        vectors[row, column] = embedding.stack_vector(
-            cache.read(stack, embedding.token_set)[~cache.slices(stack).blank]
-        )
-        present[row, column] = True
+        kept = ~cache.slices(stack).blank
+        if kept.any():
+            vectors[row, column] = embedding.stack_vector(cache.read(stack, embedding.token_set)[kept])
+            present[row, column] = True
     return CaseVectors(cases, names, vectors, present)
+
+
+@dataclass(frozen=True)
+class EmbeddedCases:
+    """One vector per case.
+
+    Attributes:
+        cases: case_id and patient_id, a row per case.
+        views: ``view/plane`` names.
+        means: float32 [views dim], the mean of each view that was subtracted.
+        vectors: float32 [cases dim]; zero for a case without a usable slice.
+    """
+
+    cases: pl.DataFrame
+    views: tuple[str, ...]
+    means: FloatArray
+    vectors: FloatArray
+
+
+def parse_embeddings(text: str, cache: Cache) -> tuple[Embedding, ...]:
+    """Reads ``A+B``; a token set named without its layer gets the last one cached.
+
+    Raises:
+        OptionError: a part does not have the form of an embedding.
+        SearchError: the cache holds no layer of a token set.
+    """
+    return tuple(Embedding.parse(name_layer(part.strip(), cache)) for part in text.split("+"))
+
+
+def join_embeddings(cache: Cache, embeddings: Sequence[Embedding]) -> EmbeddedCases:
+    """One vector per case of a cache: the mean over its views less the view's mean over all cases, part beside part.
+
+    Raises:
+        SearchError: the cache lacks a token set.
+    """
+    parts = [embed_cases(cache, embedding) for embedding in embeddings]
+    means = [part.view_means() for part in parts]
+    vectors = [part.fuse(mean) for part, mean in zip(parts, means, strict=True)]
+    return EmbeddedCases(parts[0].cases, parts[0].views, np.concatenate(means, 1), _beside(vectors))
+
+
+def embed_new_cases(
+    cache: Cache, embeddings: Sequence[Embedding], views: Sequence[str], means: FloatArray
+) -> EmbeddedCases:
+    """One vector per case of another cache, made as `join_embeddings` made those of which the means are.
+
+    Raises:
+        SearchError: the cache lacks a token set, or holds a view that is not among ``views``.
+    """
+    parts = [embed_cases(cache, embedding, views=views) for embedding in embeddings]
+    edges = np.cumsum([0, *(part.vectors.shape[2] for part in parts)])
+    vectors = [part.fuse(means[:, start:stop]) for part, start, stop in zip(parts, edges[:-1], edges[1:], strict=True)]
+    return EmbeddedCases(parts[0].cases, tuple(views), means, _beside(vectors))
+
+
+def _beside(vectors: Sequence[FloatArray]) -> FloatArray:
+    """Vectors of several embeddings side by side, each of length 1 so that none drowns others; one stays as it is."""
+    if len(vectors) == 1:
+        return vectors[0]
+    tiny = np.finfo(np.float32).tiny
+    return np.concatenate([part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), tiny) for part in vectors], 1)
 
 
 def require_token_set(cache: Cache, embedding: Embedding) -> None:

@@ -13,14 +13,13 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from embedkit.cache import Cache, StackRecord, open_cache
 from embedkit.errors import RunError
 from embedkit.files import explain_os_error
 from embedkit.manifest import read_manifest
 from embedkit.patches import place_patch_scores
-from embedkit.pictures import write_picture
+from embedkit.pictures import upsample_heat, write_picture
 from embedkit.plots import plot_montage
 from embedkit.runs import Evidence, Run, open_run
 from embedkit.slices import plan_stacks, render_slices
@@ -197,14 +196,8 @@ def _draw(
         for row in rows:
             picture = shown[row]
             pictures.append(picture)
-            overlays.append(_upsample(scores[view][row], picture.shape[0]))
+            overlays.append(upsample_heat(scores[view][row], picture.shape[0]))
             titles.append(
                 f"{view} slice {weights[view].indices[row]}\n{weights[view].weights[row]:.0%} of the evidence"
             )
     return plot_montage(pictures, titles, overlays=overlays, columns=_SHOWN, scale="evidence")
-
-
-def _upsample(scores: FloatArray, side: int) -> FloatArray:
-    grid = torch.from_numpy(np.ascontiguousarray(scores))[None, None]
-    upsampled: FloatArray = F.interpolate(grid, size=(side, side), mode="bilinear")[0, 0].numpy()
-    return upsampled

@@ -25,6 +25,7 @@ __all__ = [
     "publish_file",
     "publish_folder",
     "remove_stale",
+    "replace_folder",
     "sync_folder",
     "temporary_path",
     "write_new_file",
@@ -100,6 +101,27 @@ def publish_folder(temporary: Path, final: Path) -> None:
     sync_folder(temporary)
     temporary.rename(final)
     sync_folder(final.parent)
+
+
+def replace_folder(temporary: Path, path: Path) -> None:
+    """Puts ``temporary`` in the place of the folder at ``path``, which is set aside and comes back if that fails.
+
+    No rename exchanges two folders, so for a moment there is none at ``path``; of a writer killed in it the folder set
+    aside is put back by the next `remove_stale`.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    old = temporary.with_suffix(".old")
+    os.utime(path)  # its age is counted from here
+    path.rename(old)
+    try:
+        publish_folder(temporary, path)
+    except BaseException:
+        if not path.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,15 +1,20 @@
 """Owns the folder of a search index: whole or absent, every file checked before it is parsed; searches nothing.
 
 ``index.json``
-    What made the vectors, a SHA-256 of every other file, and one of itself.
+    What made the vectors, how the index is searched, a SHA-256 of every other file, and one of itself.
 ``index.faiss``
-    The vectors, centred if asked for and of length 1, as a FAISS index.
+    The vectors, centred and whitened if asked for and of length 1, as a FAISS index.
 ``vectors.npy``
-    The vectors as they were given, float32 [cases dim], so that another kind of index can be made of them.
+    The vectors as they were given, float32 or float16 [vectors dim]: queries, exact comparison, and what another
+    index is made of.
 ``cases.parquet``
-    ``case_id``, ``patient_id`` and metadata; row i describes vector i.
-``mean.npy``
-    Where the vectors were centred: what was subtracted, float32 [dim].
+    ``case_id``, ``patient_id`` and metadata; row i describes vector i, or is what ``rows.parquet`` points at.
+``rows.parquet``
+    Where a vector is a slice: ``case`` (row of ``cases.parquet``), ``view``, ``plane``, ``row`` in the stack and
+    ``slice``, the index along the plane's axis; row i describes vector i.
+``mean.npy``, ``whitening.npy``
+    Where the vectors were centred: what was subtracted, float32 [dim]; where they were whitened: the matrix that they
+    were then multiplied with, float32 [dim kept].
 ``extra-NAME.npy``
     Further arrays, kept for whoever makes the query vectors.
 """
@@ -20,37 +25,31 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embedkit.errors import RecipeError, SearchError
-from embedkit.files import explain_os_error, publish_folder, remove_stale, temporary_path
+from embedkit.errors import OptionError, RecipeError, SearchError
+from embedkit.files import explain_os_error, publish_folder, remove_stale, replace_folder, temporary_path
+from embedkit.indextypes import FaissSearcher, IndexOptions, faiss
 from embedkit.recipe import Recipe
+from embedkit.tuning import Tuning
 
-with warnings.catch_warnings():
-    # The types that SWIG generates for faiss lack __module__, which some Python versions deprecate.
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    import faiss as _faiss
-
-faiss: Any = _faiss
-"""The library; typed as Any because its stubs know the C++ signatures and not the Python ones over them."""
-
-__all__ = ["IndexContent", "check_table", "faiss", "read_index_files", "read_vectors", "write_index_files"]
+__all__ = ["IndexContent", "check_table", "read_index_files", "read_vectors", "require_free", "write_index_files"]
 
 _FORMAT = "embedkit-index"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _CHUNK_BYTES = 1 << 23
 _MOST_JSON_BYTES = 1 << 26
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OptionError)
 _PLACES = ("cache", "run")  # details that are folders: given and read in full, kept relative to the index
-_RESERVED = ("query", "rank", "similarity")
+_RESERVED = ("query", "rank", "similarity", "recall_rank", "view", "plane", "slice")
+_MAPPED_FROM_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,12 @@ class IndexContent:
         embedding: How the vectors were made, in words.
         recipe: Of the cache that they were made from.
         cases: case_id, patient_id and metadata.
-        vectors: FAISS index of unit vectors.
+        rows: Where a vector is a slice: case, view, plane, row, slice of each; None where it is a case.
+        vectors: The unit vectors in FAISS; None before they are built.
+        options: What was asked of the index.
+        tuning: How it is searched.
         mean: float32 [dim] or None.
+        whitening: float32 [dim kept] or None.
         details: Plain JSON values; ``cache`` and ``run`` are folders, absolute here and relative to the index on disk.
         extras: Arrays by name.
     """
@@ -70,22 +73,27 @@ class IndexContent:
     embedding: str
     recipe: Recipe
     cases: pl.DataFrame
-    vectors: Any
+    rows: pl.DataFrame | None
+    vectors: FaissSearcher | None
+    options: IndexOptions
+    tuning: Tuning
     mean: NDArray[np.float32] | None
+    whitening: NDArray[np.float32] | None
     details: dict[str, Any]
     extras: dict[str, NDArray[Any]]
 
 
-def check_table(vectors: NDArray[np.float32], table: pl.DataFrame) -> None:
+def check_table(vectors: NDArray[Any], table: pl.DataFrame, rows: pl.DataFrame | None) -> None:
     """Checks that vectors and case table fit together.
 
     Raises:
         SearchError: they do not, or a column is missing, has gaps, is double or has a name that a result needs.
     """
-    if vectors.ndim != 2 or 0 in vectors.shape or len(vectors) != len(table):
+    described = table if rows is None else rows
+    if vectors.ndim != 2 or 0 in vectors.shape or len(vectors) != len(described):
         raise SearchError(
-            f"vectors have shape {list(vectors.shape)} and the table {len(table)} rows; expected [cases dim] and a row"
-            " per case, at least one"
+            f"vectors have shape {list(vectors.shape)} and the table {len(described)} rows; expected [cases dim] and a"
+            " row per case, at least one"
         )
     for column in ("case_id", "patient_id"):
         if column not in table.columns:
@@ -98,21 +106,37 @@ def check_table(vectors: NDArray[np.float32], table: pl.DataFrame) -> None:
         raise SearchError(f"the table has case {', '.join(double[:5])} more than once; give one vector per case")
 
 
-def write_index_files(out: Path, content: IndexContent, vectors: NDArray[np.float32]) -> None:
-    """Writes an index folder, durably and under its name only when whole.
+def require_free(out: Path) -> None:
+    """Stops where an index cannot be written without replacing something.
 
     Raises:
-        SearchError: ``out`` exists and is not an empty folder; disk full; read-only folder.
+        SearchError: ``out`` exists and is not an empty folder.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SearchError(f"{out} exists; choose another folder for the index or delete it first")
+
+
+def write_index_files(out: Path, content: IndexContent, vectors: NDArray[Any], *, replace: bool = False) -> None:
+    """Writes an index folder, durably and under its name only when whole.
+
+    Args:
+        out: The folder.
+        content: All but the vectors as they were given.
+        vectors: These, [vectors dim]; may be a memory map, and is copied in batches.
+        replace: An index at ``out`` gives way to this one.
+
+    Raises:
+        SearchError: ``out`` exists and is not an empty folder, without ``replace``; disk full; read-only folder.
+    """
+    if not replace:
+        require_free(out)
     temporary = temporary_path(out.absolute())
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(temporary.parent)
         temporary.mkdir()
         _write_files(temporary, content, vectors)
-        publish_folder(temporary, out.absolute())
+        (replace_folder if replace and out.exists() else publish_folder)(temporary, out.absolute())
     except OSError as error:
         raise SearchError(f"cannot write the index: {explain_os_error(error, out)}") from error
     finally:
@@ -121,19 +145,26 @@ def write_index_files(out: Path, content: IndexContent, vectors: NDArray[np.floa
 
 def _write_files(folder: Path, content: IndexContent, vectors: NDArray[np.float32]) -> None:
     arrays = {f"extra-{name}.npy": array for name, array in content.extras.items()} | {"vectors.npy": vectors}
-    if content.mean is not None:
-        arrays["mean.npy"] = content.mean
+    arrays |= {
+        f"{name}.npy": array
+        for name, array in (("mean", content.mean), ("whitening", content.whitening))
+        if array is not None
+    }
     for name, array in arrays.items():
         with (folder / name).open("xb") as file:
-            np.save(file, array, allow_pickle=False)
+            np.lib.format.write_array(file, array, allow_pickle=False)
     content.cases.write_parquet(folder / "cases.parquet")
+    if content.rows is not None:
+        content.rows.write_parquet(folder / "rows.parquet")
     with (folder / "index.faiss").open("xb") as file:  # serialize_index fails where SimpleITK was loaded after faiss
-        faiss.write_index(content.vectors, faiss.PyCallbackIOWriter(file.write))
+        faiss.write_index(cast(FaissSearcher, content.vectors).index, faiss.PyCallbackIOWriter(file.write))
     fields = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "embedding": content.embedding,
         "recipe": content.recipe.to_json(),
+        "options": asdict(content.options),
+        "tuning": asdict(content.tuning),
         "details": _map_places(content.details, lambda place: os.path.relpath(place, folder.resolve())),
         "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
     }
@@ -169,16 +200,22 @@ def _parse_files(path: Path, fields: dict[str, Any]) -> IndexContent:
         if Path(name).name != name:
             raise SearchError(f"index {path} names a file outside of it, {name}: refused")
         _require_sha256(path / name, sha256)
-    arrays = {name: np.load(path / name, allow_pickle=False) for name in names if name.endswith(".npy")}
-    cases, vectors = pl.read_parquet(path / "cases.parquet"), faiss.read_index(str(path / "index.faiss"))
-    if not isinstance(vectors, faiss.IndexFlatIP) or vectors.ntotal != len(cases):
-        raise SearchError(f"index {path} holds {vectors.ntotal} vectors and {len(cases)} cases; build it again")
+    arrays = {name: _read_array(path / name) for name in names if name.endswith(".npy")}
+    cases, vectors = pl.read_parquet(path / "cases.parquet"), _read_faiss(path / "index.faiss")
+    rows = pl.read_parquet(path / "rows.parquet") if "rows.parquet" in names else None
+    described = len(cases) if rows is None else len(rows)
+    if len(vectors) != described:
+        raise SearchError(f"index {path} holds {len(vectors)} vectors and {described} cases; build it again")
     return IndexContent(
         embedding=str(fields["embedding"]),
         recipe=Recipe.from_json(fields["recipe"]),
         cases=cases,
+        rows=rows,
         vectors=vectors,
+        options=IndexOptions(**fields["options"]),
+        tuning=Tuning(**fields["tuning"]),
         mean=arrays.get("mean.npy"),
+        whitening=arrays.get("whitening.npy"),
         details=_map_places(fields["details"], lambda place: os.path.normpath(path.resolve() / place)),
         extras={
             name.removeprefix("extra-").removesuffix(".npy"): array
@@ -188,14 +225,27 @@ def _parse_files(path: Path, fields: dict[str, Any]) -> IndexContent:
     )
 
 
-def read_vectors(path: Path) -> NDArray[np.float32]:
-    """The vectors as they were given: read-only float32 [cases dim], memory-mapped.
+def _read_array(file: Path) -> NDArray[Any]:
+    """An array; a large one stays on disk and is mapped."""
+    mapped = file.stat().st_size >= _MAPPED_FROM_BYTES
+    array: NDArray[Any] = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+    return array
+
+
+def _read_faiss(file: Path) -> FaissSearcher:
+    """An index of a known type; a large one stays on disk and is mapped, so that it may exceed the memory."""
+    mapped = file.stat().st_size >= _MAPPED_FROM_BYTES
+    return FaissSearcher(faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0), gpu=not mapped)
+
+
+def read_vectors(path: Path) -> NDArray[Any]:
+    """The vectors as they were given: read-only float32 or float16 [vectors dim], memory-mapped.
 
     Raises:
         SearchError: the index or their file is damaged.
     """
     _require_sha256(path / "vectors.npy", _read_fields(path)["files"].get("vectors.npy", ""))
-    vectors: NDArray[np.float32] = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
+    vectors: NDArray[Any] = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
     return vectors
 
 
@@ -220,6 +270,8 @@ def _read_fields(path: Path) -> dict[str, Any]:
         raise SearchError(f"{path} has index format {version}, this embedkit reads {_FORMAT_VERSION}; upgrade embedkit")
     if fields.pop("sha256", None) != _sha256_of_fields(fields):
         raise SearchError(f"{file} is damaged: it is not what was written; build the index again")
+    if version != _FORMAT_VERSION:
+        raise SearchError(f"{path} has index format {version}, this embedkit reads {_FORMAT_VERSION}; build it again")
     return fields
 
 

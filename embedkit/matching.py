@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from embedkit.cache import Cache
 from embedkit.embeddings import Embedding, require_token_set
 from embedkit.errors import SearchError
+from embedkit.regions import Region
 
 __all__ = [
     "ORDERS",
@@ -27,9 +30,13 @@ __all__ = [
     "Order",
     "SlicePair",
     "SliceReader",
+    "SliceStore",
     "StackSlices",
+    "has_votes",
     "match_slices",
     "measure_centres",
+    "pack_slices",
+    "sample_slices",
     "score_slices",
 ]
 
@@ -37,6 +44,9 @@ FloatArray = NDArray[np.float32]
 Order = Literal["free", "ordered"]
 ORDERS: tuple[Order, ...] = ("free", "ordered")
 """How the slices of a query may choose."""
+
+_SAMPLE = 8_000
+_SEED = 11
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +56,9 @@ class StackSlices:
     Attributes:
         rows: int64 [slices], place in the stack.
         indices: int32 [slices], index along the plane's axis of the canonical volume.
-        vectors: float32 [slices dim], centred, of length 1.
-        patches: float32 [slices patches dim], centred, of length 1; one patch per slice for class tokens.
+        vectors: float32 [slices dim], centred, whitened if so fitted, of length 1.
+        patches: float32 [slices patches dim], centred, of length 1; one patch per slice for class tokens, none where
+            only vectors were kept.
         votes: float32 [slices patches], how much each patch counts where patches are compared; None where all count
             alike.
     """
@@ -152,8 +163,22 @@ class SliceReader:
         views: ``view/plane`` names, in the order of ``centres``; others are not read.
     """
 
-    def __init__(self, cache: Cache, embedding: Embedding, views: Sequence[str], centres: FloatArray) -> None:
-        """Takes the mean token of each view, ``centres`` [views patches dim], as `measure_centres` gives it.
+    def __init__(
+        self,
+        cache: Cache,
+        embedding: Embedding,
+        views: Sequence[str],
+        centres: FloatArray,
+        whitening: FloatArray | None = None,
+    ) -> None:
+        """Takes what was fitted on the cache that was indexed.
+
+        Args:
+            cache: Where tokens are read.
+            embedding: What slices are compared by.
+            views: ``view/plane`` names.
+            centres: float32 [views patches dim], the mean token of each view, of `measure_centres`.
+            whitening: float32 [dim kept], what the vectors of slices are multiplied with; None leaves them.
 
         Raises:
             SearchError: the cache lacks the token set.
@@ -162,36 +187,131 @@ class SliceReader:
         self.embedding = embedding
         self.views = tuple(views)
         self._cache = cache
+        self._whitening = whitening
         self._centres = dict(zip(views, centres, strict=True))
         self._stacks: dict[str, dict[str, int]] = {}
         for stack, case, view, plane in cache.stacks.select("stack", "case_id", "view", "plane").iter_rows():
             if f"{view}/{plane}" in self._centres:
                 self._stacks.setdefault(case, {})[f"{view}/{plane}"] = stack
 
-    def read(self, case_id: str) -> CaseSlices:
-        """The slices of a case.
+    def holds(self, case_id: str) -> bool:
+        """Whether the cache has the case in one of the views."""
+        return case_id in self._stacks
+
+    def read(self, case_id: str, *, region: Region | None = None) -> CaseSlices:
+        """The slices of a case; with a region those that it touches, each patch voting by its share in it.
 
         Raises:
-            SearchError: the cache has no such case in the views compared.
+            SearchError: the cache has no such case in the views compared, or the region touches none of its patches.
         """
         if case_id not in self._stacks:
             raise SearchError(
                 f"cache {self._cache.path} has no case {case_id} in {', '.join(self.views)}; give the cache that was"
                 " indexed (--cache)"
             )
-        return {view: self._read_stack(view, stack) for view, stack in self._stacks[case_id].items()}
+        found = {view: self._read_stack(view, stack) for view, stack in self._stacks[case_id].items()}
+        if region is None:
+            return found
+        chosen = {view: self._keep_region(found[view], stack, region) for view, stack in self._stacks[case_id].items()}
+        if not any(len(stack.rows) for stack in chosen.values()):
+            raise SearchError(
+                f"the region touches no patch of {case_id}: it lies outside of what the backbone saw; give a box or"
+                " mask in the coordinates of the query's own image"
+            )
+        return {view: stack for view, stack in chosen.items() if len(stack.rows)}
+
+    def _keep_region(self, slices: StackSlices, stack: int, region: Region) -> StackSlices:
+        votes = region.measure_cover(self._cache.record(stack), slices.indices, slices.patches.shape[1])
+        kept = votes.sum(1) > 0
+        return StackSlices(
+            slices.rows[kept], slices.indices[kept], slices.vectors[kept], slices.patches[kept], votes[kept]
+        )
 
     def _read_stack(self, view: str, stack: int) -> StackSlices:
         table = self._cache.slices(stack)
         rows = np.flatnonzero(~table.blank)
         tokens = self._cache.read(stack, self.embedding.token_set)[rows].reshape(len(rows), *self._centres[view].shape)
         centred = np.subtract(tokens, self._centres[view], dtype=np.float32)
+        vectors = self.embedding.slice_vectors(centred)
         return StackSlices(
             rows=rows,
             indices=table.indices[rows],
-            vectors=_unit(self.embedding.slice_vectors(centred)),
+            vectors=_unit(vectors if self._whitening is None else vectors @ self._whitening),
             patches=_unit(centred),
         )
+
+
+class SliceStore:
+    """The vectors of all slices of many cases, as `SliceReader` gives them, packed; patches are not kept."""
+
+    def __init__(self, vectors: NDArray[Any], places: NDArray[np.int32], views: Sequence[str]) -> None:
+        """Takes what `pack_slices` gives.
+
+        Args:
+            vectors: float16 [slices dim]; may be a memory map.
+            places: int32 [slices 4]: case, view, row in the stack, index along the plane's axis; cases in order.
+            views: ``view/plane`` names that the second column counts.
+        """
+        self.vectors, self.places = vectors, places
+        self._views = tuple(views)
+
+    def read(self, case: int) -> CaseSlices:
+        """The slices of the case of that number; empty where it has none."""
+        start, stop = np.searchsorted(self.places[:, 0], [case, case + 1])
+        places = self.places[start:stop]
+        edges = np.flatnonzero(np.diff(places[:, 1], prepend=-1, append=-1))
+        found: dict[str, StackSlices] = {}
+        for first, last in pairwise(edges.tolist()):
+            vectors = np.asarray(self.vectors[start + first : start + last], np.float32)
+            found[self._views[places[first, 1]]] = StackSlices(
+                places[first:last, 2].astype(np.int64), places[first:last, 3], vectors, vectors[:, :0, None]
+            )
+        return found
+
+
+def pack_slices(
+    reader: SliceReader, case_ids: Sequence[str], count: int, file: Path
+) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
+    """Vectors and places of all slices of some cases, as `SliceStore` takes them; the vectors are mapped from a file.
+
+    Args:
+        reader: Reads them.
+        case_ids: In the order of their numbers; a case without slices in the reader's views has none.
+        count: At least as many as there are slices.
+        file: To write.
+    """
+    vectors: NDArray[np.float16] | None = None
+    places = np.zeros((count, 4), np.int32)
+    stop = 0
+    for number, case_id in enumerate(case_ids):
+        if not reader.holds(case_id):
+            continue
+        stacks = reader.read(case_id)
+        for place, view in enumerate(reader.views):
+            if view not in stacks:
+                continue
+            stack = stacks[view]
+            if vectors is None:
+                vectors = np.lib.format.open_memmap(file, "w+", np.float16, (count, stack.vectors.shape[1]))
+            start, stop = stop, stop + len(stack.rows)
+            vectors[start:stop] = stack.vectors
+            places[start:stop, :2] = number, place
+            places[start:stop, 2], places[start:stop, 3] = stack.rows, stack.indices
+    if vectors is None or not stop:
+        raise SearchError("every slice of the cases is blank; there is nothing to compare")
+    return vectors[:stop], places[:stop]
+
+
+def sample_slices(reader: SliceReader, case_ids: Sequence[str]) -> FloatArray:
+    """Vectors of slices of evenly chosen cases, some 8,000 at most, float32 [slices dim]: to fit a whitening on."""
+    found: list[FloatArray] = []
+    known = [case_id for case_id in case_ids if reader.holds(case_id)]
+    random = np.random.default_rng(_SEED)
+    for place in random.permutation(len(known)):
+        found += [stack.vectors for stack in reader.read(known[place]).values()]
+        if sum(map(len, found)) >= _SAMPLE:
+            break
+    return np.concatenate(found)[:_SAMPLE]
 
 
 def measure_centres(cache: Cache, embedding: Embedding, views: Sequence[str]) -> FloatArray:
@@ -281,6 +401,11 @@ def score_slices(
         totals[have] += sums
         votes[have] += mine_votes.sum()
     return np.where(votes > 0, totals / np.maximum(votes, np.finfo(np.float64).tiny), -1.0).astype(np.float32)
+
+
+def has_votes(slices: CaseSlices) -> bool:
+    """Whether some patches of a case count more than others, as those of a region do."""
+    return any(stack.votes is not None for stack in slices.values())
 
 
 def _slice_votes(stack: StackSlices) -> FloatArray:

@@ -1,28 +1,32 @@
-"""Owns pictures of cases as the backbone saw them: from a cache's previews, or anew from the image; draws no chart."""
+"""Owns pictures of cases as the backbone saw them, from a cache's previews: slices, and slices beside those that match.
+
+Draws no chart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache
 from embedkit.errors import OptionError, SearchError
 from embedkit.files import explain_os_error, temporary_path
 from embedkit.index import Index
+from embedkit.matching import Match, SlicePair
 from embedkit.plots import plot_montage
-from embedkit.recipe import Recipe
-from embedkit.slices import plan_stacks, render_previews, render_slices
-from embedkit.volumes import Volume, read_volume
+from embedkit.queries import Previews, Query, open_source, read_case_query, read_previews
+from embedkit.retrieval import match_cases
 
-__all__ = ["draw_similar_cases", "picture_case", "picture_volume", "write_picture"]
+__all__ = ["draw_matches", "draw_similar_cases", "picture_case", "upsample_heat", "write_picture"]
 
 _PLACES = (0.3, 0.5, 0.7)
-_SIDE = 192
 
 Pictures = list[NDArray[np.uint8]]
 
@@ -32,45 +36,103 @@ def draw_similar_cases(
     found: pl.DataFrame,
     out: Path,
     *,
-    case_id: str | None = None,
-    volume: Path | None = None,
-    cache: Path | None = None,
+    query: str | Query,
+    matches: Sequence[Match] | None = None,
+    cache: Cache | Path | None = None,
+    pairs: int = 3,
 ) -> None:
-    """Writes a PNG: the query in the first column, each similar case in its own, three slices from bottom to top.
+    """Writes a PNG of why cases were found: in the row of each, slices of the query beside the slices that match them.
+
+    The heat over both is how well each patch is found in the other slice, its best cosine there from 0 to 1.
 
     Args:
         index: What was searched.
         found: Of `embedkit.search`.
         out: The file to write.
-        case_id: The query, where it is a case of the index.
-        volume: The query, where it is an image file.
+        query: A case of the index, or what `embedkit.queries` read.
+        matches: Of the query with the cases found; None makes them, in order.
         cache: Where the pictures come from; None is the cache that was indexed.
+        pairs: At most so many pairs in a row, the most similar ones.
 
     Raises:
-        SearchError: that cache is gone, or keeps no previews.
+        SearchError: nothing was found; that cache is gone, or keeps no previews.
+        OptionError: ``out`` cannot be written.
     """
-    place = Path(cache or index.details["cache"])
-    if not place.exists():
-        raise SearchError(
-            f"pictures come from the cache that was indexed, but {place} is gone; say where it is (--cache)"
-        )
-    with open_cache(place) as opened:
-        columns = [picture_case(opened, each) for each in found["case_id"]]
-        if case_id is not None:
-            query, name = picture_case(opened, case_id), case_id
-        elif volume is not None:
-            query, name = picture_volume(read_volume(volume), index.recipe), volume.name
-        else:
-            raise SearchError("a picture needs the query's case or image")
-    titles = [f"query\n{name}"] + [
+    source = open_source(index, cache)
+    asked = read_case_query(index, source, query) if isinstance(query, str) else query
+    others = found["case_id"].to_list()
+    if not others:
+        raise SearchError("no case was found, so there is nothing to draw; loosen the filter")
+    if matches is None:
+        matches = match_cases(index, asked, others, cache=source, order="ordered")
+    previews = [_require_previews(read_previews(source, case_id), source) for case_id in others]
+    titles = [
         f"{rank}. {case}\n{similarity:.3f}"
         for rank, case, similarity in found.select("rank", "case_id", "similarity").iter_rows()
     ]
-    columns = [query, *columns]
-    images = [column[row] for row in range(len(_PLACES)) for column in columns]
-    captions = titles + [""] * (len(images) - len(titles))
-    outlined = range(0, len(images), len(columns))
-    write_picture(out, plot_montage(images, captions, columns=len(columns), outlined=outlined))
+    shown = _require_previews(asked.previews, source)
+    write_picture(out, draw_matches(matches, previews, titles, query=shown, name=asked.name, pairs=pairs))
+
+
+def draw_matches(
+    matches: Sequence[Match],
+    previews: Sequence[Previews],
+    titles: Sequence[str],
+    *,
+    query: Previews,
+    name: str,
+    pairs: int,
+) -> bytes:
+    """PNG bytes of the best pairs of slices of each match, one row per match; the query's slices are framed.
+
+    Args:
+        matches: Of one query with several cases.
+        previews: Of these cases.
+        titles: Of these cases.
+        query: Previews of the query.
+        name: Of the query.
+        pairs: Per row at most.
+    """
+    images: list[NDArray[np.uint8]] = []
+    overlays: list[NDArray[np.floating] | None] = []
+    captions: list[str] = []
+    width = max(len(match.top(pairs)) for match in matches)
+    for match, theirs, title in zip(matches, previews, titles, strict=True):
+        chosen = match.top(pairs)
+        for pair in chosen:
+            images += [query[pair.view][pair.query_row], theirs[pair.view][pair.other_row]]
+            overlays += _heat(match, pair, images[-2].shape[0])
+            captions += [
+                f"{name}\n{pair.view} {pair.query_slice}",
+                f"{title}\n{pair.other_slice}: {pair.similarity:.2f}",
+            ]
+        for _ in range(2 * (width - len(chosen))):
+            images.append(np.zeros_like(images[-1]))
+            overlays.append(None)
+            captions.append("")
+    framed = range(0, len(images), 2)
+    return plot_montage(
+        images, captions, overlays=overlays, columns=2 * width, outlined=framed, scale="best cosine of each patch"
+    )
+
+
+def _heat(match: Match, pair: SlicePair, side: int) -> list[NDArray[np.floating] | None]:
+    """The heat over the query's slice and over the other; none where slices have no patches."""
+    if match.query[pair.view].patches.shape[1] < 2:
+        return [None, None]
+    return [upsample_heat(np.clip(heat, 0, 1), side) for heat in match.heat(pair)]
+
+
+def upsample_heat(heat: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """Heat of a patch grid, float32 [side side], interpolated between the centres of the patches."""
+    grid = torch.from_numpy(np.ascontiguousarray(heat))[None, None]
+    return cast(NDArray[np.float32], F.interpolate(grid, size=(side, side), mode="bilinear")[0, 0].numpy())
+
+
+def _require_previews(previews: Previews | None, cache: Cache) -> Previews:
+    if previews is None:
+        raise SearchError(f"cache {cache.path} keeps no previews to draw; extract with --preview 64")
+    return previews
 
 
 def write_picture(path: Path, png: bytes) -> None:
@@ -104,16 +166,6 @@ def picture_case(cache: Cache, case_id: str, *, places: Sequence[float] = _PLACE
     if previews is None:
         raise SearchError(f"cache {cache.path} keeps no previews to draw; extract with --preview 64")
     return [np.array(previews[row]) for row in _pick(np.flatnonzero(~cache.slices(stack).blank), places)]
-
-
-def picture_volume(volume: Volume, recipe: Recipe, *, places: Sequence[float] = _PLACES) -> Pictures:
-    """The same of an image that no cache holds."""
-    view = recipe.channels[0] if recipe.channels else "image"
-    stack = plan_stacks({view: volume}, recipe)[0]
-    count = len(stack.indices)
-    rows = _pick(np.arange(count), places)
-    rendered = [render_slices(stack, {view: volume}, recipe, row, row + 1)[0] for row in rows]
-    return [render_previews(images, _SIDE)[0].numpy() for images in rendered]
 
 
 def _pick(rows: NDArray[Any], places: Sequence[float]) -> list[int]:

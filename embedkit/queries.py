@@ -6,7 +6,7 @@ Searches nothing.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 
 from embedkit.backbones import load_backbone
 from embedkit.cache import Cache, create_cache, open_cache
-from embedkit.embeddings import Embedding, embed_cases
+from embedkit.embeddings import Embedding, embed_new_cases, parse_embeddings
 from embedkit.errors import SearchError
 from embedkit.extraction import extract_cases
 from embedkit.features import Backbone
 from embedkit.index import Index
+from embedkit.manifest import read_manifest
 from embedkit.matching import CaseSlices, SliceReader
 from embedkit.planning import choose_device
 from embedkit.recipe import require_same_recipe
+from embedkit.regions import Region
 from embedkit.runs import Run, open_run
-from embedkit.sources import Case
+from embedkit.sources import Case, group_cases
 
 __all__ = [
     "Previews",
@@ -35,6 +37,7 @@ __all__ = [
     "open_slices",
     "open_source",
     "read_case_query",
+    "read_manifest_queries",
     "read_previews",
     "read_volume_query",
 ]
@@ -89,22 +92,33 @@ def open_source(index: Index, cache: str | Path | Cache | None = None) -> Cache:
 def open_slices(index: Index, cache: Cache) -> SliceReader:
     """Reads slices from a cache as the index compares them."""
     return SliceReader(
-        cache, Embedding.parse(index.details["slices"]), index.details["views"], index.extras["slice_centres"]
+        cache,
+        Embedding.parse(index.details["slices"]),
+        index.details["views"],
+        index.extras["slice_centres"],
+        index.extras.get("slice_whitening"),
     )
 
 
-def read_case_query(index: Index, cache: Cache, case_id: str) -> Query:
-    """A case of the index as a query, its slices read from the cache that was indexed.
+def read_case_query(index: Index, cache: Cache, case_id: str, *, region: Region | None = None) -> Query:
+    """A case of the index as a query, its slices read from the cache that was indexed; or a region of it.
 
     Raises:
-        SearchError: the cache lacks the case.
+        SearchError: the cache lacks the case, or it cannot be searched for by a region.
     """
-    slices = open_slices(index, cache).read(case_id)
-    return Query(case_id, case_id, None, slices, read_previews(cache, case_id))
+    slices = open_slices(index, cache).read(case_id, region=region)
+    vector = None if region is None else _embed_region(index, cache, case_id, slices)
+    return Query(case_id, case_id, vector, slices, read_previews(cache, case_id))
 
 
 def read_volume_query(
-    index: Index, volume: Path, *, view: str | None = None, weights: str | Path | None = None, device: str = "auto"
+    index: Index,
+    volume: Path,
+    *,
+    view: str | None = None,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    region: Region | None = None,
 ) -> Query:
     """A new image as a query, extracted with the recipe that the index keeps; the arguments are those of `search`.
 
@@ -118,8 +132,13 @@ def read_volume_query(
         tempfile.TemporaryDirectory(prefix="embedkit-query-") as folder,
         extract_query(index, volume, Path(folder) / "cache", backbone, view=view, device=device) as cache,
     ):
-        slices = open_slices(index, cache).read("query")
-        return Query(volume.name, None, embed_query(index, cache), slices, read_previews(cache, "query"))
+        slices = open_slices(index, cache).read("query", region=region)
+        vector: FloatArray | None
+        if region is not None:
+            vector = _embed_region(index, cache, "query", slices)
+        else:
+            vector = embed_query(index, cache) if index.level == "case" else None
+        return Query(volume.name, None, vector, slices, read_previews(cache, "query"))
 
 
 def read_previews(cache: Cache, case_id: str) -> Previews | None:
@@ -140,6 +159,52 @@ def embed_run(run: Run, cache: Cache) -> tuple[pl.DataFrame, FloatArray]:
     patients = dict(cache.stacks.select("case_id", "patient_id").unique().iter_rows())
     table = pl.DataFrame({"case_id": list(case_ids), "patient_id": [patients[case] for case in case_ids]})
     return table, vectors
+
+
+def _embed_region(index: Index, cache: Cache, case_id: str, slices: CaseSlices) -> FloatArray:
+    """The vector of the part of a case that votes, [dim]: of its tokens less the view's mean, zero where none votes.
+
+    Raises:
+        SearchError: the vectors of the index are not of one patch token set.
+    """
+    parts = [] if "run" in index.details else parse_embeddings(index.embedding, cache)
+    grids = [
+        cache.token_sets[each].shape[:-1]
+        for each in (*(str(p.token_set) for p in parts), index.details["slices"].partition(":")[2])
+    ]
+    if len(parts) != 1 or "patch" not in parts[0].token_set or index.level != "case" or len(set(grids)) != 1:
+        raise SearchError(
+            f"index {index.path} holds {index.embedding} of each {index.level}, in which a region has no part of its"
+            " own; search by region in an index of mean, grid or aligned patch tokens"
+        )
+    stacks = {
+        f"{view}/{plane}": stack
+        for view, plane, stack in cache.stacks.filter(pl.col("case_id") == case_id)
+        .select("view", "plane", "stack")
+        .iter_rows()
+    }
+    total = np.zeros(index.dim, np.float32)
+    for name, chosen in slices.items():
+        tokens = cache.read(stacks[name], parts[0].token_set)[~cache.slices(stacks[name]).blank]
+        votes = np.zeros(tokens.shape[:2], np.float32)
+        kept = np.flatnonzero(np.isin(np.flatnonzero(~cache.slices(stacks[name]).blank), chosen.rows))
+        votes[kept] = cast(FloatArray, chosen.votes)
+        mean = index.extras["view_means"][index.details["views"].index(name)]
+        total += parts[0].stack_vector(parts[0].subtract(tokens, mean) * votes[..., None])
+    return total
+
+
+def open_index_run(index: Index) -> Run:
+    """The run that made the vectors of an index.
+
+    Raises:
+        SearchError: it was trained again since.
+        RunError: it is gone or damaged.
+    """
+    run = open_run(index.details["run"])
+    if run.digest != index.details["run_digest"]:
+        raise SearchError(f"run {run.path} was trained again since index {index.path} was made; build the index anew")
+    return run
 
 
 def load_query_backbone(index: Index, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
@@ -180,16 +245,63 @@ def extract_query(
 
 def embed_query(index: Index, cache: Cache) -> FloatArray:
     """The vector, [dim], of the one case of a cache that `extract_query` made."""
+    (vector,) = embed_queries(index, cache).values()
+    return vector
+
+
+def embed_queries(index: Index, cache: Cache) -> dict[str, FloatArray]:
+    """By case of a cache its vector, [dim], made as those of the index.
+
+    Raises:
+        SearchError: the cache has a view that the index does not know, or the index's run was trained again.
+    """
     if "run" in index.details:
-        run = open_run(index.details["run"])
-        if run.digest != index.details["run_digest"]:
-            raise SearchError(
-                f"run {run.path} was trained again since index {index.path} was made; build the index anew"
-            )
-        _, vectors = embed_run(run, cache)
-        return cast(FloatArray, vectors[0])
-    found = embed_cases(cache, Embedding.parse(index.embedding), views=index.details["views"])
-    return cast(FloatArray, found.fuse(index.extras["view_means"])[0])
+        table, vectors = embed_run(open_index_run(index), cache)
+    else:
+        parts = parse_embeddings(index.embedding, cache)
+        found = embed_new_cases(cache, parts, index.details["views"], index.extras["view_means"])
+        table, vectors = found.cases, found.vectors
+    return dict(zip(table["case_id"].to_list(), vectors, strict=True))
+
+
+def read_manifest_queries(
+    index: Index,
+    manifest: str | Path | pl.DataFrame,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    on_failure: Callable[[str, str], None],
+) -> Iterator[Query]:
+    """New cases as queries, of any number of views each, extracted with the recipe that the index keeps.
+
+    Args:
+        index: What is to be searched.
+        manifest: As `embedkit.extract` takes it.
+        weights: Of the backbone, as they were given to `extract`.
+        device: Where the backbone runs.
+        on_failure: Told each case that could not be extracted, and why; the others are given all the same.
+
+    Raises:
+        ManifestError: the manifest is unreadable or contradicts itself.
+        SearchError: it has a view that the index does not know.
+        RecipeError: ``weights`` are not those of the index's recipe.
+    """
+    cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
+    backbone = load_query_backbone(index, weights=weights, device=device)
+    with tempfile.TemporaryDirectory(prefix="embedkit-queries-") as folder:
+        place = Path(folder) / "cache"
+        create_cache(place, index.recipe)
+        summary = extract_cases(cases, place, backbone, index.recipe, device=choose_device(device))
+        for failure in summary.failures:
+            on_failure(failure.case_id, failure.reason)
+        with open_cache(place) as cache:
+            vectors = embed_queries(index, cache) if len(cache) and index.level == "case" else {}
+            reader = open_slices(index, cache)
+            for case in cases:
+                if reader.holds(case.case_id):
+                    slices = reader.read(case.case_id)
+                    previews = read_previews(cache, case.case_id)
+                    yield Query(case.case_id, None, vectors.get(case.case_id), slices, previews)
 
 
 def query_view(index: Index, view: str | None) -> str:

@@ -1,36 +1,37 @@
-"""Owns similar cases: how a case becomes one vector, and search by case, by file or by vector on an index of them."""
+"""Owns similar cases: search by case, by file or by vector on an index of them, and why a case was found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embedkit.cache import Cache, open_cache
-from embedkit.embeddings import Embedding, embed_cases, name_layer
-from embedkit.errors import OptionError, SearchError
-from embedkit.index import Index, open_index, write_index
-from embedkit.manifest import read_labels
-from embedkit.matching import ORDERS, Match, Order, match_slices, measure_centres
+from embedkit.cache import Cache
+from embedkit.errors import ExtractionError, OptionError, SearchError
+from embedkit.index import Index, open_index
+from embedkit.indexbuilding import join_labels
+from embedkit.matching import ORDERS, CaseSlices, Match, Order, SliceStore, has_votes, match_slices, score_slices
 from embedkit.queries import (
     Query,
     embed_query,
-    embed_run,
     extract_query,
     load_query_backbone,
     open_slices,
     open_source,
     query_view,
     read_case_query,
+    read_manifest_queries,
     read_volume_query,
 )
-from embedkit.runs import open_run
+from embedkit.regions import Region
 
 __all__ = [
-    "build_index",
+    "RERANKS",
     "embed_query",
     "extract_query",
     "join_labels",
@@ -39,71 +40,15 @@ __all__ = [
     "open_index",
     "query_view",
     "search",
+    "search_manifest",
 ]
 
 FloatArray = NDArray[np.float32]
 
+RERANKS = ("none", *ORDERS)
+"""How cases found by their vectors are ranked again by their slices."""
 
-def build_index(
-    cache: str | Path,
-    out: str | Path,
-    *,
-    embedding: str = "mean:cls",
-    run: str | Path | None = None,
-    slices: str | None = None,
-    labels: str | Path | pl.DataFrame | None = None,
-) -> Index:
-    """Makes a search index of the cases of a cache.
-
-    Args:
-        cache: Folder or packed file.
-        out: The folder to write; must not exist, or be empty.
-        embedding: ``mean:TOKEN_SET`` or ``grid:TOKEN_SET``; without a layer (``mean:cls``) the last one cached.
-        run: A trained run whose pooled vector is used instead, so that "similar" means similar for its task.
-        slices: What single slices are compared by in `match_cases`, as ``embedding``; None is the grid of the coarsest
-            patch tokens cached, or else the class token.
-        labels: A table by case_id whose columns are kept to filter by and to show.
-
-    Raises:
-        SearchError: the cache is empty or lacks the token set, or ``out`` exists.
-        RunError: the run is damaged, or its head gives no pooled vector.
-        RecipeError: the run was trained on another recipe.
-    """
-    source = open_cache(cache)
-    if not len(source):
-        raise SearchError(f"cache {source.path} holds no stack yet; extract some cases first")
-    compared = Embedding.parse(name_layer(slices or _default_slices(source), source))
-    where = {"cache": str(source.path.resolve()), "slices": str(compared)}
-    if run is not None:
-        opened = open_run(run)
-        table, vectors = embed_run(opened, source)
-        return write_index(
-            vectors,
-            join_labels(table, labels),
-            embedding=f"run:{opened.name}",
-            recipe=source.recipe,
-            out=out,
-            centre=True,
-            details={
-                **where,
-                "run": str(Path(run).resolve()),
-                "run_digest": opened.digest,
-                "views": list(opened.views),
-            },
-            extras={"slice_centres": measure_centres(source, compared, opened.views)},
-        )
-    chosen = Embedding.parse(name_layer(embedding, source))
-    found = embed_cases(source, chosen)
-    means = found.view_means()
-    return write_index(
-        found.fuse(means),
-        join_labels(found.cases, labels),
-        embedding=str(chosen),
-        recipe=source.recipe,
-        out=out,
-        details={**where, "views": list(found.views)},
-        extras={"view_means": means, "slice_centres": measure_centres(source, compared, found.views)},
-    )
+_HITS_PER_SLICE = 64
 
 
 def search(
@@ -112,52 +57,227 @@ def search(
     case_id: str | None = None,
     volume: str | Path | None = None,
     vector: FloatArray | None = None,
+    query: Query | None = None,
     view: str | None = None,
     weights: str | Path | None = None,
     device: str = "auto",
     k: int = 10,
     where: str | None = None,
     exclude_same: str | None = None,
+    region: Region | None = None,
+    rerank: str | None = None,
+    by_patch: bool = False,
+    candidates: int = 100,
+    cache: Cache | str | Path | None = None,
 ) -> pl.DataFrame:
-    """The cases most similar to a case of the index, to a new image, or to a vector; give exactly one of the three.
+    """The cases most similar to a case of the index, to a new image, or to a vector; give exactly one of these.
 
     Args:
         index: An index or its folder.
         case_id: A case that the index holds; it is not among its own results.
         volume: An image file or DICOM folder; extracted on the fly with the recipe stored in the index.
         vector: float32 [dim], made as the vectors of the index.
+        query: What `embedkit.queries` read before: a case or an image that is searched for more than once.
         view: Which view ``volume`` is; needed only where the index knows several.
         weights: For ``volume``: the backbone's local weights, as they were given to `extract`.
         device: For ``volume``: where the backbone runs.
         k: How many cases at most.
         where: A polars SQL condition on the index's columns, such as ``sex = 1 AND age < 50``.
-        exclude_same: Column whose value must differ from the query's, such as ``patient_id``; with ``case_id`` only.
+        exclude_same: Column whose value must differ from the query's, such as ``patient_id``; with a case only.
+        region: A part of the query; only its patches vote. Ranks again, patch by patch.
+        rerank: ``none`` ranks by the vectors; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
+            their slices, as `match_cases` compares them. None is ``ordered``, which found the right case most often
+            where that was measured; but ``none`` for a vector, and for the vectors of a run, which know its task.
+        by_patch: Rank again patch by patch.
+        candidates: How many cases are ranked again, at least ``k``.
+        cache: Where slices are read; None is the cache that was indexed.
 
     Returns:
-        One row per case found, most similar first: ``rank``, ``case_id``, ``patient_id``, ``similarity`` (cosine),
-        and the index's further columns.
+        One row per case found, most similar first: ``rank``, ``case_id``, ``patient_id``, ``similarity`` (cosine; of
+        slices, where they ranked), then ``recall_rank`` (by the vectors alone), and the index's further columns.
 
     Raises:
-        SearchError: no query or several, unknown case, bad filter, or a view that the index does not know.
+        SearchError: no query or several, unknown case, bad filter, a view that the index does not know, or a region
+            that it cannot search for.
         VolumeError: ``volume`` cannot be read.
         RecipeError: ``weights`` are not those of the index's recipe.
+        OptionError: an option that means nothing.
     """
     opened = index if isinstance(index, Index) else open_index(index)
-    given = [name for name, value in (("case", case_id), ("volume", volume), ("vector", vector)) if value is not None]
-    if len(given) != 1:
-        raise SearchError(
-            f"search got {' and '.join(given) or 'no query'}, expected exactly one of case, volume, vector"
-        )
-    if exclude_same is not None and case_id is None:
+    if rerank is None:
+        rerank = "none" if vector is not None or "run" in opened.details else "ordered"
+    votes = region is not None or (query is not None and has_votes(query.slices))
+    options = _Ranking(k, where, exclude_same, rerank, by_patch or votes, candidates)
+    _require_one({"case": case_id, "volume": volume, "vector": vector, "query": query})
+    if exclude_same is not None and case_id is None and (query is None or query.case_id is None):
         raise SearchError(f"exclude_same {exclude_same!r} needs a query that is a case of the index")
+    if vector is not None:
+        if options.by_slices or opened.level == "slice":
+            raise SearchError("a vector has no slices to rank by: search by case or volume, or by the vector alone")
+        return opened.search(np.asarray(vector, np.float32)[None], k, where=where).drop("query")
+    if case_id is not None and not options.by_slices and region is None and opened.level == "case":
+        return opened.search_cases([case_id], k, where=where, exclude_same=exclude_same).drop("query")
+    source = open_source(opened, cache) if options.by_slices or opened.level == "slice" or case_id is not None else None
     if case_id is not None:
-        found = opened.search_cases([case_id], k, where=where, exclude_same=exclude_same)
+        query = read_case_query(opened, cast(Cache, source), case_id, region=region)
     elif volume is not None:
-        query = read_volume_query(opened, Path(volume), view=view, weights=weights, device=device)
-        found = opened.search(np.asarray(query.vector)[None], k, where=where)
+        query = read_volume_query(opened, Path(volume), view=view, weights=weights, device=device, region=region)
+    return _rank(opened, source, cast(Query, query), options)
+
+
+def _read_case(index: Index, source: Cache | None, case_id: str, region: Region | None) -> Query:
+    """A case of the index as a query: from the cache where patches are needed, else from what the index keeps."""
+    (number,) = index.number_cases([case_id])
+    if source is not None:
+        return read_case_query(index, source, case_id, region=region)
+    return Query(case_id, case_id, None, _open_store(index).read(number), None)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """The options of `search` that are not the query."""
+
+    k: int
+    where: str | None
+    exclude_same: str | None
+    rerank: str
+    by_patch: bool
+    candidates: int
+
+    def __post_init__(self) -> None:
+        if self.rerank not in RERANKS:
+            raise OptionError(f"rerank {self.rerank!r} is unknown; give {', '.join(RERANKS)}")
+        if self.candidates < 1:
+            raise OptionError(f"candidates is {self.candidates}, expected at least 1 case")
+
+    @property
+    def by_slices(self) -> bool:
+        return self.rerank != "none" or self.by_patch
+
+    @property
+    def order(self) -> Order:
+        return "ordered" if self.rerank == "ordered" else "free"
+
+
+def _rank(index: Index, source: Cache | None, query: Query, options: _Ranking) -> pl.DataFrame:
+    """The cases most like a query: by the vectors, then by the slices where that is asked for."""
+    by_slices = options.by_slices or index.level == "slice"
+    wanted = max(options.k, options.candidates) if by_slices else options.k
+    excluded = index.find_same(query.case_id, options.exclude_same) if query.case_id is not None else []
+    if index.level == "slice":
+        found = _recall_by_slices(index, query, wanted, options.where, excluded)
+    elif query.vector is not None:
+        found = index.search(query.vector[None], wanted, where=options.where, exclude_case_ids=excluded).drop("query")
     else:
-        found = opened.search(np.asarray(vector, np.float32)[None], k, where=where)
-    return found.drop("query")
+        found = index.search_cases(
+            [cast(str, query.case_id)], wanted, where=options.where, exclude_same=options.exclude_same
+        ).drop("query")
+    if not by_slices or found.is_empty():
+        return found
+    others = _read_slices(index, source, found["case_id"].to_list(), by_patch=options.by_patch)
+    scores = score_slices(query.slices, others, order=options.order, by_patch=options.by_patch)
+    ranked = found.rename({"rank": "recall_rank"}).with_columns(similarity=pl.Series(scores))
+    ranked = ranked.sort("similarity", descending=True, maintain_order=True).head(options.k)
+    return ranked.select(
+        pl.int_range(1, pl.len() + 1).alias("rank"),
+        "case_id",
+        "patient_id",
+        "similarity",
+        "recall_rank",
+        pl.exclude("case_id", "patient_id", "similarity", "recall_rank"),
+    )
+
+
+def _read_slices(index: Index, source: Cache | None, case_ids: Sequence[str], *, by_patch: bool) -> list[CaseSlices]:
+    """Slices of cases of the index: vectors that the index keeps, or patches from the cache."""
+    if by_patch or (source is not None and index.level == "slice"):
+        reader = open_slices(index, cast(Cache, source))
+        return [reader.read(case_id) for case_id in case_ids]
+    store = _open_store(index)
+    return [store.read(number) for number in index.number_cases(case_ids)]
+
+
+def _open_store(index: Index) -> SliceStore:
+    return SliceStore(index.extras["slices"], index.extras["slice_places"], index.details["views"])
+
+
+def _recall_by_slices(
+    index: Index, query: Query, wanted: int, where: str | None, excluded: Sequence[str]
+) -> pl.DataFrame:
+    """Candidates from an index of slices: the cases whose slices the slices of the query find, best sum first."""
+    vectors = np.concatenate([stack.vectors for stack in query.slices.values()])
+    hits = index.search(vectors, _HITS_PER_SLICE, where=where, exclude_case_ids=excluded)
+    best = hits.group_by("query", "case_id", maintain_order=True).agg(pl.col("similarity").max())
+    cases = best.group_by("case_id", maintain_order=True).agg(similarity=pl.col("similarity").sum() / len(vectors))
+    cases = cases.sort("similarity", descending=True, maintain_order=True).head(wanted)
+    table = cases.join(index.cases, on="case_id", how="left", maintain_order="left")
+    return table.select(
+        pl.int_range(1, pl.len() + 1).alias("rank"),
+        "case_id",
+        "patient_id",
+        "similarity",
+        pl.exclude("case_id", "patient_id", "similarity"),
+    )
+
+
+def _require_one(given: Mapping[str, object]) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise SearchError(f"search got {' and '.join(names) or 'no query'}, expected exactly one of {', '.join(given)}")
+
+
+def search_manifest(
+    index: Index | str | Path,
+    manifest: str | Path | pl.DataFrame,
+    *,
+    weights: str | Path | None = None,
+    device: str = "auto",
+    k: int = 10,
+    where: str | None = None,
+    rerank: str | None = None,
+    by_patch: bool = False,
+    candidates: int = 100,
+    cache: Cache | str | Path | None = None,
+    on_failure: Callable[[str, str], None] | None = None,
+) -> pl.DataFrame:
+    """The cases most similar to each new case of a manifest, extracted on the fly.
+
+    Args:
+        index, weights, device, k, where, rerank, by_patch, candidates, cache: As in `search`.
+        manifest: As `embedkit.extract` takes it; a case may have any of the index's views.
+        on_failure: Told each case that could not be read, and why; None stops with it, once all others are done.
+
+    Returns:
+        As `search`, with ``query``, the case of the manifest, in front.
+
+    Raises:
+        SearchError, RecipeError, OptionError: as `search`.
+        ManifestError: the manifest is unreadable or contradicts itself.
+        ExtractionError: cases could not be read, and ``on_failure`` is None.
+    """
+    opened = index if isinstance(index, Index) else open_index(index)
+    failed: list[str] = []
+
+    def note(case_id: str, reason: str) -> None:
+        failed.append(f"{case_id}: {reason}")
+
+    asked = read_manifest_queries(opened, manifest, weights=weights, device=device, on_failure=on_failure or note)
+    frames = [
+        search(
+            opened,
+            query=query,
+            k=k,
+            where=where,
+            rerank=rerank,
+            by_patch=by_patch,
+            candidates=candidates,
+            cache=cache,
+        ).select(pl.lit(query.name).alias("query"), pl.all())
+        for query in asked
+    ]
+    if failed:
+        raise ExtractionError(f"{len(failed)} cases of the manifest cannot be queries: {'; '.join(failed[:3])}")
+    return pl.concat(frames) if frames else pl.DataFrame({"query": []}, schema={"query": pl.String})
 
 
 def match_cases(
@@ -177,7 +297,7 @@ def match_cases(
         others: Cases of the index.
         cache: Where the slices are read; None is the cache that was indexed.
         order: ``free``: each slice of the query takes the slice most like it; ``ordered``: places never run backwards.
-        by_patch: Compare slices patch by patch, wherever in the slice they are.
+        by_patch: Compare slices patch by patch, wherever in the slice they are; so is a region of a query always.
 
     Returns:
         One match per case of ``others``, in their order.
@@ -192,30 +312,10 @@ def match_cases(
     source = open_source(opened, cache)
     asked = read_case_query(opened, source, query) if isinstance(query, str) else query
     reader = open_slices(opened, source)
+    by_patch = by_patch or has_votes(asked.slices)
     return [match_slices(asked.slices, reader.read(case_id), order=order, by_patch=by_patch) for case_id in others]
 
 
 def _check_order(order: str) -> None:
     if order not in ORDERS:
         raise OptionError(f"order {order!r} is unknown; give {' or '.join(ORDERS)}")
-
-
-def _default_slices(cache: Cache) -> str:
-    """The grid of the coarsest patch tokens cached, of their deepest layer; or the class token."""
-    patches = [each for each in cache.recipe.parsed_token_sets() if each.kind == "patch" and each.grid is not None]
-    if not patches:
-        return "mean:cls"
-    return f"grid:{min(patches, key=lambda each: (each.grid, -each.layer))}"
-
-
-def join_labels(table: pl.DataFrame, labels: str | Path | pl.DataFrame | None) -> pl.DataFrame:
-    """The case table with the columns of a label table, null where that lacks the case."""
-    if labels is None:
-        return table
-    frame = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
-    if not set(frame["case_id"]) & set(table["case_id"]):
-        raise SearchError(
-            f"no case_id of the labels ({', '.join(frame['case_id'].head(3))} ...) is a case of the cache"
-            f" ({', '.join(table['case_id'].head(3))} ...); spell them alike"
-        )
-    return table.join(frame.drop("patient_id", strict=False), on="case_id", how="left", maintain_order="left")

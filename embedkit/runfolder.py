@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from safetensors import SafetensorError
 from embedkit.answers import score_array, score_columns
 from embedkit.bags import BagShape
 from embedkit.errors import RecipeError, RunError
-from embedkit.files import explain_os_error, publish_folder, remove_stale, temporary_path
+from embedkit.files import explain_os_error, publish_folder, remove_stale, replace_folder, temporary_path
 from embedkit.members import Member, build_member
 from embedkit.metrics import Interval
 from embedkit.recipe import Recipe
@@ -145,7 +144,7 @@ def write_run(
         digests = {name: _digest(temporary / name) for name in _FILES[1:]}
         (temporary / "run.json").write_text(_to_json(record, digests), encoding="utf-8")
         if path.exists():
-            _replace_folder(temporary, path)
+            replace_folder(temporary, path)
         else:
             publish_folder(temporary, path)
     except OSError as error:
@@ -248,24 +247,6 @@ def require_absent(path: Path, *, overwrite: bool) -> None:
         raise RunError(f"{path} exists already; choose another --out, or pass --overwrite to replace it")
     if not (path / "run.json").is_file():
         raise RunError(f"{path} exists and is no run (no run.json), so it is not replaced; choose another --out")
-
-
-def _replace_folder(temporary: Path, path: Path) -> None:
-    """Puts ``temporary`` in the place of the run at ``path``, which is set aside and comes back if that fails.
-
-    No rename exchanges two folders, so for a moment there is none at ``path``; of a writer killed in it the run set
-    aside is put back by the next `remove_stale`.
-    """
-    old = temporary.with_suffix(".old")
-    os.utime(path)  # its age is counted from here
-    path.rename(old)
-    try:
-        publish_folder(temporary, path)
-    except BaseException:
-        if not path.exists():
-            old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

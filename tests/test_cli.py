@@ -188,8 +188,9 @@ def test_predictions_as_json_are_those_of_the_table(work: Path, tmp_path: Path) 
 def test_an_index_as_json_tells_cases_embedding_and_columns(work: Path, tmp_path: Path) -> None:
     labels = work / "scans" / "labels.csv"
     made = json.loads(call("index", work / "cache", "-o", tmp_path / "index", "--labels", labels, "--json"))
-    assert (made["cases"], made["embedding"], made["dim"]) == (24, "mean:cls:2", 417)
+    assert (made["cases"], made["embedding"], made["dim"]) == (24, "aligned:patch@4:2", 8 * 16 * 417)
     assert made["columns"][:2] == ["case_id", "patient_id"] and "lesion" in made["columns"]
+    assert (made["kind"], made["recall"], made["whitened"], made["slices"]) == ("flat", 1.0, 8, "grid:patch@4:2")
 
 
 def test_an_explanation_as_json_tells_the_weight_of_every_slice(work: Path, tmp_path: Path) -> None:

@@ -348,8 +348,11 @@ def test_what_is_no_index_or_a_newer_one_is_refused(index: Index, tmp_path: Path
     (tmp_path / "index.json").write_text('{"format": "other"}')
     with pytest.raises(SearchError, match="describes no embedkit index"):
         open_index(tmp_path)
-    rewrite(index, {"format_version": 2})
-    with pytest.raises(SearchError, match="has index format 2, this embedkit reads 1; upgrade embedkit"):
+    rewrite(index, {"format_version": 3})
+    with pytest.raises(SearchError, match="has index format 3, this embedkit reads 2; upgrade embedkit"):
+        open_index(index.path)
+    rewrite(index, {"format_version": 1})
+    with pytest.raises(SearchError, match="has index format 1, this embedkit reads 2; build it again"):
         open_index(index.path)
 
 

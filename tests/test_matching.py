@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
 from embedkit.embeddings import Embedding
 from embedkit.errors import OptionError, RecipeError, SearchError
+from embedkit.indexbuilding import build_index
 from embedkit.matching import (
     CaseSlices,
     Order,
@@ -24,7 +25,7 @@ from embedkit.matching import (
     score_slices,
 )
 from embedkit.recipe import Recipe
-from embedkit.retrieval import build_index, match_cases
+from embedkit.retrieval import match_cases
 
 RECIPE = Recipe("made up", "builtin:0", ("cls:2", "patch@2:1"), 32, (0.0,), (1.0,), preview=0)
 

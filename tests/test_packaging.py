@@ -24,6 +24,7 @@ ABOVE = {
     "evaluation",
     "explanation",
     "extraction",
+    "indexbuilding",
     "ledger",
     "orders",
     "overlays",

@@ -11,8 +11,9 @@ import pytest
 from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
 from embedkit.embeddings import Embedding, embed_cases
 from embedkit.errors import OptionError, SearchError
+from embedkit.indexbuilding import build_index
 from embedkit.recipe import Recipe
-from embedkit.retrieval import build_index, search
+from embedkit.retrieval import search
 
 RECIPE = Recipe(
     backbone="made up",
@@ -95,7 +96,7 @@ def test_mean_of_patches_forgets_places_and_grid_keeps_them(cache: Path) -> None
 def test_an_index_is_searched_by_case_by_vector_and_with_a_filter(cache: Path, tmp_path: Path) -> None:
     labels = pl.DataFrame({"case_id": ["a1", "a2", "b1"], "grade": [1, 2, 2]})
     index = build_index(cache, tmp_path / "index", labels=labels)
-    assert index.embedding == "mean:cls:2"
+    assert (index.embedding, index.details["slices"]) == ("aligned:patch@2:1", "grid:patch@2:1")
     found = search(index, case_id="a1", k=5)
     assert sorted(found["case_id"]) == ["a2", "b1"] and found["rank"].to_list() == [1, 2]
     assert search(index, case_id="a1", k=5, exclude_same="patient_id")["case_id"].to_list() == ["b1"]

@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 import torch
 
-from embedkit import runfolder
+from embedkit import files, runfolder
 from embedkit.cache import Cache, StackTokens, open_cache
 from embedkit.errors import HeadError, RecipeError, RunError, TaskError
 from embedkit.evaluation import evaluate
@@ -405,7 +405,7 @@ def test_an_overwrite_that_fails_leaves_the_old_run(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(runfolder, "publish_folder", fail)
+        patched.setattr(files, "publish_folder", fail)
         with pytest.raises(RunError, match=r"run lesion\.grid cannot be written: the disk or quota"):
             write()
     assert [path.name for path in copied.parent.iterdir()] == ["run"]

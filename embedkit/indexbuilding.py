@@ -1,0 +1,351 @@
+"""Owns how an index comes from a cache, and how it follows the cache's growth: build, add, remove. Searches nothing."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from embedkit.bags import list_views
+from embedkit.cache import Cache, open_cache
+from embedkit.embeddings import Embedding, embed_new_cases, join_embeddings, name_layer, parse_embeddings
+from embedkit.errors import OptionError, SearchError
+from embedkit.index import Index, open_index, rewrite_index, write_index
+from embedkit.indextypes import IndexOptions
+from embedkit.manifest import read_labels
+from embedkit.matching import SliceReader, measure_centres, pack_slices, sample_slices
+from embedkit.queries import embed_run, open_index_run, open_source
+from embedkit.runs import open_run
+from embedkit.whitening import fit_whitening
+
+__all__ = ["LEVELS", "add_cases", "build_index", "join_labels", "remove_cases"]
+
+FloatArray = NDArray[np.float32]
+LEVELS = ("case", "slice")
+"""What a vector of an index stands for."""
+
+_BATCH = 16_384
+_MOST_OF_CASES, _MOST_OF_SLICES, _FEWEST = 64, 256, 8
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """Vectors of a cache with what a query needs to become one of them.
+
+    Attributes:
+        embedding: In words.
+        cases: case_id and patient_id.
+        rows: Of slices; None where vectors are cases.
+        vectors: [vectors dim]; None before slices are read.
+        views: ``view/plane`` names.
+        extras: Arrays to keep.
+        details: Values to keep.
+    """
+
+    embedding: str
+    cases: pl.DataFrame
+    rows: pl.DataFrame | None
+    vectors: Any
+    views: tuple[str, ...]
+    extras: dict[str, NDArray[Any]]
+    details: dict[str, Any]
+
+
+def build_index(
+    cache: str | Path,
+    out: str | Path,
+    *,
+    embedding: str | None = None,
+    level: str = "case",
+    run: str | Path | None = None,
+    slices: str | None = None,
+    labels: str | Path | pl.DataFrame | None = None,
+    whiten: int | None = None,
+    kind: str | None = None,
+    memory_bytes: int | None = None,
+    recall: float = 0.95,
+) -> Index:
+    """Makes a search index of the cases of a cache.
+
+    Args:
+        cache: Folder or packed file.
+        out: The folder to write; must not exist, or be empty.
+        embedding: ``mean:TOKEN_SET``, ``grid:TOKEN_SET`` or ``aligned:TOKEN_SET``, several side by side with ``+``;
+            without a layer (``mean:cls``) the last one cached. None is ``aligned`` of the coarsest patch tokens cached,
+            or else the mean class token.
+        level: ``case`` for a vector per case, ``slice`` for one per slice that is not blank.
+        run: A trained run whose pooled vector is used instead, so that "similar" means similar for its task.
+        slices: What slices are compared by in `match_cases` and when found cases are ranked again, as ``embedding``;
+            None is the grid of the coarsest patch tokens cached, or else the class token. Of level ``slice`` it is the
+            embedding itself. They are whitened to 256 components, or an eighth as many as there are slices.
+        labels: A table by case_id whose columns are kept to filter by and to show.
+        whiten: Keep so many whitened principal components of the vectors, fitted on them without labels; 0 keeps the
+            vectors. None is 64, or a third as many as there are cases; of a run or of slices 0.
+        kind: ``flat``, ``hnsw``, ``ivf``, ``sq`` or ``ivfpq``; None chooses by size and memory.
+        memory_bytes: What the index may take in memory.
+        recall: The share of the ten nearest that an index which does not compare all must find.
+
+    Raises:
+        SearchError: the cache is empty or lacks the token set, or ``out`` exists.
+        OptionError: an option that means nothing.
+        RunError: the run is damaged, or its head gives no pooled vector.
+        RecipeError: the run was trained on another recipe.
+    """
+    options = IndexOptions(kind=kind, memory_bytes=memory_bytes, recall=recall)
+    source = open_cache(cache)
+    if not len(source):
+        raise SearchError(f"cache {source.path} holds no stack yet; extract some cases first")
+    _check_level(level, embedding, run, slices)
+    with tempfile.TemporaryDirectory(prefix="embedkit-index-") as folder:
+        made = _make_vectors(source, Path(folder), embedding=embedding, level=level, run=run, slices=slices)
+        if whiten is None:
+            whiten = (
+                0
+                if run is not None or level == "slice"
+                else _few(min(_MOST_OF_CASES, made.vectors.shape[1], len(made.cases) // 3))
+            )
+        return write_index(
+            made.vectors,
+            join_labels(made.cases, labels),
+            embedding=made.embedding,
+            recipe=source.recipe,
+            out=out,
+            rows=made.rows,
+            centre=run is not None,
+            whiten=whiten or None,
+            options=options,
+            details=made.details | {"cache": str(source.path.resolve())},
+            extras=made.extras,
+        )
+
+
+def _make_vectors(
+    cache: Cache,
+    folder: Path,
+    *,
+    embedding: str | None,
+    level: str,
+    run: str | Path | None,
+    slices: str | None,
+) -> _Vectors:
+    """Vectors of all cases or slices of a cache; all that is fitted is fitted here."""
+    coarse = _coarse_patches(cache)
+    compared = (embedding if level == "slice" else slices) or (f"grid:{coarse}" if coarse else "mean:cls")
+    chosen = Embedding.parse(name_layer(compared, cache))
+    if run is not None:
+        opened = open_run(run)
+        cases, vectors = embed_run(opened, cache)
+        name, views, extras = f"run:{opened.name}", opened.views, {}
+        details: dict[str, Any] = {"run": str(Path(run).resolve()), "run_digest": opened.digest}
+    elif level == "case":
+        parts = parse_embeddings(embedding or (f"aligned:{coarse}" if coarse else "mean:cls"), cache)
+        found = join_embeddings(cache, parts)
+        name, cases, vectors, views = "+".join(map(str, parts)), found.cases, found.vectors, found.views
+        extras, details = {"view_means": found.means}, {}
+    else:
+        cases = cache.stacks.select("case_id", "patient_id").unique(maintain_order=True)
+        name, views, vectors, extras, details = str(chosen), list_views(cache), None, {}, {}
+    extras |= _fit_slices(cache, chosen, views, cases["case_id"].to_list())
+    details |= {"views": list(views), "slices": str(chosen)}
+    made = _Vectors(name, cases, None, vectors, tuple(views), extras, details)
+    return _pack(cache, made, folder / "slices.npy")
+
+
+def _fit_slices(
+    cache: Cache, embedding: Embedding, views: Sequence[str], case_ids: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    """What slices need to be compared: the mean token of each view, and a whitening where slices are many enough."""
+    fitted: dict[str, NDArray[Any]] = {"slice_centres": measure_centres(cache, embedding, views)}
+    sample = sample_slices(SliceReader(cache, embedding, views, fitted["slice_centres"]), case_ids)
+    components = _few(min(_MOST_OF_SLICES, sample.shape[1], len(sample) // 8))
+    if components:
+        fitted["slice_whitening"] = fit_whitening(sample, np.zeros(sample.shape[1], np.float32), components)
+    return fitted
+
+
+def _few(components: int) -> int:
+    """As many, or none where they are too few to tell anything apart."""
+    return components if components >= _FEWEST else 0
+
+
+def _pack(cache: Cache, made: _Vectors, file: Path) -> _Vectors:
+    """The same with the vectors of all slices: beside those of cases, or in their place."""
+    reader = SliceReader(
+        cache,
+        Embedding.parse(made.details["slices"]),
+        made.views,
+        made.extras["slice_centres"],
+        made.extras.get("slice_whitening"),
+    )
+    count = int((cache.stacks["count"] - cache.stacks["blank_count"]).sum())
+    vectors, places = pack_slices(reader, made.cases["case_id"].to_list(), count, file)
+    if made.vectors is not None:
+        return replace(made, extras=made.extras | {"slices": vectors, "slice_places": places})
+    return replace(made, vectors=vectors, rows=_name_rows(places, made.views))
+
+
+def _name_rows(places: NDArray[np.int32], views: Sequence[str]) -> pl.DataFrame:
+    """A row per slice with the names of its view and plane."""
+    split = [view.rpartition("/") for view in views]
+    number = pl.Series(places[:, 1])
+    return pl.DataFrame(
+        {
+            "case": places[:, 0].astype(np.int64),
+            "view": pl.Series([view for view, _, _ in split])[number],
+            "plane": pl.Series([plane for _, _, plane in split])[number],
+            "row": places[:, 2],
+            "slice": places[:, 3],
+        }
+    )
+
+
+def add_cases(
+    index: Index | str | Path,
+    *,
+    cache: str | Path | None = None,
+    labels: str | Path | pl.DataFrame | None = None,
+) -> tuple[Index, list[str]]:
+    """Takes the cases of a cache that an index lacks; only their tokens are read.
+
+    What was fitted when the index was built (means, whitening) stays, so that a case stands where it would have stood;
+    after much growth of another kind build it anew.
+
+    Args:
+        index: An index or its folder.
+        cache: Of the index's recipe; None is the cache that was indexed.
+        labels: Columns of the new cases, as `build_index` takes them; without a table they have none.
+
+    Returns:
+        The index as it is now, and the cases taken.
+
+    Raises:
+        SearchError: the cache is gone, or the index's run was trained again.
+        RecipeError: the cache has another recipe.
+    """
+    opened = index if isinstance(index, Index) else open_index(index)
+    source = open_source(opened, cache)
+    new = sorted(set(source.stacks["case_id"]) - set(opened.cases["case_id"]))
+    if not new:
+        return opened, []
+    with tempfile.TemporaryDirectory(prefix="embedkit-index-") as folder:
+        found = _embed_as(opened, _restrict(source, new), Path(folder) / "slices.npy")
+        cases = pl.concat([opened.cases, join_labels(found.cases, labels)], how="diagonal_relaxed")
+        shift = len(opened.cases)
+        rows, extras = opened.rows, dict(opened.extras)
+        if rows is not None and found.rows is not None:
+            rows = pl.concat([rows, found.rows.with_columns(pl.col("case") + shift)])
+        else:
+            moved = found.extras["slice_places"] + np.array([shift, 0, 0, 0], np.int32)
+            extras["slice_places"] = np.concatenate([extras["slice_places"], moved])
+            extras["slices"] = _append(extras["slices"], found.extras["slices"], Path(folder) / "all-slices.npy")
+        vectors = _append(opened.read_vectors(), found.vectors, Path(folder) / "all.npy")
+        return rewrite_index(opened, vectors, cases, rows, extras=extras), new
+
+
+def remove_cases(index: Index | str | Path, case_ids: Sequence[str], *, cache: str | Path | None = None) -> Index:
+    """Withdraws cases: no vector and no row of theirs is left in the index's files.
+
+    What was fitted on all cases together (means, whitening) stays as it is.
+
+    Args:
+        index: An index or its folder.
+        case_ids: To withdraw.
+        cache: Checked to be of the index's recipe; None checks nothing.
+
+    Raises:
+        RecipeError: the cache has another recipe.
+        SearchError: the index does not hold one of them, or would be left empty.
+    """
+    opened = index if isinstance(index, Index) else open_index(index)
+    if cache is not None:
+        open_source(opened, cache)
+    held = opened.cases["case_id"]
+    if unknown := sorted(set(case_ids) - set(held)):
+        raise SearchError(f"index {opened.path} has no case {', '.join(unknown[:5])}, so it cannot be withdrawn")
+    kept = ~held.is_in(list(case_ids)).to_numpy()
+    if not kept.any():
+        raise SearchError(f"index {opened.path} would hold no case any more; delete the folder instead")
+    rows, chosen, extras = opened.rows, kept, dict(opened.extras)
+    numbers = kept.cumsum() - 1
+    if rows is not None:
+        chosen = kept[rows["case"].to_numpy()]
+        rows = rows.filter(chosen)
+        rows = rows.with_columns(case=pl.Series(numbers[rows["case"].to_numpy()]))
+    else:
+        places = extras["slice_places"]
+        left = kept[places[:, 0]]
+        extras["slices"], extras["slice_places"] = extras["slices"][left], places[left].copy()
+        extras["slice_places"][:, 0] = numbers[places[left, 0]]
+    return rewrite_index(opened, opened.read_vectors()[chosen], opened.cases.filter(kept), rows, extras=extras)
+
+
+def _check_level(level: str, embedding: str | None, run: str | Path | None, slices: str | None) -> None:
+    if level not in LEVELS:
+        raise OptionError(f"level {level!r} is unknown; give {' or '.join(LEVELS)}")
+    if level == "slice" and (
+        run is not None or slices is not None or any(part in (embedding or "") for part in ("+", "aligned"))
+    ):
+        raise OptionError(
+            "an index of slices takes one embedding, mean or grid, and no run: a run pools whole cases, and slices are"
+            " compared by the embedding itself"
+        )
+
+
+def _embed_as(index: Index, cache: Cache, file: Path) -> _Vectors:
+    """Vectors of new cases, made as those of an index."""
+    views = tuple(index.details["views"])
+    if unknown := sorted(set(list_views(cache)) - set(views)):
+        raise SearchError(
+            f"{cache.path} has view {', '.join(unknown)}, but the index knows {', '.join(views)}; build the index anew"
+        )
+    cases = cache.stacks.select("case_id", "patient_id").unique(maintain_order=True)
+    vectors: Any = None
+    if "run" in index.details:
+        cases, vectors = embed_run(open_index_run(index), cache)
+    elif index.level == "case":
+        parts = parse_embeddings(index.embedding, cache)
+        found = embed_new_cases(cache, parts, views, index.extras["view_means"])
+        cases, vectors = found.cases, found.vectors
+    return _pack(cache, _Vectors(index.embedding, cases, None, vectors, views, index.extras, index.details), file)
+
+
+def _restrict(cache: Cache, case_ids: Sequence[str]) -> Cache:
+    """The same open cache with the stacks of these cases alone in its table; stacks keep their numbers."""
+    part = copy.copy(cache)
+    part.stacks = cache.stacks.filter(pl.col("case_id").is_in(list(case_ids)))
+    return part
+
+
+def _append(first: NDArray[Any], second: NDArray[Any], file: Path) -> NDArray[Any]:
+    """Both arrays, one after the other, in a file that is mapped."""
+    joined = np.lib.format.open_memmap(file, "w+", first.dtype, (len(first) + len(second), first.shape[1]))
+    for start in range(0, len(first), _BATCH):
+        joined[start : start + _BATCH][: len(first) - start] = first[start : start + _BATCH]
+    joined[len(first) :] = second
+    return joined
+
+
+def _coarse_patches(cache: Cache) -> str | None:
+    """The coarsest pooled patch tokens cached, of their deepest layer; None where there are none."""
+    pooled = [each for each in cache.recipe.parsed_token_sets() if each.kind == "patch" and each.grid is not None]
+    return str(min(pooled, key=lambda each: (each.grid or 0, -each.layer))) if pooled else None
+
+
+def join_labels(table: pl.DataFrame, labels: str | Path | pl.DataFrame | None) -> pl.DataFrame:
+    """The case table with the columns of a label table, null where that lacks the case."""
+    if labels is None:
+        return table
+    frame = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
+    if not set(frame["case_id"]) & set(table["case_id"]):
+        raise SearchError(
+            f"no case_id of the labels ({', '.join(frame['case_id'].head(3))} ...) is a case of the cache"
+            f" ({', '.join(table['case_id'].head(3))} ...); spell them alike"
+        )
+    return table.join(frame.drop("patient_id", strict=False), on="case_id", how="left", maintain_order="left")

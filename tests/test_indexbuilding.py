@@ -1,0 +1,275 @@
+"""Building an index from a cache, adding to it, withdrawing from it, levels, regions and ranking by slices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
+from embedkit.embeddings import Embedding, embed_cases, join_embeddings, parse_embeddings
+from embedkit.errors import OptionError, RecipeError, SearchError
+from embedkit.index import open_index
+from embedkit.indexbuilding import add_cases, build_index, remove_cases
+from embedkit.matching import score_slices
+from embedkit.queries import open_slices
+from embedkit.recipe import Recipe
+from embedkit.regions import Region
+from embedkit.retrieval import match_cases, search
+
+RECIPE = Recipe("made up", "builtin:0", ("cls:2", "patch@2:1"), 32, (0.0,), (1.0,), preview=8)
+CASES = 40
+DIM = 6
+
+
+def stack(number: int, view: str = "t1", *, slices: int = 9) -> StackTokens:
+    """Cases 2 n and 2 n + 1 are of one patient and alike; slices drift along the stack."""
+    shared = np.random.default_rng(number // 2 + 100 * len(view))
+    own = np.random.default_rng(1000 + number)
+    drift = np.linspace(0, 1, slices)[:, None, None] * shared.standard_normal((1, 4, DIM))
+    patches = shared.standard_normal((1, 4, DIM)) + drift + 0.3 * own.standard_normal((slices, 4, DIM))
+    return StackTokens(
+        case_id=f"c{number:02}",
+        patient_id=f"p{number // 2:02}",
+        view=view,
+        plane="axial",
+        sources=(view,),
+        indices=np.arange(slices, dtype=np.int32),
+        positions_mm=np.arange(slices, dtype=np.float32),
+        blank=np.arange(slices) == 0,
+        plane_shape=(8, 8),
+        box=(0, 0, 8, 8),
+        source_shape=(slices, 8, 8),
+        source_affine=np.array([[0, 0, 2.0, 10], [0, 2, 0, 20], [3, 0, 0, 30], [0, 0, 0, 1]]),
+        source_bytes=1,
+        source_digest="0",
+        tokens={"cls:2": patches.mean(1).astype(np.float16), "patch@2:1": patches.astype(np.float16)},
+        preview=np.full((slices, 8, 8), number, np.uint8),
+    )
+
+
+def make_cache(path: Path, numbers: Any, recipe: Recipe = RECIPE) -> Path:
+    if not path.exists():
+        create_cache(path, recipe)
+    write_shard(path, recipe, [stack(number) for number in numbers])
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("cache") / "cache", range(CASES))
+
+
+def test_what_is_fitted_follows_how_much_there_is(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index")
+    assert index.embedding == "aligned:patch@2:1" and index.dim == 8 * 4 * DIM
+    assert index.whitening is not None and index.whitening.shape[1] == CASES // 3
+    assert index.extras["slice_whitening"].shape == (4 * DIM, 4 * DIM)
+    assert index.extras["slices"].shape == (CASES * 8, 4 * DIM)
+    plain = build_index(cache, tmp_path / "plain", embedding="mean:cls", whiten=0, slices="mean:cls")
+    assert plain.whitening is None and plain.embedding == "mean:cls:2" and plain.mean is None
+
+
+def test_slices_kept_in_the_index_are_those_of_the_cache(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index")
+    reader = open_slices(index, open_cache(cache))
+    others = [f"c{number:02}" for number in range(1, 9)]
+    scores = score_slices(reader.read("c00"), [reader.read(case_id) for case_id in others], order="ordered")
+    found = search(index, case_id="c00", k=39)
+    by_case = dict(found.select("case_id", "similarity").iter_rows())
+    np.testing.assert_allclose([by_case[case_id] for case_id in others], scores, atol=2e-3)
+    match = match_cases(index, "c00", ["c01"], order="ordered")[0]
+    assert match.similarity == pytest.approx(by_case["c01"], abs=2e-3)
+
+
+def test_ranking_by_slices_finds_the_other_case_of_the_patient(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index")
+    for rerank in ("none", "free", "ordered"):
+        first = [search(index, case_id=f"c{n:02}", k=1, rerank=rerank)["case_id"][0] for n in range(0, CASES, 2)]
+        assert np.mean([case == f"c{n + 1:02}" for case, n in zip(first, range(0, CASES, 2), strict=True)]) > 0.9
+    found = search(index, case_id="c00", k=3, candidates=5)
+    assert found.columns == ["rank", "case_id", "patient_id", "similarity", "recall_rank"]
+    assert found["rank"].to_list() == [1, 2, 3] and found["recall_rank"].max() <= 5
+    assert found["similarity"].is_sorted(descending=True)
+    others = search(index, case_id="c00", k=3, exclude_same="patient_id", where="case_id < 'c10'")
+    assert "c01" not in others["case_id"].to_list() and others.height == 3
+
+
+def test_cases_added_later_stand_where_they_would_have_stood(cache: Path, tmp_path: Path) -> None:
+    grown = make_cache(tmp_path / "cache", range(30))
+    labels = pl.DataFrame({"case_id": [f"c{n:02}" for n in range(CASES)], "age": range(CASES)})
+    index = build_index(grown, tmp_path / "index", labels=labels)
+    assert add_cases(index) == (index, [])
+    make_cache(grown, range(30, CASES))
+    added, new = add_cases(tmp_path / "index", labels=labels)
+    assert new == [f"c{n}" for n in range(30, CASES)] and len(added) == CASES and added.cases["age"].null_count() == 0
+    np.testing.assert_array_equal(added.whitening, index.whitening)
+    parts = parse_embeddings(index.embedding, open_cache(cache))
+    alone = embed_cases(open_cache(cache), parts[0]).vectors[:, 0] - index.extras["view_means"][0]
+    np.testing.assert_allclose(added.read_vectors(), alone, atol=1e-5)
+    assert search(added, case_id="c30", k=1)["case_id"].to_list() == ["c31"]
+    assert search(open_index(tmp_path / "index"), case_id="c38", k=1)["case_id"].to_list() == ["c39"]
+
+
+@pytest.mark.parametrize("level", ["case", "slice"])
+def test_a_case_withdrawn_is_nowhere_left(cache: Path, tmp_path: Path, level: str) -> None:
+    index = build_index(cache, tmp_path / "index", level=level, embedding=None if level == "case" else "grid:patch@2")
+    before = search(index, case_id="c20", k=5)
+    left = remove_cases(index, ["c00", "c21", "c39"], cache=cache)
+    assert len(left) == CASES - 3 and not {"c00", "c21", "c39"} & set(left.cases["case_id"])
+    after = search(left, case_id="c20", k=5)
+    kept = before.filter(pl.col("case_id") != "c21")["case_id"].to_list()
+    assert after["case_id"].to_list()[: len(kept)] == kept
+    if level == "case":
+        assert left.extras["slice_places"][:, 0].max() == CASES - 4 and len(left.extras["slices"]) == 37 * 8
+    else:
+        assert left.rows is not None and left.rows["case"].n_unique() == CASES - 3
+    with pytest.raises(SearchError, match="has no case c00, so it cannot be withdrawn"):
+        remove_cases(left, ["c00"])
+    with pytest.raises(SearchError, match="would hold no case any more; delete the folder instead"):
+        remove_cases(left, left.cases["case_id"].to_list())
+
+
+def test_an_index_of_slices_says_where_each_slice_is(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index", level="slice", embedding="grid:patch@2")
+    assert index.level == "slice" and index.count == CASES * 8 and len(index) == CASES
+    hit = index.search(np.asarray(index.read_vectors()[5], np.float32), 1).row(0, named=True)
+    assert (hit["case_id"], hit["view"], hit["plane"], hit["slice"]) == ("c00", "t1", "axial", 6)
+    assert hit["similarity"] == pytest.approx(1, abs=1e-3)
+    assert search(index, case_id="c06", k=1)["case_id"].to_list() == ["c07"]
+    assert search(index, case_id="c06", k=4, where="case_id >= 'c30'").height == 4
+    grown = make_cache(tmp_path / "grown", range(20))
+    small = build_index(grown, tmp_path / "small", level="slice", embedding="grid:patch@2")
+    make_cache(grown, range(20, 22))
+    added, _ = add_cases(small)
+    assert added.count == 22 * 8 and search(added, case_id="c20", k=1)["case_id"].to_list() == ["c21"]
+
+
+def test_embeddings_side_by_side_weigh_alike(cache: Path) -> None:
+    opened = open_cache(cache)
+    joined = join_embeddings(opened, parse_embeddings("mean:cls + grid:patch@2", opened))
+    assert joined.vectors.shape == (CASES, DIM + 4 * DIM)
+    for part in (joined.vectors[:, :DIM], joined.vectors[:, DIM:]):
+        np.testing.assert_allclose(np.linalg.norm(part, axis=1), 1, rtol=1e-5)
+
+
+def test_an_aligned_vector_is_the_mean_of_each_equal_part() -> None:
+    tokens = np.arange(16, dtype=np.float32)[:, None]
+    aligned = Embedding.parse("aligned:cls:2")
+    np.testing.assert_allclose(aligned.stack_vector(tokens), np.arange(8) * 2 + 0.5)
+    np.testing.assert_allclose(aligned.stack_vector(tokens[:4]), np.repeat(np.arange(4), 2))
+    mean = aligned.stack_vector(tokens[:, None])
+    np.testing.assert_allclose(aligned.stack_vector(aligned.subtract(tokens[:, None], mean)), 0, atol=1e-6)
+
+
+# --- regions ---------------------------------------------------------------------------------------------------------
+
+
+def covered(region: Region, number: int = 0) -> Any:
+    """[slices 4], with the source's axes turned: rows and columns of the file run against the canonical ones."""
+    source = stack(number)
+    from embedkit.catalogue import StackRecord
+
+    record = StackRecord(
+        source.case_id,
+        source.patient_id,
+        "t1",
+        "axial",
+        ("t1",),
+        source.plane_shape,
+        source.box,
+        source.source_shape,
+        source.source_affine,
+        1,
+        0,
+        "0",
+    )
+    return region.measure_cover(record, source.indices, 4)
+
+
+def test_a_box_in_voxels_and_the_same_in_mm_cover_the_same_patches() -> None:
+    voxels = covered(Region.parse("voxels:0,0,2,4,4,5"))
+    # The affine runs to the patient's right and to anterior; canonical axes to the left and to posterior.
+    assert voxels[2:5].tolist() == [[0, 0, 0, 1]] * 3 and voxels.sum() == 3
+    mm = covered(Region.parse("mm:9,19,36,16.5,26.5,42"))
+    np.testing.assert_array_equal(voxels, mm)
+    half = covered(Region.parse("voxels:0,0,0,2,4,1"))
+    assert half[0].tolist() == [0, 0, 0, 0.5]
+
+
+def test_a_mask_covers_its_patches(tmp_path: Path) -> None:
+    mask = np.zeros((9, 8, 8), np.uint8)
+    mask[3, :4, 4:] = 2
+    np.save(tmp_path / "mask.npy", mask)
+    cover = covered(Region.parse(str(tmp_path / "mask.npy")))
+    assert cover[3].tolist() == [0, 0, 1, 0] and cover.sum() == 1
+
+
+def test_only_the_patches_of_a_region_vote(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index")
+    region = Region.parse("voxels:0,0,3,4,4,8")
+    found = search(index, case_id="c08", k=1, region=region)
+    assert found["case_id"].to_list() == ["c09"]
+    reader = open_slices(index, open_cache(cache))
+    part = reader.read("c08", region=region)["t1/axial"]
+    assert part.rows.tolist() == [3, 4, 5, 6, 7] and part.votes is not None and part.votes[:, :3].max() == 0
+    expected = (part.patches[:, 3] @ reader.read("c09")["t1/axial"].patches.reshape(-1, DIM).T).reshape(5, 8, 4).max(2)
+    assert search(index, case_id="c08", k=1, region=region, rerank="free")["similarity"][0] == pytest.approx(
+        float(expected.max(1).mean()), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("text", ["voxels:1,2,3", "voxels:1,2,3,1,5,6", "mm:a,b,c,d,e,f", "voxels:0,0,0,1.5,2,2"])
+def test_a_region_that_is_no_box_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"is no box: give six numbers, the lower corner and then the upper"):
+        Region.parse(text)
+
+
+def test_regions_that_cannot_be_searched_for_are_refused(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"'nowhere.nii' is no file and no box; give a mask, voxels:I,J,K"):
+        Region.parse("nowhere.nii")
+    inside, outside = Region.parse("voxels:0,0,0,4,4,9"), Region.parse("mm:500,500,500,600,600,600")
+    index = build_index(cache, tmp_path / "index")
+    with pytest.raises(SearchError, match="the region touches no patch of c00: it lies outside"):
+        search(index, case_id="c00", region=outside)
+    by_class = build_index(cache, tmp_path / "cls", embedding="mean:cls")
+    with pytest.raises(SearchError, match="holds mean:cls:2 of each case, in which a region has no part of its own"):
+        search(by_class, case_id="c00", region=inside)
+    one = build_index(cache, tmp_path / "one", slices="mean:cls")
+    with pytest.raises(SearchError, match="the slices of this index are compared by a single vector; build it with"):
+        search(one, case_id="c00", region=inside)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_options_that_mean_nothing_are_refused(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index")
+    with pytest.raises(OptionError, match="rerank 'some' is unknown; give none, free, ordered"):
+        search(index, case_id="c00", rerank="some")
+    with pytest.raises(OptionError, match="candidates is 0, expected at least 1"):
+        search(index, case_id="c00", candidates=0)
+    with pytest.raises(SearchError, match="a vector has no slices to rank by"):
+        search(index, vector=np.ones(index.dim, np.float32), rerank="free")
+    with pytest.raises(OptionError, match="level 'row' is unknown; give case or slice"):
+        build_index(cache, tmp_path / "x", level="row")
+    with pytest.raises(OptionError, match="an index of slices takes one embedding, mean or grid, and no run"):
+        build_index(cache, tmp_path / "x", level="slice", embedding="aligned:patch@2")
+    with pytest.raises(SearchError, match="holds vectors of each slice, but this asks for an index of each case"):
+        build_index(cache, tmp_path / "s", level="slice", embedding="mean:cls").search_cases(["c00"], 1)
+
+
+def test_a_cache_of_another_recipe_is_not_taken(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index")
+    other = make_cache(tmp_path / "other", range(2), replace(RECIPE, image_size=64))
+    for call in (lambda: add_cases(index, cache=other), lambda: remove_cases(index, ["c00"], cache=other)):
+        with pytest.raises(RecipeError, match="image_size is 64 there and 32 here"):
+            call()
+    more = make_cache(tmp_path / "more", range(2))
+    write_shard(more, RECIPE, [stack(50, "flair")])
+    with pytest.raises(SearchError, match=r"has view flair/axial, but the index knows t1/axial; build the index anew"):
+        add_cases(index, cache=more)

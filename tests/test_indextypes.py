@@ -1,0 +1,206 @@
+"""Types of index: the choice by size and memory, recall as asked and measured, rare filters, memory maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from embedkit import indexfiles
+from embedkit.errors import OptionError, SearchError
+from embedkit.index import Index, open_index, rewrite_index, write_index
+from embedkit.indextypes import KINDS, IndexOptions, faiss, plan_index
+from embedkit.recipe import Recipe
+from embedkit.tuning import choose_held_out, exact_neighbours, measure_recall
+from embedkit.whitening import fit_whitening
+
+RECIPE = Recipe("toy", "builtin:1", ("cls:2",), 32, (0.5,), (0.25,))
+CASES, DIM = 10_000, 16
+
+
+def clustered(count: int = CASES, seed: int = 0) -> Any:
+    """Vectors in 100 clusters, as embeddings are."""
+    random = np.random.default_rng(seed)
+    centres = np.random.default_rng(5).standard_normal((100, DIM))
+    return (centres[random.integers(100, size=count)] + 0.5 * random.standard_normal((count, DIM))).astype(np.float32)
+
+
+def table_of(count: int) -> pl.DataFrame:
+    numbers = pl.int_range(count, eager=True)
+    return pl.DataFrame(
+        {"case_id": "c" + numbers.cast(pl.String), "patient_id": "p" + (numbers // 2).cast(pl.String), "n": numbers}
+    )
+
+
+def cosines(queries: Any, vectors: Any) -> Any:
+    unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in (queries, vectors)]
+    return unit[0] @ unit[1].T
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Index]:
+    folder, vectors = tmp_path_factory.mktemp("indexes"), clustered()
+    return {
+        kind: write_index(
+            vectors,
+            table_of(CASES),
+            embedding="mean:cls:2",
+            recipe=RECIPE,
+            out=folder / kind,
+            options=IndexOptions(kind=kind, recall=0.9),
+        )
+        for kind in KINDS
+    }
+
+
+def recall_of(index: Index, queries: Any, vectors: Any, k: int = 10) -> float:
+    found = index.search(queries, k)["case_id"].str.slice(1).cast(pl.Int64).to_numpy().reshape(len(queries), k)
+    truth = np.argsort(-cosines(queries, vectors), axis=1)[:, :k]
+    return float(np.mean([len(np.intersect1d(mine, true)) / k for mine, true in zip(found, truth, strict=True)]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_reaches_the_recall_asked_for_and_says_what_it_measured(
+    indexes: dict[str, Index], kind: str
+) -> None:
+    index = indexes[kind]
+    assert index.kind == kind and index.options.recall == 0.9
+    assert 0.87 <= index.tuning.recall <= 1
+    assert recall_of(index, clustered(50, seed=1), clustered()) >= 0.85
+    assert (index.tuning.queries, index.tuning.effort > 0) == ((0, False) if kind == "flat" else (256, True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("where", "allowed"), [("n < 25", 25), ("n % 3 = 0", 3334), ("n < 7", 7)])
+def test_a_filter_leaves_k_results_whatever_the_type(
+    indexes: dict[str, Index], kind: str, where: str, allowed: int
+) -> None:
+    index, queries = indexes[kind], clustered(20, seed=2)
+    found = index.search(queries, 20, where=where)
+    assert found.height == 20 * min(20, allowed)
+    assert found.filter(pl.sql_expr(where)).height == found.height
+    if allowed < 100:
+        assert index.exhaustive
+        best = np.sort(cosines(queries, clustered()[:allowed]), axis=1)[:, ::-1][:, :20]
+        if kind in ("flat", "hnsw", "ivf"):
+            np.testing.assert_allclose(found["similarity"].to_numpy().reshape(20, -1), best, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_patient_is_left_out_whatever_the_type(indexes: dict[str, Index], kind: str) -> None:
+    found = indexes[kind].search_cases(["c10", "c11", "c500"], 5, exclude_same="patient_id")
+    assert found["query"].to_list() == [0] * 5 + [1] * 5 + [2] * 5
+    assert not set(found["patient_id"][:10]) & {"p5"} and "p250" not in set(found["patient_id"][10:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_mapped_from_disk_answers_alike(
+    indexes: dict[str, Index], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, queries = indexes[kind], clustered(5, seed=3)
+    monkeypatch.setattr(indexfiles, "_MAPPED_FROM_BYTES", 0)
+    mapped = open_index(index.path)
+    assert mapped.search(queries, 7).equals(index.search(queries, 7))
+    assert mapped.search(queries, 7, where="n < 50").equals(index.search(queries, 7, where="n < 50"))
+
+
+def test_codes_are_refined_by_the_vectors_as_they_were_given(indexes: dict[str, Index]) -> None:
+    index = indexes["ivfpq"]
+    assert index.tuning.refine > 1
+    query = clustered(1, seed=4)
+    found = index.search(query, 3)
+    rows = found["case_id"].str.slice(1).cast(pl.Int64).to_list()
+    np.testing.assert_allclose(found["similarity"], cosines(query, clustered()[rows])[0], atol=1e-5)
+
+
+def test_an_index_that_is_rewritten_keeps_what_was_fitted(tmp_path: Path) -> None:
+    vectors = clustered(300)
+    index = write_index(vectors, table_of(300), embedding="mean:cls:2", recipe=RECIPE, out=tmp_path / "index", whiten=8)
+    assert index.dim == DIM and index.whitening is not None and index.whitening.shape == (DIM, 8)
+    again = rewrite_index(index, vectors[:200], table_of(200))
+    assert len(again) == 200 and again.path == index.path
+    np.testing.assert_array_equal(again.whitening, index.whitening)
+    np.testing.assert_array_equal(again.mean, index.mean)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    with pytest.raises(SearchError, match="has case c1 more than once"):
+        rewrite_index(again, vectors[:200], table_of(200).with_columns(case_id=pl.lit("c1")))
+    assert len(open_index(index.path)) == 200
+
+
+def test_whitening_gives_every_component_about_the_same_variance() -> None:
+    vectors = (clustered(4000) * np.linspace(10, 1, DIM)).astype(np.float32)
+    mean = vectors.mean(0)
+    white = (vectors - mean) @ fit_whitening(vectors, mean, 6)
+    np.testing.assert_allclose(np.cov(white.T), np.eye(6), atol=0.02)
+    with pytest.raises(OptionError, match=r"17 whitened components .*; 4000 vectors of length 16 have 1 to 16"):
+        fit_whitening(vectors, mean, 17)
+
+
+def test_the_type_follows_size_and_memory() -> None:
+    def kind(count: int, memory_mb: float | None = None, dim: int = 384) -> str:
+        memory = None if memory_mb is None else int(memory_mb * 1e6)
+        return plan_index(count, dim, IndexOptions(memory_bytes=memory)).kind
+
+    assert kind(20_000) == "flat" and kind(20_001) == "hnsw" and kind(200_001) == "ivf"
+    assert kind(10_000, 16) == "flat" and kind(10_000, 15) == "sq" and kind(100_000, 100) == "sq"
+    assert kind(1_000_000, 2000) == "ivf" and kind(1_000_000, 500) == "sq" and kind(1_000_000, 250) == "ivfpq"
+    sizes = [
+        plan_index(1_000_000, 384, IndexOptions(kind="ivfpq", memory_bytes=limit * 10**6)) for limit in (300, 150, 60)
+    ]
+    assert [plan.code_bytes for plan in sizes] == [192, 96, 24] and all(plan.bytes < 300e6 for plan in sizes)
+
+
+def test_what_cannot_be_built_is_refused() -> None:
+    with pytest.raises(OptionError, match="index type 'tree' is unknown; give one of flat, hnsw, ivf, sq, ivfpq"):
+        IndexOptions(kind="tree")
+    for recall in (0.0, 1.5, float("nan")):
+        with pytest.raises(OptionError, match=r"recall .* means nothing; give a share above 0 and at most 1"):
+            IndexOptions(recall=recall)
+    with pytest.raises(OptionError, match=r"ivfpq needs 9,984 vectors or more .*; here are 500 of length 16: choose"):
+        plan_index(500, 16, IndexOptions(kind="ivfpq"))
+    with pytest.raises(OptionError, match=r"take .* MB as sq, more than the 0.1 MB allowed; allow more memory"):
+        plan_index(5000, 384, IndexOptions(memory_bytes=100_000))
+
+
+def test_recall_counts_true_neighbours_beside_the_query_itself() -> None:
+    truth = np.array([[1, 2], [0, 2]])
+    assert measure_recall(np.array([[0, 1, 2], [1, 0, 5]]), truth, np.array([0, 1])) == 0.75
+    assert measure_recall(np.array([[1, 2, 9], [0, 2, 9]]), truth, np.array([0, 1])) == 1
+
+
+def test_exact_neighbours_are_found_in_batches_without_the_query_itself() -> None:
+    vectors = clustered(700)
+    own = choose_held_out(700)
+    assert len(own) == 350 and len(set(own.tolist())) == 350
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = exact_neighbours(unit, unit[own], own, 10, prepare=np.asarray)
+    similar = unit[own] @ unit.T
+    similar[np.arange(350), own] = -2
+    np.testing.assert_array_equal(found, np.argsort(-similar, axis=1)[:, :10])
+
+
+def test_a_gpu_takes_over_where_faiss_has_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stand-in that only counts: what a GPU answers is not tested without one."""
+    moved: list[str] = []
+
+    def to_gpu(resources: object, device: int, index: Any) -> Any:
+        moved.append(type(faiss.downcast_index(index)).__name__)
+        return index
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: index, raising=False)
+    for kind in ("flat", "hnsw"):
+        write_index(
+            clustered(300),
+            table_of(300),
+            embedding="mean:cls:2",
+            recipe=RECIPE,
+            out=tmp_path / kind,
+            options=IndexOptions(kind=kind),
+        )
+    assert moved and set(moved) <= {"IndexFlat", "IndexFlatIP"}
