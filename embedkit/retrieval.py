@@ -86,7 +86,7 @@ def search(
         exclude_same: Column whose value must differ from the query's, such as ``patient_id``; with a case only.
         region: A part of the query; only its patches vote. Ranks again, patch by patch.
         rerank: ``none`` ranks by the vectors; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
-            their slices, as `match_cases` compares them. None is ``ordered``, which found the right case most often
+            their slices, as `match_cases` compares them. None is ``ordered``, which did as well as ``free``
             where that was measured; but ``none`` for a vector, and for the vectors of a run, which know its task.
         by_patch: Rank again patch by patch.
         candidates: How many cases are ranked again, at least ``k``.
