@@ -17,15 +17,18 @@ def compare_command(
     reference: Annotated[
         Path | None, typer.Option(help="One of the runs; the others are compared with it alone, not every pair.")
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file with scores, differences and curves.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap over patients.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print scores and differences as JSON.")] = False,
 ) -> None:
     """Compare runs on the same cases: paired differences with intervals and p-values, corrected for their number."""
     import dataclasses
 
-    from embedkit import compare_runs
+    from embedkit import compare_runs, write_comparison
 
     found = compare_runs(runs, metric=metric, reference=reference, seed=seed)
+    if report is not None:
+        write_comparison(report, found, seed=seed)
     if json:
         scores = {name: dataclasses.asdict(each) for name, each in found.scores.items()}
         counts = {"metric": found.metric, "cases": found.cases, "patients": found.patients}
@@ -45,6 +48,8 @@ def compare_command(
     print_table(("difference", "95% interval", *_P_VALUES.values()), rows)
     for note in found.notes:
         typer.echo(f"note: {note}")
+    if report is not None:
+        typer.echo(f"report: {report}")
 
 
 run = compare_command

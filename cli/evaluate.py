@@ -32,12 +32,21 @@ def evaluate_command(
     subgroup: Annotated[
         list[str] | None, typer.Option(help="Label column: scores by its values; again for more.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap over patients.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option(help="HTML file: curves, calibration, subgroups, a map, the worst mistakes.")
+    ] = None,
+    training_cache: Annotated[
+        Path | None, typer.Option(help="Cache of the run's own cases: slices and the map of a report out of fold.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap over patients, and of the map.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Judge a trained run out of fold or on other cases, with patient-level intervals."""
-    from embedkit import evaluate
+    from embedkit import evaluate, open_cache, write_evaluation
+
+    if training_cache is not None and (cache is not None or report is None):
+        raise typer.BadParameter("goes with --report and without a cache of new cases", param_hint="--training-cache")
 
     found = evaluate(
         run,
@@ -49,10 +58,15 @@ def evaluate_command(
         device=device,
         seed=seed,
     )
+    shown = cache or training_cache
+    if report is not None:
+        write_evaluation(report, found, cache=None if shown is None else open_cache(shown), seed=seed)
     if json:
         print_json(found.to_dict())
         return
     _print(found)
+    if report is not None:
+        typer.echo(f"\nreport: {report}")
 
 
 run = evaluate_command

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from embedkit.backbones import load_backbone as load_backbone
     from embedkit.cache import open_cache as open_cache
     from embedkit.comparison import compare_runs as compare_runs
+    from embedkit.comparisonpage import write_comparison as write_comparison
     from embedkit.errors import EmbedkitError as EmbedkitError
     from embedkit.estimate import estimate_extraction as estimate_extraction
     from embedkit.evaluation import evaluate as evaluate
+    from embedkit.evaluationpage import write_evaluation as write_evaluation
     from embedkit.explanation import explain as explain
     from embedkit.extraction import extract as extract
     from embedkit.indexbuilding import add_cases as add_cases
@@ -45,9 +47,11 @@ _HOMES = {
     "backbones": ("list_backbones", "load_backbone"),
     "cache": ("open_cache",),
     "comparison": ("compare_runs",),
+    "comparisonpage": ("write_comparison",),
     "errors": ("EmbedkitError",),
     "estimate": ("estimate_extraction",),
     "evaluation": ("evaluate",),
+    "evaluationpage": ("write_evaluation",),
     "explanation": ("explain",),
     "extraction": ("extract",),
     "indexbuilding": ("add_cases", "build_index", "remove_cases"),

@@ -26,7 +26,7 @@ from embedkit.slices import plan_stacks, render_slices
 from embedkit.sources import group_cases, read_case
 from embedkit.volumes import canonical_axes, to_source, write_volume
 
-__all__ = ["Explanation", "SliceWeights", "explain"]
+__all__ = ["Explanation", "SliceWeights", "draw_evidence", "explain"]
 
 _SHOWN = 6
 FloatArray = NDArray[np.float32]
@@ -109,9 +109,7 @@ def explain(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot write the explanation: {explain_os_error(error, folder)}") from error
-    positive = {view: np.maximum(scores, 0) for view, scores in evidence.scores.items()}
-    highest = max((float(scores.max(initial=0)) for scores in positive.values()), default=0.0) or 1.0
-    scaled = {view: (scores / highest).astype(np.float32) for view, scores in positive.items()}
+    scaled = _scale(evidence)
     heatmaps = {view: folder / f"{_file_name(case_id)}_{view.replace('/', '_')}_heatmap.nii.gz" for view in stacks}
     for view, stack in stacks.items():
         _write_heatmap(heatmaps[view], scaled[view], source, stack)
@@ -120,6 +118,31 @@ def explain(
     images = _read_images(source, stacks, case_id, manifest)
     write_picture(montage, _draw(images, scaled, weights))
     return Explanation(case_id, evidence.answer, weights, evidence.slice_attention, heatmaps, montage)
+
+
+def draw_evidence(
+    run: Run, cache: Cache, case_id: str, *, class_name: str | None = None, held_out: bool = False, slices: int = _SHOWN
+) -> bytes:
+    """The picture of `explain` alone, as PNG bytes over the cache's previews: the slices of most weight of each view.
+
+    Args:
+        run, cache, case_id, class_name, held_out: As in `explain`.
+        slices: At most so many of each view.
+
+    Raises:
+        RunError, RecipeError: as `explain`; RunError also where the cache keeps no previews.
+    """
+    evidence = run.find_evidence(cache, case_id, class_name=class_name, held_out=held_out)
+    stacks = _stacks_of(cache, case_id, evidence.scores)
+    images = _read_images(cache, stacks, case_id, None)
+    return _draw(images, _scale(evidence), _slice_weights(evidence, cache, stacks), slices)
+
+
+def _scale(evidence: Evidence) -> dict[str, FloatArray]:
+    """What speaks for the class, 1 where it is highest in the case."""
+    positive = {view: np.maximum(scores, 0) for view, scores in evidence.scores.items()}
+    highest = max((float(scores.max(initial=0)) for scores in positive.values()), default=0.0) or 1.0
+    return {view: (scores / highest).astype(np.float32) for view, scores in positive.items()}
 
 
 def _file_name(text: str) -> str:
@@ -187,12 +210,15 @@ def _read_images(
 
 
 def _draw(
-    images: Mapping[str, NDArray[np.uint8]], scores: Mapping[str, FloatArray], weights: Mapping[str, SliceWeights]
+    images: Mapping[str, NDArray[np.uint8]],
+    scores: Mapping[str, FloatArray],
+    weights: Mapping[str, SliceWeights],
+    slices: int = _SHOWN,
 ) -> bytes:
     """The slices of most weight of each view, in their order along the stack."""
     pictures, overlays, titles = [], [], []
     for view, shown in images.items():
-        rows = sorted(np.argsort(-weights[view].weights, kind="stable")[:_SHOWN])
+        rows = sorted(np.argsort(-weights[view].weights, kind="stable")[:slices])
         for row in rows:
             picture = shown[row]
             pictures.append(picture)
@@ -200,4 +226,4 @@ def _draw(
             titles.append(
                 f"{view} slice {weights[view].indices[row]}\n{weights[view].weights[row]:.0%} of the evidence"
             )
-    return plot_montage(pictures, titles, overlays=overlays, columns=_SHOWN, scale="evidence")
+    return plot_montage(pictures, titles, overlays=overlays, columns=slices, scale="evidence")

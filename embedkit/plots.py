@@ -74,7 +74,7 @@ def plot_roc(lines: Sequence[RocLine], *, title: str = "") -> bytes:
     Returns:
         PNG bytes.
     """
-    canvas = Canvas(figsize=(5.2, 5.2), dpi=DPI, layout=padded_layout())
+    canvas = Canvas(figsize=(4.75, 4.75), dpi=DPI, layout=padded_layout())
     axes = canvas.add_subplot()
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
     heads = [line for line in lines if not line.baseline]
@@ -101,13 +101,16 @@ def plot_roc(lines: Sequence[RocLine], *, title: str = "") -> bytes:
     return encode_png(canvas)
 
 
-def plot_scores(panels: Mapping[str, Sequence[Score]], *, metric: str, chance: float | None = None) -> bytes:
+def plot_scores(
+    panels: Mapping[str, Sequence[Score]], *, metric: str, chance: float | None = None, hollow: str = "baseline"
+) -> bytes:
     """A dot and its 95% interval for each head, one panel per task on a common axis; baselines hollow and grey.
 
     Args:
         panels: Scores by task, drawn from the top.
         metric: Name under the axis.
         chance: Value of a guess, drawn as a dotted line.
+        hollow: What those that are drawn hollow are, for their label.
 
     Returns:
         PNG bytes.
@@ -118,7 +121,7 @@ def plot_scores(panels: Mapping[str, Sequence[Score]], *, metric: str, chance: f
     grid = canvas.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (task, scores) in zip(grid[:, 0], panels.items(), strict=True):
         style_axes(axes, task)
-        _draw_scores(axes, scores, chance)
+        _draw_scores(axes, scores, chance, hollow)
         axes.set_xlim(*limits)
         axes.grid(axis="x", color=GRID, linewidth=0.7)
         axes.tick_params(axis="x", labelbottom=axes is grid[-1, 0])
@@ -179,7 +182,7 @@ def plot_montage(
     return encode_png(canvas)
 
 
-def _draw_scores(axes: Axes, scores: Sequence[Score], chance: float | None) -> None:
+def _draw_scores(axes: Axes, scores: Sequence[Score], chance: float | None, hollow: str) -> None:
     if chance is not None:
         axes.axvline(chance, color=QUIET, linewidth=1, linestyle=(0, (1, 2.5)))
     for row, score in enumerate(scores):
@@ -198,7 +201,7 @@ def _draw_scores(axes: Axes, scores: Sequence[Score], chance: float | None) -> N
             annotation_clip=False,
         )
     axes.set_ylim(len(scores) - 0.4, -0.6)
-    axes.set_yticks(range(len(scores)), [f"{each.label}{' (baseline)' if each.baseline else ''}" for each in scores])
+    axes.set_yticks(range(len(scores)), [f"{each.label}{f' ({hollow})' if each.baseline else ''}" for each in scores])
     for label, score in zip(axes.get_yticklabels(), scores, strict=True):
         label.set(color=QUIET if score.baseline else INK, fontsize=9)
 

@@ -29,6 +29,7 @@ __all__ = [
     "Score",
     "Section",
     "Table",
+    "metric_title",
     "plot_montage",
     "plot_roc",
     "plot_scores",
@@ -195,7 +196,7 @@ def score_table(
         best = max((value for value in values if not math.isnan(value)), default=math.nan)
         strong += [(row, column) for row, value in enumerate(values) if value == best]
     return Table(
-        columns=("Head", *(_metric_title(name) for name in metrics)),
+        columns=("Head", *(metric_title(name) for name in metrics)),
         rows=tuple(
             (f"{head} (baseline)" if head in baselines else head, *(scores[head].get(metric) for metric in metrics))
             for head in heads
@@ -206,7 +207,8 @@ def score_table(
     )
 
 
-def _metric_title(name: str) -> str:
+def metric_title(name: str) -> str:
+    """The name of a metric for people, with an arrow down where less is better."""
     return f"{_TITLES.get(name, name)}{'' if HIGHER_IS_BETTER.get(name, True) else ' ↓'}"
 
 
