@@ -20,6 +20,7 @@ from embedkit.cli import (
     scan,
     search,
     serve,
+    shots,
     train,
     verify,
 )
@@ -47,6 +48,7 @@ for command in (
     predict,
     evaluate,
     compare,
+    shots,
     explain,
     index,
     search,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from embedkit.runs import predict as predict
     from embedkit.scanning import scan_folder as scan_folder
     from embedkit.serving import serve as serve
+    from embedkit.shots import few_shot as few_shot
     from embedkit.training import train as train
     from embedkit.volumes import read_volume as read_volume
 
@@ -65,6 +66,7 @@ _HOMES = {
     "runs": ("open_run", "predict"),
     "scanning": ("scan_folder",),
     "serving": ("serve",),
+    "shots": ("few_shot",),
     "training": ("train",),
     "volumes": ("read_volume",),
 }

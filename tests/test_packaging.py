@@ -42,6 +42,7 @@ ABOVE = {
     "scanning",
     "serving",
     "slicepairs",
+    "shots",
     "sources",
     "stream",
     "training",
