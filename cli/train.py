@@ -34,7 +34,19 @@ def train_command(
     ] = "",
     folds: Annotated[int, typer.Option(help="Patient-grouped folds.")] = 5,
     split: Annotated[str | None, typer.Option(help="Label column that holds the folds instead.")] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, initial weights and batches.")] = 0,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            help="small or large: dozens or hundreds of candidates per head, chosen in each fold by inner splits."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, initial weights, batches and dropout.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Members per fold, from other initial weights; scores are their mean.")
+    ] = 1,
+    storage: Annotated[
+        str, typer.Option(help="Where tokens lie: device, memory, stream (from the cache); auto takes what fits.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs of the same target and head.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
@@ -54,7 +66,10 @@ def train_command(
             classes=split_list(classes) or None,
             folds=folds,
             split=split,
+            sweep=sweep,
             seed=seed,
+            seeds=seeds,
+            storage=storage,  # type: ignore[arg-type]  # refused with the known ones by train
             device=device,
             overwrite=overwrite,
             on_progress=lambda at: meter(at.done, at.total, f"{at.target}.{at.head}"),

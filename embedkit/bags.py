@@ -172,19 +172,26 @@ class BagStore:
         segments[self._rows.flatten()] = owner.flatten()
         return segments[:-1]
 
-    def batch(self, cases: Sequence[int] | Tensor, token_sets: Sequence[str] | None = None) -> Bag:
+    def batch(
+        self, cases: Sequence[int] | Tensor, token_sets: Sequence[str] | None = None, *, slices: int | None = None
+    ) -> Bag:
         """Gathers the cases at these places of ``case_ids`` into one bag, in the order given.
 
         Args:
             cases: Places in ``case_ids``.
             token_sets: Which sets to gather; None for all.
+            slices: Length of the slices axis; None for as long as the last real slice needs, at least 1.
 
         Returns:
-            A bag whose slices axis is as long as the last real slice needs, at least 1; tokens are float16.
+            A bag whose tokens are as the store holds them, float16 if they came from a cache.
         """
         places = torch.as_tensor(cases, dtype=torch.int64, device=self.device)
-        slices = max(int(self._longest[places].amax()), 1) if len(places) else 1
-        rows = self._rows[places, :, :slices]
+        if slices is None:
+            slices = max(int(self._longest[places].amax()), 1) if len(places) else 1
+        rows, positions = self._rows[places, :, :slices], self._positions[places, :, :slices]
+        if beyond := slices - rows.shape[2]:
+            rows = torch.nn.functional.pad(rows, (0, beyond), value=self._zero_row)
+            positions = torch.nn.functional.pad(positions, (0, beyond))
         flat = rows.flatten()
         names = tuple(self._tables) if token_sets is None else tuple(token_sets)
         tokens = {
@@ -192,7 +199,7 @@ class BagStore:
             for name in names
         }
         case_ids = tuple(self.case_ids[place] for place in places.tolist())
-        return Bag(tokens, rows != self._zero_row, self._positions[places, :, :slices], case_ids)
+        return Bag(tokens, rows != self._zero_row, positions, case_ids)
 
     def batches(
         self, cases: Sequence[int] | Tensor, size: int, *, generator: torch.Generator | None = None

@@ -1,7 +1,12 @@
-"""Owns cross-fitting: one head per fold, each scored on the cases of its fold; reads the tokens once for all."""
+"""Owns cross-fitting: heads fitted without each fold's cases and scored on them; reads no label and writes no file.
+
+First every candidate is fitted on each inner split, with some training patients held out, which tells how many epochs
+help and which candidate does best. That one is then fitted on all training cases.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,39 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedkit.bags import BagShape, BagStore, TokenSource, bag_shape, load_bags, stream_bags
-from embedkit.fitting import FitReport, TrainingSet, fit_closed_form, fit_gradient
+from embedkit.bags import BagShape, bag_shape
+from embedkit.fitting import FitReport, fit_closed_form
+from embedkit.foldjobs import FoldedTask, FoldJob, make_job, rank
+from embedkit.gradientfits import GradientFitter
 from embedkit.headplans import HeadPlan
-from embedkit.members import Member, build_member, check_member
-from embedkit.standardisation import Moments, compute_moments, fit_standardiser
-from embedkit.tasks import Task, inner_split
+from embedkit.members import Member, build_member
+from embedkit.preparation import Preparation
+from embedkit.sweeps import Candidate
 
-__all__ = ["CrossFit", "CrossFitter", "InnerScores"]
+__all__ = ["CrossFit", "InnerScores", "cross_fit"]
 
-_Fitted = tuple[FitReport, Tensor, tuple[NDArray[np.bool_], ...]]
-"""How it went, logits of the tested cases, and the inner splits: bool [cases], held out."""
-
-_PENALTY_SPLITS = 5
-_SCORED_AT_ONCE = 64
-
-
-@dataclass(frozen=True, eq=False)
-class CrossFit:
-    """The heads of all folds.
-
-    Attributes:
-        shape: Of the bags that they read.
-        members: One per fold.
-        reports: One per fold.
-        scores: float64 [cases outputs], each case by the head that was not trained on it; NaN where in no fold.
-        inner: Of every fold and inner split.
-    """
-
-    shape: BagShape
-    members: tuple[Member, ...]
-    reports: tuple[FitReport, ...]
-    scores: NDArray[np.float64]
-    inner: tuple[InnerScores, ...]
+OnFold = Callable[[HeadPlan, FoldedTask, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,122 +49,146 @@ class InnerScores:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """One fold of a task: places of all its cases in the fitter, which train (bool), which are tested (numbers)."""
+class CrossFit:
+    """The heads of all folds of one task.
 
-    task: Task
-    places: NDArray[np.int64]
-    training: NDArray[np.bool_]
-    tested: NDArray[np.int64]
-    seed: int
+    Attributes:
+        shape: Of the bags that they read, together.
+        folds: Of each member.
+        members: One per fold and seed.
+        reports: One per member.
+        scores: float64 [cases outputs], each case by the mean of the members that were not trained on it; NaN where in
+            no fold.
+        inner: Of every fold and inner split.
+        notes: What the user should know of how they were trained.
+    """
+
+    shape: BagShape
+    folds: tuple[int, ...]
+    members: tuple[Member, ...]
+    reports: tuple[FitReport, ...]
+    scores: NDArray[np.float64]
+    inner: tuple[InnerScores, ...]
+    notes: tuple[str, ...] = ()
 
 
-class CrossFitter:
-    """Fits heads on tasks over one cache; the tokens, their moments and features in closed form are shared by all."""
+def cross_fit(
+    preparation: Preparation,
+    wanted: Sequence[tuple[HeadPlan, FoldedTask]],
+    *,
+    seed: int,
+    seeds: int = 1,
+    on_fold: OnFold | None = None,
+) -> list[CrossFit]:
+    """Fits heads on every fold of some tasks, those by gradient in common passes over the tokens.
 
-    def __init__(
-        self, source: TokenSource, plans: Sequence[HeadPlan], case_ids: Sequence[str], device: torch.device, seed: int
-    ) -> None:
-        """Reads what the plans trained by gradient need of these cases.
+    Args:
+        preparation: What they share.
+        wanted: Plans and tasks of the preparation.
+        seed: Of splits, weights, batches and dropout.
+        seeds: Members per fold, of heads fitted by gradient.
+        on_fold: Called with every fold that is done.
 
-        Raises:
-            CacheError: a token is NaN or infinite, or a token set is absent.
-        """
-        self.source = source
-        self.case_ids = list(case_ids)
-        self.device = device
-        self.seed = seed
-        self._places = {case: place for place, case in enumerate(self.case_ids)}
-        self._features: dict[str, Tensor] = {}
-        names = list(dict.fromkeys(name for plan in plans if plan.by_gradient for name in plan.token_sets))
-        self._store: BagStore | None = None
-        self._moments: dict[str, Moments] = {}
-        if names:
-            store = load_bags(source, self.case_ids, names)
-            self._moments = {name: compute_moments(store, name) for name in names}
-            self._store = store.to(device)
+    Returns:
+        One per plan and task.
 
-    def fit(
-        self, plan: HeadPlan, task: Task, folds: NDArray[np.int64], *, after_fold: Callable[[int], None] | None = None
-    ) -> CrossFit:
-        """Fits one head on every fold of one task.
+    Raises:
+        HeadError: a head breaks its contract or diverges.
+        TaskError: a fold cannot be split further.
+    """
+    device = preparation.device
+    jobs = [[make_job(*pair, fold, seed=seed, device=device) for fold in pair[1].tested] for pair in wanted]
+    gradient = [job for each in jobs for job in each if job.plan.by_gradient]
+    fitter = GradientFitter(preparation, seed, seeds=seeds)
 
-        Args:
-            plan: One of those that the fitter was made for.
-            task: Its cases are among the fitter's.
-            folds: int64 [cases], -1 for cases that are never tested.
-            after_fold: Called with every fold that is done.
+    def tell(job: FoldJob) -> None:
+        if on_fold is not None:
+            on_fold(job.plan, job.target, job.fold)
 
-        Raises:
-            HeadError: the head breaks its contract or diverges.
-            TaskError: a fold cannot be split further.
-        """
-        shape = bag_shape(self.source, plan.token_sets)
-        scores = np.full((len(task.case_ids), task.outputs), np.nan)
-        members, reports = [], []
-        inner: list[InnerScores] = []
-        places = np.array([self._places[case] for case in task.case_ids], dtype=np.int64)
-        for fold in sorted(set(folds.tolist()) - {-1}):
-            training, tested = folds != fold, np.flatnonzero(folds == fold)
-            seed = self.seed + 1000 * (fold + 1)
-            part = _Part(task, places, training, tested, seed)
-            with _isolated_seed(seed, self.device):
-                member = build_member(plan.head, shape, outputs=task.outputs, kind=task.kind, options=plan.options)
-                fit = self._fit_gradient if plan.by_gradient else self._fit_closed_form
-                report, logits, holdouts = fit(member, plan, part)
-            scores[tested] = _score(member, logits)
-            inner += [
-                InnerScores(fold, split, np.flatnonzero(held), _score(member, found))
-                for split, (held, found) in enumerate(zip(holdouts, report.inner, strict=True))
-            ]
-            members.append(member.cpu().eval())
-            reports.append(report)
-            if after_fold is not None:
-                after_fold(fold)
-        return CrossFit(shape, tuple(members), tuple(reports), scores, tuple(inner))
+    with _isolated_generators(device):
+        fitter.fit(gradient, on_done=tell)
+        for each in jobs:
+            for job in each:
+                if not job.plan.by_gradient:
+                    _fit_closed_form(preparation, job)
+                    tell(job)
+        answers = [
+            fitter.answer(each) if each[0].plan.by_gradient else [_answer_closed_form(preparation, job) for job in each]
+            for each in jobs
+        ]
+    return [_collect(preparation, each, found, fitter.obstacles) for each, found in zip(jobs, answers, strict=True)]
 
-    def _fit_gradient(self, member: Member, plan: HeadPlan, part: _Part) -> _Fitted:
-        """Fits on the training cases."""
-        store, task = cast(BagStore, self._store), part.task
-        moments = {name: self._moments[name] for name in plan.token_sets}
-        shape = store.shape.select(plan.token_sets)
-        member.standardiser = fit_standardiser(shape, moments, torch.from_numpy(part.places[part.training]))
-        member.to(self.device)
-        check_member(member, store.batch(torch.from_numpy(part.places[:2]), plan.token_sets), task.outputs)
-        held_out = inner_split(task, part.training, fraction=plan.fit.holdout, seed=part.seed)
-        data = TrainingSet(store, part.places, task.targets, task.kind, part.training, held_out)
-        report = fit_gradient(member, data, plan.fit, seed=part.seed)
-        tested = torch.from_numpy(part.places[part.tested])
-        with torch.no_grad():
-            logits = [
-                member(store.batch(some, plan.token_sets)).logits for some in torch.split(tested, _SCORED_AT_ONCE)
-            ]
-        return report, torch.cat(logits), (held_out,)
 
-    def _fit_closed_form(self, member: Member, plan: HeadPlan, part: _Part) -> _Fitted:
-        """Fits on the training cases."""
-        task, training = part.task, part.training
-        features = self._compute_features(member, plan)[torch.from_numpy(part.places)]
-        holdouts = tuple(
-            inner_split(task, training, fraction=plan.fit.holdout, seed=part.seed + number)
-            for number in range(_PENALTY_SPLITS)
-        )
-        learned, targets = features[torch.from_numpy(training)], task.targets[training]
-        held = [each[training] for each in holdouts]
-        report = fit_closed_form(member, learned, targets, held, class_weights=plan.fit.class_weights)
-        with torch.no_grad():
-            logits: Tensor = cast(Any, member.head).read_out(features[torch.from_numpy(part.tested)])
-        return report, logits, holdouts
+def _fit_closed_form(preparation: Preparation, job: FoldJob) -> None:
+    """Fits every candidate and keeps the one that does best on the inner splits."""
+    training, weights = job.training, job.plan.fit.class_weights
+    held = [each[training] for each in job.splits]
+    found: list[tuple[Member, FitReport]] = []
+    for candidate in job.plan.candidates:
+        torch.manual_seed(job.seed)
+        member = _build(preparation, job, candidate)
+        features = _features(preparation, job, candidate)[torch.from_numpy(training)]
+        report = fit_closed_form(member, features, job.task.targets[training], held, class_weights=weights)
+        found.append((member, report))
+    ranking = rank([_inner_loss(job, report) for _, report in found])
+    best, loss = ranking[0]
+    member, report = found[best]
+    ranked = ranking if len(ranking) > 1 else ()
+    job.fitted.append((member, dataclasses.replace(report, held_out_loss=loss, candidate=best, ranking=ranked)))
 
-    def _compute_features(self, member: Member, plan: HeadPlan) -> Tensor:
-        """Features [cases features] of a head in closed form, the same for every fold and task."""
-        key = f"{plan.head} {plan.token_sets} {sorted(plan.options.items())}"
-        if key not in self._features:
-            head = cast(Any, member.head)
-            with torch.no_grad():
-                bags = stream_bags(self.source, self.case_ids, plan.token_sets)
-                self._features[key] = torch.cat([head.features(member.prepare(bag)) for bag in bags])
-        return self._features[key]
+
+def _inner_loss(job: FoldJob, report: FitReport) -> float:
+    """Mean over the inner splits of the loss on the cases held out."""
+    pairs = zip(job.splits, report.inner, strict=True)
+    return float(
+        np.mean([float(job.loss(logits.float(), torch.from_numpy(np.flatnonzero(held)))) for held, logits in pairs])
+    )
+
+
+def _answer_closed_form(preparation: Preparation, job: FoldJob) -> list[Tensor]:
+    """Logits of the tested cases, by the one member."""
+    member, report = job.fitted[0]
+    features = _features(preparation, job, job.plan.candidates[report.candidate])
+    with torch.no_grad():
+        return [cast(Any, member.head).read_out(features[torch.from_numpy(job.tested)])]
+
+
+def _features(preparation: Preparation, job: FoldJob, candidate: Candidate) -> Tensor:
+    """Features [cases features] of the task's cases."""
+    return preparation.features(job.plan, candidate)[torch.from_numpy(preparation.places(job.task))]
+
+
+def _build(preparation: Preparation, job: FoldJob, candidate: Candidate) -> Member:
+    shape, task = bag_shape(preparation.source, candidate.token_sets), job.task
+    return build_member(job.plan.head, shape, outputs=task.outputs, kind=task.kind, options=candidate.options)
+
+
+def _collect(
+    preparation: Preparation, jobs: Sequence[FoldJob], answers: Sequence[Sequence[Tensor]], obstacles: dict[str, str]
+) -> CrossFit:
+    """The members of all folds and their scores."""
+    plan, task = jobs[0].plan, jobs[0].task
+    scores = np.full((len(task.case_ids), task.outputs), np.nan)
+    inner: list[InnerScores] = []
+    for job, found in zip(jobs, answers, strict=True):
+        members = [member for member, _ in job.fitted]
+        scores[job.tested] = np.mean([_score(*pair) for pair in zip(members, found, strict=True)], axis=0)
+        inner += [
+            InnerScores(job.fold, split, np.flatnonzero(held), _score(members[0], logits))
+            for split, (held, logits) in enumerate(zip(job.splits, job.fitted[0][1].inner, strict=True))
+        ]
+    fitted = [(job.fold, member, report) for job in jobs for member, report in job.fitted]
+    chosen = [plan.candidates[report.candidate].token_sets for _, _, report in fitted]
+    obstacle = obstacles.get(plan.head)
+    return CrossFit(
+        shape=bag_shape(preparation.source, list(dict.fromkeys(name for names in chosen for name in names))),
+        folds=tuple(fold for fold, _, _ in fitted),
+        members=tuple(member for _, member, _ in fitted),
+        reports=tuple(report for _, _, report in fitted),
+        scores=scores,
+        inner=tuple(inner),
+        notes=(f"{plan.head} was fitted one fit after the other ({obstacle})",) if obstacle else (),
+    )
 
 
 def _score(member: Member, logits: Tensor) -> NDArray[np.float64]:
@@ -190,13 +198,9 @@ def _score(member: Member, logits: Tensor) -> NDArray[np.float64]:
 
 
 @contextmanager
-def _isolated_seed(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators for a while; afterwards they are as they were."""
+def _isolated_generators(device: torch.device) -> Iterator[None]:
+    """Lets torch's generators be seeded for a while; afterwards they are as they were."""
     cuda = device.type == "cuda"
     devices = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
     with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(devices[0]):
-                torch.cuda.manual_seed(seed)
         yield

@@ -15,6 +15,7 @@ from embedkit.fitting import FitOptions
 from embedkit.members import build_member, complete_options
 from embedkit.plugins import choose_token_set, load_head
 from embedkit.recipe import TokenSet
+from embedkit.sweeps import Candidate, list_candidates, require_sweep
 
 __all__ = ["BASELINES", "DEFAULT_HEADS", "HeadPlan", "plan_heads"]
 
@@ -27,12 +28,25 @@ TokenChoice = Sequence[str] | Mapping[str, Sequence[str]] | None
 
 @dataclass(frozen=True, eq=False)
 class HeadPlan:
-    """A head with what it will read and how it will be fitted."""
+    """A head with the candidates of which the best is taken, the default one first."""
 
     head: str
-    token_sets: tuple[str, ...]
-    options: dict[str, Any]
-    fit: FitOptions
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def token_sets(self) -> tuple[str, ...]:
+        """Of the first candidate."""
+        return self.candidates[0].token_sets
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the first candidate."""
+        return self.candidates[0].options
+
+    @property
+    def fit(self) -> FitOptions:
+        """Of the first candidate."""
+        return self.candidates[0].fit
 
     @property
     def by_gradient(self) -> bool:
@@ -45,8 +59,11 @@ def plan_heads(
     token_sets: TokenChoice,
     head_options: Mapping[str, Mapping[str, Any]],
     fit_options: Mapping[str, Any],
+    *,
+    sweep: str | None = None,
+    seed: int = 0,
 ) -> tuple[HeadPlan, ...]:
-    """Decides what each head reads; the arguments are those of `embedkit.training.train`.
+    """Decides what each head reads and which candidates it has; the arguments are those of `embedkit.training.train`.
 
     Returns:
         The baselines, then the heads, each once.
@@ -54,8 +71,10 @@ def plan_heads(
     Raises:
         HeadError: unknown head, a head that can read nothing of this cache, or options for a head not trained.
         CacheError: no stack in the cache, or a token set that it lacks.
-        OptionError: a fit option that does not exist, or a token set of another form.
+        OptionError: a fit option or a sweep that does not exist, or a token set of another form.
     """
+    if sweep is not None:
+        require_sweep(sweep)
     if not cache.token_sets:
         raise CacheError(f"cache {cache.path} holds no stack yet; extract some cases first")
     wanted = DEFAULT_HEADS if heads is None else tuple(heads)
@@ -75,7 +94,13 @@ def plan_heads(
         with torch.random.fork_rng(devices=[]):
             build_member(name, bag_shape(cache, sets), outputs=1, kind="binary", options=options)
         defaults = getattr(load_head(name), "fit_defaults", {})
-        plans.append(HeadPlan(name, sets, options, FitOptions().replace(**{**defaults, **fit_options})))
+        base = Candidate(sets, options, FitOptions().replace(**{**defaults, **fit_options}))
+        candidates: tuple[Candidate, ...] = (base,)
+        if sweep is not None:
+            readings = _list_readings(cache, name, sets, fixed=token_sets is not None)
+            by_gradient = load_head(name).fit_by == "gradient"
+            candidates = list_candidates(sweep, base, readings, by_gradient=by_gradient, seed=seed)
+        plans.append(HeadPlan(name, candidates))
     return tuple(plans)
 
 
@@ -92,3 +117,10 @@ def _choose(cache: Cache, name: str, token_sets: TokenChoice, *, required: bool)
     if not required and not any(found.kind in reads for found in available):
         return ()
     return (str(choose_token_set(name, available)),)
+
+
+def _list_readings(cache: Cache, name: str, sets: tuple[str, ...], *, fixed: bool) -> list[tuple[str, ...]]:
+    """What a sweep lets a head read: each set alone and all together of those given, else each that it can read."""
+    if fixed:
+        return [sets, *((one,) for one in sets)]
+    return [(text,) for text in cache.token_sets if TokenSet.parse(text).kind in load_head(name).reads]

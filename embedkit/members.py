@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from embedkit.plugins import HeadOutput, check_output, create_head, load_head
 from embedkit.standardisation import Standardiser
 from embedkit.targets import TaskKind
 
-__all__ = ["Member", "build_member", "check_member", "complete_options", "count_parameters"]
+__all__ = ["Member", "build_member", "check_member", "complete_options", "count_parameters", "mean_evidence"]
 
 
 class Member(nn.Module):
@@ -90,6 +91,21 @@ def build_member(name: str, shape: BagShape, *, outputs: int, kind: TaskKind, op
     return Member(name, head, Standardiser(shape, token_sets) if by_gradient else None, kind)
 
 
+def mean_evidence(parts: Sequence[Tensor]) -> Tensor:
+    """The mean of evidence [batch views slices patches] on square grids, on the finest, coarse places shared out."""
+    finest = max(part.shape[3] for part in parts)
+    return torch.stack([_share_out(part, finest) for part in parts]).mean(0)
+
+
+def _share_out(evidence: Tensor, patches: int) -> Tensor:
+    """Evidence [batch views slices patches] on a finer square grid, with the same sum over every slice."""
+    side, wanted = math.isqrt(evidence.shape[3]), math.isqrt(patches)
+    line = torch.arange(wanted) * side // wanted
+    places = (line[:, None] * side + line).flatten()
+    counts = places.bincount(minlength=side * side).to(evidence)
+    return (evidence / counts)[..., places]
+
+
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The head's options with its defaults, so that a run can be rebuilt after the defaults have changed."""
     parameters = inspect.signature(load_head(name)).parameters.values()
@@ -120,7 +136,7 @@ def _gradient_times_token(head: nn.Module, bag: Bag, output: int) -> Tensor:
     tokens = {name: values.detach().requires_grad_() for name, values in bag.tokens.items()}
     with torch.enable_grad():
         logits = head(dataclasses.replace(bag, tokens=tokens)).logits[:, output].sum()
-        gradients = torch.autograd.grad(logits, list(tokens.values()))
+        gradients = torch.autograd.grad(logits, list(tokens.values()), allow_unused=True, materialize_grads=True)
     parts = [(values * slope).sum(-1) for values, slope in zip(tokens.values(), gradients, strict=True)]
     patches = max(part.shape[3] for part in parts)
     spread = [part.expand(-1, -1, -1, patches) / (patches // part.shape[3]) for part in parts]

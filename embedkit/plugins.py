@@ -17,6 +17,12 @@ throughout. A head with ``fit_by = "closed form"`` also has ``features(bag) -> [
 missing), ``fit(features, targets, *, kind, holdouts, class_weights)`` and ``read_out(features) -> logits``. ``fit``
 returns what it chose on the holdouts as a dict of numbers and takes them again as keywords, then without choosing.
 
+Many fits of a head are trained side by side (`torch.vmap` over stacked parameters), so ``forward`` should be a pure
+function of parameters and bag; where it cannot be run so, its fits run one after the other and the run says so. A head
+that first pools its tokens without parameters may have ``reduce(bag) -> bag``, on which ``forward`` gives the same as
+on the whole bag: linear in the tokens with weights that sum to one over what they pool, since it is done on raw tokens,
+once per training, and dependent on ``token_sets`` alone, not on options. See `embedkit.pooling.pool_bag`.
+
 A head may have ``evidence(bag, output) -> [batch views slices patches]``, what each token adds to a logit: heatmaps
 come from there. Built-in heads come through the same door as everyone's::
 

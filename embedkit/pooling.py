@@ -5,6 +5,7 @@ Statistics are summed in float32 whatever the input, so that half precision neit
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ __all__ = [
     "masked_max",
     "masked_mean",
     "masked_softmax",
+    "pool_bag",
     "pool_views",
     "weigh_slices",
 ]
@@ -96,6 +98,21 @@ def pool_views(bag: Bag, token_sets: Sequence[str]) -> tuple[Tensor, Tensor]:
     present = bag.mask.any(2)
     pooled = masked_mean(tokens, bag.mask[..., None], 2)
     return pooled, (present / present.sum(1, keepdim=True).clamp(min=1)).to(pooled.dtype)
+
+
+def pool_bag(bag: Bag) -> Bag:
+    """One token per view and token set, its mean over the real slices and patches, as float32.
+
+    For heads that pool so first: they give the same on this bag, and the mean of standardised tokens is the
+    standardised mean, so it may be taken once for a whole training.
+    """
+    present = bag.mask.any(2, keepdim=True)
+    tokens = {
+        name: masked_mean(values.float().mean(3), bag.mask[..., None], 2)[:, :, None, None]
+        for name, values in bag.tokens.items()
+    }
+    positions = torch.full(present.shape, 0.5, device=bag.positions.device, dtype=bag.positions.dtype)
+    return dataclasses.replace(bag, tokens=tokens, mask=present, positions=positions)
 
 
 def weigh_slices(weights: Tensor) -> tuple[Tensor, Tensor]:

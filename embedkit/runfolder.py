@@ -64,6 +64,9 @@ class RunRecord:
         versions: Of embedkit and what it stands on.
         cases: Numbers of cases trained on and left aside, with the ids of the latter and of the patients that were
             in training but in no test part (``untested_patients``).
+        sweep: Its name and its candidates (token_sets, head_options, fit_options), of which each member says which it
+            is (``candidate``) and how they ranked on the inner splits (``ranking``: candidate and mean held-out loss,
+            best first); None without a sweep.
         notes: What the user should know, in sentences.
         sha256: Of the other files, in hex; known once it is written.
     """
@@ -86,6 +89,7 @@ class RunRecord:
     seconds: float
     versions: dict[str, str] = field(default_factory=dict)
     cases: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
 

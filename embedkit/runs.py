@@ -22,7 +22,7 @@ from embedkit.bags import Bag, list_views, stream_bags
 from embedkit.cache import Cache, open_cache
 from embedkit.calibration import CalibrationMethod, Calibrator, fit_calibrator
 from embedkit.errors import RunError
-from embedkit.members import Member
+from embedkit.members import Member, mean_evidence
 from embedkit.metrics import Interval
 from embedkit.outcomes import encode_truth
 from embedkit.planning import choose_device
@@ -171,7 +171,7 @@ class Run:
         """
         if case_id not in _all_cases(cache):
             raise RunError(f"cache {cache.path} has no case {case_id!r}; `embedkit info` tells what it holds")
-        members = [_held_out_member(self, case_id)] if held_out else self.members
+        members = _held_out_members(self, case_id) if held_out else self.members
         bag = next(_read_bags(self, cache, [case_id], "cpu"))
         prediction = _mean_scores(members, bag)[0]
         record = self.record
@@ -182,7 +182,7 @@ class Run:
             )
         place = choose_class(record.kind, record.classes, prediction, class_name)
         output, sign = (0, 2.0 * place - 1) if record.kind == "binary" else (place, 1.0)
-        added = sign * torch.stack([member.evidence(bag, output) for member in members]).mean(0)[0].numpy()
+        added = sign * mean_evidence([member.evidence(bag, output) for member in members])[0].numpy()
         stacks = cache.stacks.filter(pl.col("case_id") == case_id).select("view", "plane", "count").iter_rows()
         counts = {f"{view}/{plane}": count for view, plane, count in stacks if f"{view}/{plane}" in self.views}
         grid = _grid(self.record, added.shape[-1])
@@ -348,12 +348,13 @@ def _all_cases(cache: Cache) -> list[str]:
     return sorted(set(cache.stacks["case_id"].to_list()))
 
 
-def _held_out_member(run: Run, case_id: str) -> Member:
+def _held_out_members(run: Run, case_id: str) -> tuple[Member, ...]:
     found = run.predictions.filter(pl.col("case_id") == case_id)
     if found.is_empty():
         raise RunError(f"case {case_id!r} was not tested in the training of run {run.name}, so no member holds it out")
-    folds = [member["fold"] for member in run.record.members]
-    return run.members[folds.index(found["fold"][0])]
+    fold = found["fold"][0]
+    described = zip(run.record.members, run.members, strict=True)
+    return tuple(member for each, member in described if each["fold"] == fold)
 
 
 def _grid(record: RunRecord, patches: int) -> tuple[int, int]:

@@ -7,18 +7,17 @@ alone, so that nothing of a test case reaches a head through its input.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from embedkit.bags import Bag, BagShape, BagStore
+from embedkit.bags import Bag, BagShape
 from embedkit.errors import CacheError
 
-__all__ = ["Moments", "Standardiser", "compute_moments", "fit_standardiser"]
+__all__ = ["MomentSums", "Moments", "Standardiser", "compute_moments", "fit_standardiser"]
 
-_CHUNK_BYTES = 64 * 2**20
 _LEAST_STD = 1e-4
 
 
@@ -37,27 +36,50 @@ class Moments:
     squares: Tensor
 
 
-def compute_moments(store: BagStore, token_set: str) -> Moments:
+class MomentSums:
+    """Takes the bags of a pass over all cases and sums their tokens."""
+
+    def __init__(self, shape: BagShape, token_sets: Sequence[str]) -> None:
+        self._views = len(shape.views)
+        self._parts: dict[str, list[Moments]] = {name: [] for name in token_sets}
+
+    def add(self, bag: Bag) -> None:
+        """Takes the next cases.
+
+        Raises:
+            CacheError: a case holds tokens that are NaN or infinite.
+        """
+        for name, parts in self._parts.items():
+            tokens = bag.tokens[name].float()
+            real = bag.mask[..., None, None]
+            counts = bag.mask.sum(2).double() * tokens.shape[3]
+            tokens = tokens.masked_fill(~real, 0.0)
+            sums = tokens.sum(3).sum(2, dtype=torch.float64)
+            squares = tokens.square_().sum(3).sum(2, dtype=torch.float64)
+            found = Moments(counts.cpu(), sums.cpu(), squares.cpu())
+            _require_finite(found, bag.case_ids, name)
+            parts.append(found)
+
+    def total(self) -> dict[str, Moments]:
+        """Of each token set, the moments of all cases in the order they came."""
+        return {
+            name: Moments(
+                *(torch.cat([getattr(part, each) for part in parts]) for each in ("counts", "sums", "squares"))
+            )
+            for name, parts in self._parts.items()
+        }
+
+
+def compute_moments(shape: BagShape, bags: Iterable[Bag], token_sets: Sequence[str]) -> dict[str, Moments]:
     """Sums the tokens of every case once; any training set's mean and deviation follow by addition.
 
     Raises:
         CacheError: a case holds tokens that are NaN or infinite.
     """
-    table, segments = store.table(token_set), store.segments()
-    cases, views = len(store), len(store.shape.views)
-    _, patches, dim = table.shape
-    counts = torch.zeros(cases * views, dtype=torch.float64, device=table.device)
-    sums, squares = (counts.new_zeros(cases * views, dim) for _ in range(2))
-    step = max(1, _CHUNK_BYTES // (4 * patches * dim))
-    for rows, owners in zip(torch.split(table, step), torch.split(segments, step), strict=True):
-        real = owners >= 0
-        tokens, owner = rows[real].float(), owners[real]
-        counts.index_add_(0, owner, torch.full_like(owner, patches, dtype=torch.float64))
-        sums.index_add_(0, owner, tokens.sum(1).double())
-        squares.index_add_(0, owner, tokens.square_().sum(1).double())
-    found = Moments(*(total.view(cases, views, *total.shape[1:]).cpu() for total in (counts, sums, squares)))
-    _require_finite(found, store.case_ids, token_set)
-    return found
+    sums = MomentSums(shape, token_sets)
+    for bag in bags:
+        sums.add(bag)
+    return sums.total()
 
 
 class Standardiser(nn.Module):

@@ -18,18 +18,23 @@ from numpy.typing import NDArray
 
 from embedkit.answers import score_array, score_columns
 from embedkit.cache import Cache, open_cache
-from embedkit.crossfitting import CrossFit, CrossFitter, InnerScores
+from embedkit.crossfitting import CrossFit, InnerScores, cross_fit
 from embedkit.errors import OptionError
+from embedkit.fitting import FitReport
+from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, plan_heads
 from embedkit.manifest import read_labels
 from embedkit.members import count_parameters
 from embedkit.metrics import compute_metrics
 from embedkit.planning import choose_device
 from embedkit.plugins import list_heads
+from embedkit.preparation import Preparation
 from embedkit.recipe import TokenSet
 from embedkit.runfolder import RunRecord, require_absent, write_run
 from embedkit.runs import Run, open_run
 from embedkit.slices import PLANES
+from embedkit.storage import Storage
+from embedkit.sweeps import Candidate
 from embedkit.targets import TaskKind
 from embedkit.tasks import Task, TaskReport, folds_from_column, make_folds, make_task
 
@@ -69,16 +74,18 @@ class Training:
 class _Target:
     """A task with its folds and what was left aside."""
 
-    task: Task
-    folds: NDArray[np.int64]
+    folded: FoldedTask
     split: int | str
     report: TaskReport
     blank: tuple[str, ...]
 
     @property
-    def tested(self) -> list[int]:
-        """The folds that are tested, sorted."""
-        return sorted(set(self.folds.tolist()) - {-1})
+    def task(self) -> Task:
+        return self.folded.task
+
+    @property
+    def folds(self) -> NDArray[np.int64]:
+        return self.folded.folds
 
 
 def train(
@@ -93,12 +100,15 @@ def train(
     classes: Sequence[str] | None = None,
     folds: int = 5,
     split: str | None = None,
+    sweep: str | None = None,
     seed: int = 0,
+    seeds: int = 1,
     device: str = "auto",
     overwrite: bool = False,
     head_options: Mapping[str, Mapping[str, Any]] | None = None,
     fit_options: Mapping[str, Any] | None = None,
     resamples: int = 2000,
+    storage: Storage = "auto",
     on_progress: Callable[[TrainingProgress], None] | None = None,
 ) -> Training:
     """Trains heads on the cached tokens of labelled cases and writes one run folder ``OUT/TARGET.HEAD`` each.
@@ -117,12 +127,18 @@ def train(
         classes: Values to learn, as in `make_task`.
         folds: Number of patient-grouped, stratified folds.
         split: Column of ``labels`` that holds the folds instead, as in `folds_from_column`.
-        seed: Of folds, initial weights and batches; equal seeds give equal runs on one device.
+        sweep: ``small`` (dozens) or ``large`` (hundreds of candidates): learning rate, weight decay, dropout, size and
+            token set of every head are chosen anew in each fold, by three inner splits of its training cases alone;
+            baselines are tried on every token set.
+        seed: Of folds, initial weights, batches and dropout; equal seeds give equal runs on one device.
+        seeds: Members per fold, each from other initial weights and with other dropout, whose mean is the score.
         device: ``auto``, ``cpu``, ``cuda``, ...
         overwrite: Replace runs that exist.
         head_options: Head -> its own options.
         fit_options: Fields of `FitOptions` for all heads trained by gradient.
         resamples: Of the bootstrap for the intervals.
+        storage: Where tokens that are read every epoch lie: ``device``, ``memory``, or ``stream``, block by block from
+            the cache; ``auto`` takes the first that holds them. The results are the same.
         on_progress: Called after every fit.
 
     Raises:
@@ -138,28 +154,32 @@ def train(
     if not names:
         raise OptionError("no target was given, expected one or more columns of the label table")
     chosen = choose_device(device)
-    plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {})
+    if seeds < 1:
+        raise OptionError(f"seeds is {seeds}, expected 1 or more members per fold")
+    plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {}, sweep=sweep, seed=seed)
     folders = _plan_folders(Path(out), names, plans, overwrite=overwrite)
     usable, blank = _split_usable(source)
     prepared = []
     for name in names:
         task, report = make_task(table, name, usable, kind=kind, classes=classes)
         dealt = make_folds(task, folds, seed=seed) if split is None else folds_from_column(task, table, split)
-        prepared.append(_Target(task, dealt, split or folds, report, blank))
+        prepared.append(_Target(FoldedTask(task, dealt), split or folds, report, blank))
     case_ids = sorted({case for target in prepared for case in target.task.case_ids})
-    fitter = CrossFitter(source, plans, case_ids, chosen, seed)
-    account = _Account(sum(len(target.tested) for target in prepared) * len(plans), on_progress)
-    runs = []
-    for target in prepared:
-        for plan in plans:
-            started = time.perf_counter()
-            fitted = fitter.fit(plan, target.task, target.folds, after_fold=account.after_fold(target, plan))
-            seconds = time.perf_counter() - started
-            record = _make_record(source, plan, target, fitted, seed=seed, seconds=seconds, resamples=resamples)
-            folder = folders[target.task.name, plan.head]
+    account = _Account(sum(len(target.folded.tested) for target in prepared) * len(plans), on_progress)
+    preparation = Preparation(source, plans, case_ids, chosen, seed=seed, storage=storage)
+    for together in preparation.rounds(plans):
+        started = time.perf_counter()
+        wanted = [(plan, target) for plan in together for target in prepared]
+        fits = [(plan, target.folded) for plan, target in wanted]
+        found = cross_fit(preparation, fits, seed=seed, seeds=seeds, on_fold=account.after_fold)
+        seconds = (time.perf_counter() - started) / len(wanted)
+        for (plan, target), fitted in zip(wanted, found, strict=True):
+            how: dict[str, Any] = {"sweep": sweep, "seed": seed, "seconds": seconds, "resamples": resamples}
+            record = _make_record(source, plan, target, fitted, **how)
             scored, inner = _tabulate_scores(target, fitted.scores), _tabulate_inner(target.task, fitted.inner)
+            folder = folders[target.task.name, plan.head]
             write_run(folder, record, fitted.members, scored, inner, overwrite=overwrite)
-            runs.append(open_run(folder))
+    runs = [open_run(folders[target.task.name, plan.head]) for target in prepared for plan in plans]
     return Training(tuple(runs), _tabulate_runs(runs))
 
 
@@ -172,16 +192,12 @@ class _Account:
         self.on_progress = on_progress
         self.started = time.perf_counter()
 
-    def after_fold(self, target: _Target, plan: HeadPlan) -> Callable[[int], None]:
-        """What to call after every fold of a run."""
-
-        def report(fold: int) -> None:
-            self.done += 1
-            if self.on_progress is not None:
-                seconds = time.perf_counter() - self.started
-                self.on_progress(TrainingProgress(target.task.name, plan.head, fold, self.done, self.total, seconds))
-
-        return report
+    def after_fold(self, plan: HeadPlan, target: FoldedTask, fold: int) -> None:
+        """To be called after every fold of a run."""
+        self.done += 1
+        if self.on_progress is not None:
+            seconds = time.perf_counter() - self.started
+            self.on_progress(TrainingProgress(target.task.name, plan.head, fold, self.done, self.total, seconds))
 
 
 def _plan_folders(
@@ -210,7 +226,15 @@ def _split_usable(source: Cache) -> tuple[pl.DataFrame, tuple[str, ...]]:
 
 
 def _make_record(
-    source: Cache, plan: HeadPlan, target: _Target, fitted: CrossFit, *, seed: int, seconds: float, resamples: int
+    source: Cache,
+    plan: HeadPlan,
+    target: _Target,
+    fitted: CrossFit,
+    *,
+    sweep: str | None,
+    seed: int,
+    seconds: float,
+    resamples: int,
 ) -> RunRecord:
     task = target.task
     tested = np.flatnonzero(target.folds >= 0)
@@ -228,21 +252,13 @@ def _make_record(
         recipe=source.recipe,
         metrics=compute_metrics(task.kind, task.targets[tested], scores, patients, resamples=resamples, seed=seed),
         members=tuple(
-            {
-                "fold": fold,
-                "tested": int((target.folds == fold).sum()),
-                "token_sets": list(plan.token_sets),
-                "head_options": plan.options,
-                "epochs": report.epochs,
-                "held_out_loss": report.held_out_loss,
-                "choices": report.choices,
-            }
-            for fold, report in zip(target.tested, fitted.reports, strict=True)
+            _describe_member(plan, int((target.folds == fold).sum()), fold, report)
+            for fold, report in zip(fitted.folds, fitted.reports, strict=True)
         ),
-        fit_options=asdict(plan.fit) if plan.by_gradient else {"class_weights": plan.fit.class_weights},
+        fit_options=_fit_options(plan, plan.candidates[0]),
         folds=target.split,
         seed=seed,
-        parameters=count_parameters(fitted.members[0]),
+        parameters=max(count_parameters(member) for member in fitted.members),
         seconds=round(seconds, 3),
         versions=_versions(plan.head),
         cases={
@@ -254,8 +270,37 @@ def _make_record(
             "left_out": list(target.report.left_out),
             "without_usable_slice": list(target.blank),
         },
-        notes=_notes(plan, fitted.shape.views),
+        sweep=_describe_sweep(plan, sweep),
+        notes=(*_notes(plan, fitted.shape.views), *fitted.notes),
     )
+
+
+def _describe_member(plan: HeadPlan, tested: int, fold: int, report: FitReport) -> dict[str, Any]:
+    candidate = plan.candidates[report.candidate]
+    described = {
+        "fold": fold,
+        "tested": tested,
+        "token_sets": list(candidate.token_sets),
+        "head_options": candidate.options,
+        "epochs": report.epochs,
+        "held_out_loss": report.held_out_loss,
+        "choices": report.choices,
+    }
+    return described | ({"candidate": report.candidate, "ranking": report.ranking} if report.ranking else {})
+
+
+def _describe_sweep(plan: HeadPlan, sweep: str | None) -> dict[str, Any] | None:
+    if sweep is None:
+        return None
+    candidates = [
+        {"token_sets": list(each.token_sets), "head_options": each.options, "fit_options": _fit_options(plan, each)}
+        for each in plan.candidates
+    ]
+    return {"name": sweep, "candidates": candidates}
+
+
+def _fit_options(plan: HeadPlan, candidate: Candidate) -> dict[str, Any]:
+    return asdict(candidate.fit) if plan.by_gradient else {"class_weights": candidate.fit.class_weights}
 
 
 def _versions(head: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
 from embedkit.plugins import HeadOutput, SliceOrder
-from embedkit.pooling import join_tokens, joined_size, pool_views
+from embedkit.pooling import join_tokens, joined_size, pool_bag, pool_views
 
 __all__ = ["LinearHead"]
 
@@ -37,6 +37,10 @@ class LinearHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.weight = nn.Parameter(torch.empty(views, outputs, dim).normal_(std=0.01))
         self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def reduce(self, bag: Bag) -> Bag:
+        """The mean of each view, which is all that the head makes of its tokens."""
+        return pool_bag(bag)
 
     def forward(self, bag: Bag) -> HeadOutput:
         pooled, share = pool_views(bag, self.token_sets)

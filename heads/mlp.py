@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from embedkit.bags import Bag, BagShape
 from embedkit.plugins import HeadOutput, SliceOrder
-from embedkit.pooling import joined_size, pool_views
+from embedkit.pooling import joined_size, pool_bag, pool_views
 
 __all__ = ["MlpHead"]
 
@@ -38,6 +38,10 @@ class MlpHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Linear(hidden, outputs)
+
+    def reduce(self, bag: Bag) -> Bag:
+        """The mean of each view, which is all that the head makes of its tokens."""
+        return pool_bag(bag)
 
     def forward(self, bag: Bag) -> HeadOutput:
         pooled, share = pool_views(bag, self.token_sets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,15 @@ import polars as pl
 import pytest
 import torch
 
-from embedkit.bags import load_bags
+from embedkit.bags import BagStore, load_bags
 from embedkit.cache import Cache, StackTokens, open_cache
 from embedkit.closed_form import LinearReadout
 from embedkit.errors import CacheError, HeadError, OptionError, RunError, TaskError
 from embedkit.fitting import FitOptions
 from embedkit.folder import create_cache, write_shard
 from embedkit.recipe import Recipe
-from embedkit.runs import open_run
-from embedkit.standardisation import compute_moments, fit_standardiser
+from embedkit.runs import open_run, predict
+from embedkit.standardisation import Moments, compute_moments, fit_standardiser
 from embedkit.training import BASELINES, TrainingProgress, train
 
 DIM = 6
@@ -94,6 +95,10 @@ LABELS = build_labels()
 def run_training(cache: Cache, out: Path, target: str = "disease", **options: Any) -> Any:
     settings: dict[str, Any] = {"heads": (), "resamples": 20, "fit_options": QUICK, "folds": 3, "device": "cpu"}
     return train(cache, LABELS, targets=target, out=out, **settings | options)
+
+
+def sum_moments(store: BagStore, token_set: str) -> dict[str, Moments]:
+    return compute_moments(store.shape, [store.batch(range(len(store)))], [token_set])
 
 
 def auroc(result: Any, head: str) -> float:
@@ -229,17 +234,16 @@ def test_standardisation_never_sees_a_test_case(cache: Cache) -> None:
     planted.table("cls:2")[rows] = 3e4
     training = [case for case in range(40) if case != 7]
     expected, found = (
-        fit_standardiser(each.shape, {"cls:2": compute_moments(each, "cls:2")}, training).state_dict()
-        for each in (store, planted)
+        fit_standardiser(each.shape, sum_moments(each, "cls:2"), training).state_dict() for each in (store, planted)
     )
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-    seen = fit_standardiser(planted.shape, {"cls:2": compute_moments(planted, "cls:2")}, range(40)).state_dict()
+    seen = fit_standardiser(planted.shape, sum_moments(planted, "cls:2"), range(40)).state_dict()
     assert not torch.equal(seen["mean_0"], expected["mean_0"])
 
 
 def test_a_standardiser_gives_mean_zero_and_deviation_one(cache: Cache) -> None:
     store = load_bags(cache, [f"c{case:02}" for case in range(40)], ["patch@2:1"])
-    standardiser = fit_standardiser(store.shape, {"patch@2:1": compute_moments(store, "patch@2:1")}, range(40))
+    standardiser = fit_standardiser(store.shape, sum_moments(store, "patch@2:1"), range(40))
     bag = store.batch(range(40))
     tokens = standardiser(bag).tokens["patch@2:1"][bag.mask].flatten(0, 1)
     torch.testing.assert_close(tokens.mean(0), torch.zeros(DIM), atol=1e-4, rtol=0)
@@ -250,7 +254,7 @@ def test_tokens_that_are_not_finite_are_refused_by_case(cache: Cache) -> None:
     store = load_bags(cache, ["c00", "c01"], ["cls:2"])
     store.table("cls:2")[-1] = torch.inf
     with pytest.raises(CacheError, match=r"1 cases hold cls:2 tokens that are NaN or infinite \(c01\)"):
-        compute_moments(store, "cls:2")
+        sum_moments(store, "cls:2")
 
 
 def test_the_penalty_is_chosen_on_what_is_held_out() -> None:
@@ -311,6 +315,10 @@ def test_token_sets_can_be_chosen_for_all_heads_or_for_one(cache: Cache, tmp_pat
         ({"heads": ("gird",)}, HeadError, "did you mean grid"),
         ({"token_sets": ["cls:9"]}, CacheError, "cls:9 is not in the cache"),
         ({"fit_options": {"speed": 3}}, OptionError, "no fit option is called speed; there are learning_rate"),
+        ({"fit_options": {"precision": "fp8"}}, OptionError, "precision is 'fp8', expected fp32 or bf16"),
+        ({"sweep": "huge"}, OptionError, "sweep is 'huge', expected small or large"),
+        ({"seeds": 0}, OptionError, "seeds is 0, expected 1 or more members per fold"),
+        ({"storage": "disk"}, OptionError, "storage is 'disk', expected one of auto, device, memory, stream"),
         ({"fit_options": {"epochs": 0}}, OptionError, "epochs is 0, expected above 0"),
         ({"head_options": {"grid": {}}}, HeadError, "given for grid, but heads are logistic, raptor"),
         ({"head_options": {"raptor": {"depth": 2}}}, HeadError, "it has projections, seed"),
@@ -384,3 +392,62 @@ def test_two_classes_can_be_trained_as_multiclass(cache: Cache, tmp_path: Path) 
     result = run_training(cache, tmp_path, kind="multiclass")
     assert result.runs[0].record.score_columns == ("score_no", "score_yes")
     assert auroc(result, "logistic") > 0.9
+
+
+def test_a_sweep_chooses_anew_in_every_fold_and_says_how_the_candidates_ranked(cache: Cache, tmp_path: Path) -> None:
+    """The place of a patch is in no class token: a sweep over token sets must find the patches."""
+    result = run_training(cache, tmp_path, "place", heads=("grid",), sweep="small", fit_options={"epochs": 5})
+    runs = {run.head: run for run in result.runs}
+    for head, count in (("grid", 24), ("raptor", 2)):
+        record = runs[head].record
+        assert record.sweep is not None
+        assert (record.sweep["name"], len(record.sweep["candidates"])) == ("small", count)
+        for member in record.members:
+            ranking = member["ranking"]
+            assert sorted(place for place, _ in ranking) == list(range(count))
+            assert ranking[0][0] == member["candidate"]
+            assert [loss for _, loss in ranking] == sorted(loss for _, loss in ranking)
+            assert ranking[0][1] == member["held_out_loss"]
+            chosen = record.sweep["candidates"][member["candidate"]]
+            assert (chosen["token_sets"], chosen["head_options"]) == (member["token_sets"], member["head_options"])
+    assert [member["token_sets"] for member in runs["grid"].record.members] == [["patch@2:1"]] * 3
+    assert auroc(result, "grid") > 0.9
+    assert runs["grid"].inner.select("fold", "split").n_unique() == 9
+
+
+def test_members_that_chose_otherwise_predict_and_explain_together(cache: Cache, tmp_path: Path) -> None:
+    run = run_training(cache, tmp_path, heads=("linear",), sweep="small", fit_options={"epochs": 2}).runs[2]
+    fields = json.loads((run.path / "run.json").read_text())
+    chosen = {tuple(member["token_sets"]) for member in fields["members"]}
+    assert set(run.record.token_sets) == {name for each in chosen for name in each}
+    answers = predict(run, cache)
+    assert answers["score"].null_count() == 0
+    shown = run.find_evidence(cache, "c01", held_out=True)
+    assert shown.scores["t1/axial"].shape[0] == 4
+
+
+def test_several_seeds_are_several_members_whose_mean_is_the_score(cache: Cache, tmp_path: Path) -> None:
+    fit = {"epochs": 3, "learning_rate": 5e-2}
+    one = run_training(cache, tmp_path / "one", heads=("abmil",), fit_options=fit).runs[2]
+    two = run_training(cache, tmp_path / "two", heads=("abmil",), fit_options=fit, seeds=2).runs[2]
+    assert [member["fold"] for member in two.record.members] == [0, 0, 1, 1, 2, 2]
+    first, again = one.members[0].state_dict(), two.members[0].state_dict()
+    assert all(torch.allclose(first[name], again[name], atol=1e-4) for name in first)
+    assert not torch.allclose(two.members[1].state_dict()["head.value.weight"], again["head.value.weight"], atol=1e-3)
+    case = two.predictions.row(0, named=True)
+    bag = load_bags(cache, [case["case_id"]], ["cls:2"]).batch([0])
+    mine = [
+        member for each, member in zip(two.record.members, two.members, strict=True) if each["fold"] == case["fold"]
+    ]
+    with torch.no_grad():
+        expected = np.mean([float(member.scores(member(bag).logits)) for member in mine])
+    assert case["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_many_tasks_in_one_call_are_what_each_is_alone(cache: Cache, tmp_path: Path) -> None:
+    targets = ["disease", "noise", "size"]
+    together = run_training(cache, tmp_path / "together", targets, heads=("query",))
+    scores = {run.record.target: run.predictions["score"] for run in together.runs if run.head == "query"}
+    for target in targets:
+        alone = run_training(cache, tmp_path / target, target, heads=("query",)).runs[2]
+        np.testing.assert_allclose(alone.predictions["score"], scores[target], rtol=1e-3, atol=1e-4)

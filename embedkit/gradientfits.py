@@ -1,0 +1,216 @@
+"""Owns fitting by gradient for many fold jobs at once: first fits that choose, last fits on all training cases.
+
+Knows no file and no label; how fits are trained side by side is in `embedkit.stacks`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from embedkit.bags import bag_shape
+from embedkit.batching import Deck
+from embedkit.errors import HeadError
+from embedkit.fitting import FitReport
+from embedkit.foldjobs import FoldJob, rank
+from embedkit.members import Member, build_member
+from embedkit.passes import find_obstacle, run_passes
+from embedkit.plugins import check_output
+from embedkit.preparation import Preparation
+from embedkit.stacks import Fit, Outcome
+from embedkit.standardisation import Standardiser
+from embedkit.sweeps import Candidate
+
+__all__ = ["GradientFitter"]
+
+_MEMBERS_APART = 7_919
+_SCORED_AT_ONCE = 64
+
+
+class GradientFitter:
+    """Fits heads by gradient; what fits have in common is made once.
+
+    Attributes:
+        obstacles: Head -> why its fits are run one after the other.
+    """
+
+    def __init__(self, preparation: Preparation, seed: int, *, seeds: int) -> None:
+        """Takes what the heads share, the seed of everything, and how many members to fit per fold."""
+        self.preparation = preparation
+        self.seed = seed
+        self.seeds = seeds
+        self.obstacles: dict[str, str] = {}
+        self._heads: dict[Hashable, nn.Module] = {}
+        self._decks: dict[Hashable, Deck] = {}
+        self._standardisers: dict[Hashable, Standardiser] = {}
+        self._checked: set[Hashable] = set()
+
+    def fit(self, jobs: Sequence[FoldJob], *, on_done: Callable[[FoldJob], None]) -> None:
+        """Fits the members of all jobs in common passes over the tokens.
+
+        Draws from torch's global generators, seeded anew at every turn: isolate them around the call.
+
+        Raises:
+            HeadError: a head breaks its contract or diverges.
+        """
+        first: dict[Fit, tuple[FoldJob, int]] = {}
+        for job in jobs:
+            for place, candidate in enumerate(job.plan.candidates):
+                self._check(job, candidate)
+                for split, held in enumerate(job.splits):
+                    fit = self._fit(job, candidate, f"inner {split}", held_out=held, epochs=candidate.fit.epochs)
+                    first[fit] = job, place
+        outcomes = run_passes(list(first), self.obstacles)
+        found: dict[FoldJob, dict[int, list[Outcome]]] = {job: {} for job in jobs}
+        for fit, (job, place) in first.items():
+            found[job].setdefault(place, []).append(outcomes[fit])
+        last: dict[Fit, tuple[FoldJob, FitReport]] = {}
+        for job in jobs:
+            report = _choose(job, found[job])
+            candidate, nobody = job.plan.candidates[report.candidate], np.zeros_like(job.training)
+            for number in range(self.seeds):
+                fit = self._fit(job, candidate, "final", held_out=nobody, epochs=report.epochs, number=number)
+                last[fit] = job, report
+
+        def finish(fit: Fit, outcome: Outcome) -> None:
+            job, report = last[fit]
+            job.fitted.append((self._finish(job, fit, report, outcome), report))
+            if len(job.fitted) == self.seeds:
+                on_done(job)
+
+        run_passes(list(last), self.obstacles, finish)
+
+    def answer(self, jobs: Sequence[FoldJob]) -> list[list[Tensor]]:
+        """Logits [tested outputs] of the tested cases of each job by each of its members."""
+        asked: dict[Hashable, list[FoldJob]] = {}
+        for job in jobs:
+            candidate = self._chosen(job)
+            asked.setdefault((job.plan.head, candidate.token_sets, job.target), []).append(job)
+        found: dict[FoldJob, list[Tensor]] = {}
+        for each in asked.values():
+            found |= self._answer_together(each)
+        return [found[job] for job in jobs]
+
+    def _answer_together(self, jobs: Sequence[FoldJob]) -> dict[FoldJob, list[Tensor]]:
+        """Of jobs that read the same tokens of the same task."""
+        candidate = self._chosen(jobs[0])
+        deck, store = self._deck(jobs[0], candidate), self.preparation.store(jobs[0].plan, candidate)
+        blocks = np.array_split(np.unique(np.concatenate([job.tested for job in jobs])), deck.blocks)
+        parts: dict[FoldJob, list[list[Tensor]]] = {job: [[] for _ in job.fitted] for job in jobs}
+        visits = store.visit([deck.places[block] for block in blocks], candidate.token_sets)
+        for block, _ in zip(blocks, visits, strict=True):
+            for job in jobs:
+                places = deck.places[np.intersect1d(job.tested, block)]
+                for start in range(0, len(places), _SCORED_AT_ONCE):
+                    bag = store.batch(places[start : start + _SCORED_AT_ONCE], candidate.token_sets).to("cpu")
+                    for (member, _), logits in zip(job.fitted, parts[job], strict=True):
+                        with torch.no_grad():
+                            logits.append(member(bag).logits)
+        return {job: [torch.cat(logits) for logits in each] for job, each in parts.items()}
+
+    def _chosen(self, job: FoldJob) -> Candidate:
+        return job.plan.candidates[job.fitted[0][1].candidate]
+
+    def _fit(
+        self,
+        job: FoldJob,
+        candidate: Candidate,
+        part: str,
+        *,
+        held_out: NDArray[np.bool_],
+        epochs: int,
+        number: int = 0,
+    ) -> Fit:
+        return Fit(
+            name=job.plan.head,
+            head=self._build_head(job, candidate, number),
+            how=candidate.fit,
+            store=self.preparation.store(job.plan, candidate),
+            standardiser=self._standardiser(job, candidate),
+            loss=job.loss,
+            deck=self._deck(job, candidate),
+            key=f"{job.task.name} {job.fold} {part}",
+            training=job.training & ~held_out,
+            held_out=held_out,
+            noise=self.seed + number,
+            epochs=epochs,
+        )
+
+    def _build_head(self, job: FoldJob, candidate: Candidate, number: int) -> nn.Module:
+        """A head with its initial weights, which depend on nothing but its shape and the seed."""
+        seed = job.seed + _MEMBERS_APART * number
+        key = (job.plan.head, candidate.token_sets, str(candidate.options), job.task.outputs, seed)
+        if key not in self._heads:
+            torch.manual_seed(seed)
+            self._heads[key] = self._build(job, candidate).head
+        return self._heads[key]
+
+    def _build(self, job: FoldJob, candidate: Candidate) -> Member:
+        shape = bag_shape(self.preparation.source, candidate.token_sets)
+        task = job.task
+        return build_member(job.plan.head, shape, outputs=task.outputs, kind=task.kind, options=candidate.options)
+
+    def _deck(self, job: FoldJob, candidate: Candidate) -> Deck:
+        key = (job.plan.head, job.target, candidate.token_sets)
+        if key not in self._decks:
+            self._decks[key] = self.preparation.deck(job.plan, candidate, job.task, seed=self.seed)
+        return self._decks[key]
+
+    def _standardiser(self, job: FoldJob, candidate: Candidate) -> Standardiser:
+        key = (job.target, job.fold, candidate.token_sets)
+        if key not in self._standardisers:
+            places = self._deck(job, candidate).places[job.training]
+            self._standardisers[key] = self.preparation.standardiser(candidate, places)
+        return self._standardisers[key]
+
+    def _check(self, job: FoldJob, candidate: Candidate) -> None:
+        """Checks once that a head keeps its contract, and whether it can be run for several fits at once."""
+        key = (job.plan.head, candidate.token_sets, str(candidate.options), job.task.outputs)
+        if key in self._checked:
+            return
+        self._checked.add(key)
+        whole, read = self.preparation.samples(job.plan, candidate)
+        head = self._build(job, candidate).head.to(self.preparation.device)
+        with torch.no_grad():
+            check_output(job.plan.head, head(whole), whole, job.task.outputs)
+        if obstacle := find_obstacle(head, read):
+            self.obstacles[job.plan.head] = obstacle
+
+    def _finish(self, job: FoldJob, fit: Fit, report: FitReport, outcome: Outcome) -> Member:
+        """The member of a last fit."""
+        member = self._build(job, job.plan.candidates[report.candidate])
+        member.head.load_state_dict(outcome.state)
+        member.standardiser = copy.deepcopy(fit.standardiser)
+        member.unit.copy_(torch.tensor(job.loss.unit))
+        member.sharpness.fill_(report.choices["sharpness"])
+        return member.cpu().eval()
+
+
+def _choose(job: FoldJob, found: dict[int, list[Outcome]]) -> FitReport:
+    """The candidate with the lowest mean held-out loss; its epochs and sharpness are means over the inner splits.
+
+    Raises:
+        HeadError: every candidate diverged.
+    """
+    means = [
+        float(np.mean([outcome.loss if outcome.epochs else math.nan for outcome in found[place]]))
+        for place in range(len(found))
+    ]
+    ranking = rank(means)
+    best, loss = ranking[0]
+    if math.isnan(loss):
+        rates = sorted({candidate.fit.learning_rate for candidate in job.plan.candidates})
+        raise HeadError(
+            f"head {job.plan.head!r} diverged: its held-out loss was never a finite number;"
+            f" lower its learning rate (now {', '.join(f'{rate:g}' for rate in rates)})"
+        )
+    epochs = max(1, round(float(np.mean([outcome.epochs for outcome in found[best]]))))
+    sharpness = math.exp(float(np.mean([math.log(outcome.sharpness) for outcome in found[best]])))
+    inner = tuple(outcome.logits * sharpness for outcome in found[best])
+    return FitReport(epochs, loss, {"sharpness": sharpness}, inner, best, ranking if len(ranking) > 1 else ())

@@ -1,0 +1,175 @@
+"""Owns the first pass over the tokens of a training: all that fits share and no fold changes; fits nothing.
+
+In one reading of every case: the moments that standardisation is made of, the features of heads in closed form, and
+the bags of heads that pool without parameters first, which are then so small that they stay in memory for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from embedkit.bags import Bag, BagShape, BagStore, TokenSource, bag_shape, stream_bags
+from embedkit.batching import Deck
+from embedkit.headplans import HeadPlan
+from embedkit.members import build_member
+from embedkit.standardisation import MomentSums, Standardiser, fit_standardiser
+from embedkit.storage import (
+    BLOCK_BYTES,
+    ResidentStore,
+    Storage,
+    StreamedStore,
+    TokenStore,
+    count_bytes,
+    open_store,
+    require_storage,
+)
+from embedkit.sweeps import Candidate
+from embedkit.tasks import Task
+
+__all__ = ["Preparation"]
+
+_Key = tuple[str, tuple[str, ...], str]
+
+
+class _Reducing(Protocol):
+    def reduce(self, bag: Bag) -> Bag: ...
+
+
+class Preparation:
+    """What the heads of some plans share, over some cases."""
+
+    def __init__(
+        self,
+        source: TokenSource,
+        plans: Sequence[HeadPlan],
+        case_ids: Sequence[str],
+        device: torch.device,
+        *,
+        seed: int = 0,
+        storage: Storage = "auto",
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        """Reads all tokens that the plans need once, and loads those that are to be read every epoch.
+
+        Raises:
+            CacheError: a token is NaN or infinite, or a token set is absent.
+            OptionError: no such storage.
+        """
+        require_storage(storage, device)
+        self.source = source
+        self.case_ids = sorted(case_ids)
+        self.device = device
+        self.block_bytes = block_bytes
+        self._counts = dict(source.stacks.group_by("case_id").agg(pl.col("count").max()).iter_rows())
+        pairs = [(plan, candidate) for plan in plans for candidate in plan.candidates]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._heads = {_key(*pair): _build_head(source, *pair) for pair in pairs}
+        self._features: dict[_Key, Tensor] = {}
+        self._reduced: dict[_Key, ResidentStore] = {}
+        self._read_once(pairs)
+        unreduced = [pair for pair in pairs if pair[0].by_gradient and _key(*pair) not in self._reduced]
+        names = list(dict.fromkeys(name for _, candidate in unreduced for name in candidate.token_sets))
+        self._store = open_store(source, self.case_ids, names, device, storage) if names else None
+
+    def features(self, plan: HeadPlan, candidate: Candidate) -> Tensor:
+        """Features [cases features] of a head in closed form."""
+        return self._features[_key(plan, candidate)]
+
+    def store(self, plan: HeadPlan, candidate: Candidate) -> TokenStore:
+        """Where a head trained by gradient reads its batches."""
+        return self._reduced.get(_key(plan, candidate)) or cast(TokenStore, self._store)
+
+    def rounds(self, plans: Sequence[HeadPlan]) -> list[list[HeadPlan]]:
+        """Which plans to fit together: one by one, but at once where tokens are read from the cache every epoch."""
+        streamed = [
+            plan
+            for plan in plans
+            if plan.by_gradient and isinstance(self.store(plan, plan.candidates[0]), StreamedStore)
+        ]
+        return [[plan] for plan in plans if plan not in streamed] + ([streamed] if streamed else [])
+
+    def places(self, task: Task) -> NDArray[np.int64]:
+        """Places of a task's cases among those of the preparation."""
+        return np.searchsorted(np.asarray(self.case_ids), np.asarray(task.case_ids)).astype(np.int64)
+
+    def deck(self, plan: HeadPlan, candidate: Candidate, task: Task, *, seed: int) -> Deck:
+        """Deals the cases of a task, in blocks of bounded size."""
+        places = self.places(task)
+        reduced = _key(plan, candidate) in self._reduced
+        lengths = np.array([1 if reduced else self._counts.get(case, 1) for case in task.case_ids])
+        size = 0 if reduced else count_bytes(self.source, task.case_ids, candidate.token_sets)
+        longest = 1 if reduced else max(self._counts.values())
+        return Deck(places, lengths, longest=longest, blocks=max(1, -(-size // self.block_bytes)), seed=seed)
+
+    def standardiser(self, candidate: Candidate, places: NDArray[np.int64]) -> Standardiser:
+        """Fitted on the cases at these places."""
+        shape = bag_shape(self.source, candidate.token_sets)
+        moments = {name: self._moments[name] for name in candidate.token_sets}
+        return fit_standardiser(shape, moments, torch.from_numpy(places))
+
+    def samples(self, plan: HeadPlan, candidate: Candidate) -> tuple[Bag, Bag]:
+        """Two cases, standardised, to try a head on: whole, and as it reads them in training."""
+        bag = next(iter(stream_bags(self.source, self.case_ids[:2], candidate.token_sets)))
+        head = self._heads[_key(plan, candidate)]
+        reduced = cast(_Reducing, head).reduce(bag) if hasattr(head, "reduce") else bag
+        standardise = self.standardiser(candidate, np.arange(len(self.case_ids)))
+        return standardise(bag).to(self.device), standardise(reduced).to(self.device)
+
+    def _read_once(self, pairs: Sequence[tuple[HeadPlan, Candidate]]) -> None:
+        names = list(dict.fromkeys(name for _, candidate in pairs for name in candidate.token_sets))
+        shape = bag_shape(self.source, names)
+        gradient = {name for plan, candidate in pairs if plan.by_gradient for name in candidate.token_sets}
+        sums = MomentSums(shape, [name for name in names if name in gradient])
+        features: dict[_Key, list[Tensor]] = {}
+        reduced: dict[_Key, list[Bag]] = {}
+        heads = {_key(*pair): (pair, self._heads[_key(*pair)]) for pair in pairs}
+        with torch.no_grad():
+            for bag in stream_bags(self.source, self.case_ids, names, chunk_bytes=self.block_bytes // 4):
+                sums.add(bag)
+                for key, ((plan, _), head) in heads.items():
+                    if not plan.by_gradient:
+                        own = bag.to(dtype=torch.float32)
+                        features.setdefault(key, []).append(cast(Any, head).features(own))
+                    elif hasattr(head, "reduce"):
+                        own = Bag({name: bag.tokens[name] for name in key[1]}, bag.mask, bag.positions, bag.case_ids)
+                        reduced.setdefault(key, []).append(cast(_Reducing, head).reduce(own))
+        self._moments = sums.total()
+        self._features = {key: torch.cat(parts) for key, parts in features.items()}
+        self._reduced = {
+            key: ResidentStore(_gather(shape.select(key[1]), parts).to(self.device), self.device)
+            for key, parts in reduced.items()
+        }
+
+
+def _build_head(source: TokenSource, plan: HeadPlan, candidate: Candidate) -> nn.Module:
+    """A head as it is before any fit."""
+    shape = bag_shape(source, candidate.token_sets)
+    return build_member(plan.head, shape, outputs=1, kind="binary", options=candidate.options).head
+
+
+def _gather(shape: BagShape, bags: Sequence[Bag]) -> BagStore:
+    """A store of reduced bags, one slice per view."""
+    mask = torch.cat([bag.mask for bag in bags])
+    cases, views, _ = mask.shape
+    tables, sizes = {}, {}
+    for name in shape.token_sets:
+        tokens = torch.cat([bag.tokens[name] for bag in bags]).flatten(0, 2)
+        tables[name] = torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])
+        sizes[name] = (tokens.shape[1], tokens.shape[2])
+    rows = torch.where(mask, torch.arange(cases * views).view(cases, views, 1), cases * views)
+    positions = torch.cat([bag.positions for bag in bags])
+    ids = [case for bag in bags for case in bag.case_ids]
+    return BagStore(BagShape(sizes, {}, shape.views), ids, tables, rows, positions)
+
+
+def _key(plan: HeadPlan, candidate: Candidate) -> _Key:
+    """Names what is computed without parameters: for a head by gradient it depends on the token sets alone."""
+    return plan.head, candidate.token_sets, "" if plan.by_gradient else str(sorted(candidate.options.items()))

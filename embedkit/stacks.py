@@ -1,0 +1,368 @@
+"""Owns stacks: fits of one architecture trained together, their parameters side by side; knows no cache, fold or file.
+
+The parameters of all fits are the rows of one tensor. A step runs the head once for many rows (`torch.vmap` of
+`torch.func.functional_call`): fits of one training set share the bag, others of equal size have their bags side by
+side. A head that cannot be run so runs fit by fit, on the same batches.
+
+What a fit becomes does not depend on the rows beside it, but for rounding: its batches come from its own training set,
+bags that are laid side by side have one size, and chance in the head (dropout) is drawn once per step, seeded by the
+fit's own ``noise``, for one bag, and holds for every row of the run. So fits of one ``noise`` drop the same places,
+which also makes candidates easier to tell apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from embedkit.bags import Bag
+from embedkit.batching import Deck
+from embedkit.descent import StackedAdamW, one_cycle
+from embedkit.fitting import FitOptions
+from embedkit.losses import StackedLoss, TaskLoss
+from embedkit.plugins import HeadOutput
+from embedkit.standardisation import Standardiser
+from embedkit.stopping import Watch
+from embedkit.storage import TokenStore
+
+__all__ = ["Fit", "Outcome", "Stack"]
+
+_BYTES_AT_ONCE = 64 * 2**20  # of float32 tokens in one run of a head
+_JUDGED_AT_ONCE = 64
+_APART = 1_000_003  # so that no two steps of two noises draw alike
+
+_Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """One head to be fitted on one training set.
+
+    Attributes:
+        name: Of the head.
+        head: With its initial weights; it is not changed.
+        how: Rate, decay, schedule and the like.
+        store: Where its tokens are.
+        standardiser: Of the tokens.
+        loss: Of the task on the training cases.
+        deck: Deals the task's cases.
+        key: Names the training set; fits of equal keys have one deck, loss, standardiser and training set.
+        training: bool [cases], what to descend on.
+        held_out: bool [cases], what to judge by; none where ``epochs`` is to be run without judging.
+        noise: Seed of the dropout.
+        epochs: How many of the schedule to run at most.
+    """
+
+    name: str
+    head: nn.Module
+    how: FitOptions
+    store: TokenStore
+    standardiser: Standardiser
+    loss: TaskLoss
+    deck: Deck
+    key: Hashable
+    training: NDArray[np.bool_]
+    held_out: NDArray[np.bool_]
+    noise: int
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        """Batches per block."""
+        return self.deck.steps(int(self.training.sum()), self.how.batch_size)
+
+    @property
+    def kin(self) -> Hashable:
+        """Equal where fits can be trained in one stack."""
+        how = dataclasses.replace(self.how, learning_rate=1.0, weight_decay=0.0)
+        shapes = tuple((name, value.shape) for name, value in self.head.state_dict().items())
+        loss = (self.loss.kind, self.loss.weights is None)
+        length = (self.steps, self.deck.blocks, bool(self.held_out.any()))
+        return self.name, repr(self.head), shapes, self.standardiser.token_sets, how, loss, length
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of a fit.
+
+    Attributes:
+        epochs: To run; 0 where no epoch had a finite held-out loss.
+        sharpness: Factor on the logits.
+        loss: Mean held-out loss at both.
+        logits: [held outputs] of the held-out cases there, before the sharpness.
+        state: Trained parameters and buffers of the head.
+    """
+
+    epochs: int
+    sharpness: float
+    loss: float
+    logits: Tensor
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One run of the head: rows of the stack on cases [1 batch] that they share, or [rows batch] each its own."""
+
+    rows: list[int]
+    cases: _Ints
+    slices: int
+
+
+class Stack:
+    """Some fits of one `Fit.kin`, in training."""
+
+    def __init__(self, fits: Sequence[Fit], *, stackable: bool) -> None:
+        """Takes the fits, and whether the head can be run for several rows at once."""
+        self.fits = sorted(fits, key=lambda fit: (fit.noise, str(fit.key)))
+        self.store = store = self.fits[0].store
+        self.stackable = stackable
+        self.head = copy.deepcopy(self.fits[0].head).to(store.device)
+        self.epoch = 0
+        self._step = 0
+        self._layout = _lay_out(self.head)
+        states = [fit.head.state_dict() for fit in self.fits]
+        values = [torch.cat([state[name].detach().flatten() for name in self._layout]) for state in states]
+        self._fixed = {
+            name: torch.stack([state[name].detach() for state in states]).to(store.device)
+            for name in states[0]
+            if name not in self._layout
+        }
+        rates, decays = (
+            torch.tensor([getattr(fit.how, name) for fit in self.fits], device=store.device)
+            for name in ("learning_rate", "weight_decay")
+        )
+        self._standard = {
+            name: [
+                torch.stack([fit.standardiser.get_buffer(f"{part}_{number}") for fit in self.fits]).to(store.device)
+                for part in ("mean", "scale")
+            ]
+            for number, name in enumerate(self.token_sets)
+        }
+        self._adam = StackedAdamW(torch.stack(values).to(store.device), rates, decays)
+        self._held = [np.flatnonzero(fit.held_out) for fit in self.fits]
+        self._watch = _start_watch(self._held, self.fits[0].how.patience, store.device)
+        self._logits = torch.zeros(0)
+        self._arrange()
+
+    @property
+    def token_sets(self) -> tuple[str, ...]:
+        """What the head reads."""
+        return self.fits[0].standardiser.token_sets
+
+    @property
+    def judged_places(self) -> _Ints:
+        """Where in the store the cases lie that fits are judged by."""
+        held = [fit.deck.places[cases] for fit, cases in zip(self.fits, self._held, strict=True)]
+        return np.unique(np.concatenate(held))
+
+    def train_block(self, block: int) -> None:
+        """Descends on one block of the epoch; its cases must be at hand in the store."""
+        self.head.train()
+        first = self.fits[0]
+        steps = first.steps
+        dealt = {fit.key: fit.deck.batches(fit.key, fit.training, self.epoch, block, steps) for fit in self.fits}
+        for step in range(steps):
+            slopes = torch.zeros_like(self._adam.values)
+            for call in self._calls([dealt[fit.key][step] for fit in self.fits]):
+                torch.manual_seed((self.fits[call.rows[0]].noise * _APART + self._step) % 2**63)
+                self._descend(call, slopes)
+            self._adam.step(slopes, *one_cycle(self._step, first.how.epochs * first.deck.blocks * steps))
+            self._step += 1
+
+    def judge_part(self, places: _Ints) -> None:
+        """Computes the logits of those held-out cases that lie at these places, which are at hand in the store."""
+        self.head.eval()
+        there = [np.isin(fit.deck.places[held], places) for fit, held in zip(self.fits, self._held, strict=True)]
+        asked = [held[here] for held, here in zip(self._held, there, strict=True)]
+        spots = [np.flatnonzero(here) for here in there]
+        for start in range(0, max(map(len, asked)), _JUDGED_AT_ONCE):
+            part = slice(start, start + _JUDGED_AT_ONCE)
+            with torch.no_grad():
+                for call in self._calls([cases[part] for cases in asked], level=True):
+                    found = self._answer(call, self._leaves(call.rows))[0].float()
+                    for row, logits in zip(call.rows, found, strict=True):
+                        self._keep_logits(row, spots[row][part], logits)
+
+    def end_epoch(self) -> list[tuple[Fit, Outcome]]:
+        """Judges the epoch, and gives and drops the fits that are done."""
+        self.epoch += 1
+        going = torch.tensor([self.epoch < fit.epochs for fit in self.fits])
+        if self._watch is not None:
+            going &= self._watch.judge(self._logits, self._loss)
+        done = [(self.fits[row], self._outcome(row)) for row in (~going).nonzero()[:, 0].tolist()]
+        if done:
+            self._keep(going.nonzero()[:, 0])
+        return done
+
+    def _arrange(self) -> None:
+        """What follows from which fits there are."""
+        if self.fits:
+            self._loss = StackedLoss([fit.loss for fit in self.fits])
+        self._sharing: dict[Hashable, list[int]] = {}
+        for row, fit in enumerate(self.fits):
+            self._sharing.setdefault((fit.noise, fit.key), []).append(row)
+
+    def _keep(self, rows: Tensor) -> None:
+        places = rows.tolist()
+        self.fits = [self.fits[row] for row in places]
+        self._held = [self._held[row] for row in places]
+        there = rows.to(self.store.device)
+        self._adam.keep(there)
+        self._fixed = {name: values[there] for name, values in self._fixed.items()}
+        self._standard = {name: [values[there] for values in both] for name, both in self._standard.items()}
+        self._logits = self._logits[there] if len(self._logits) else self._logits
+        if self._watch is not None:
+            self._watch.keep(rows)
+        self._arrange()
+
+    def _outcome(self, row: int) -> Outcome:
+        state = {name: values.detach()[0].clone() for name, values in self._leaves([row]).items()}
+        state |= {name: values[row].clone() for name, values in self._fixed.items()}
+        if self._watch is None:
+            return Outcome(self.epoch, 1.0, float("nan"), torch.zeros(0), state)
+        watch = self._watch
+        logits = watch.logits[row, : len(self._held[row])].cpu()
+        return Outcome(int(watch.epochs[row]), float(watch.sharpness[row]), float(watch.losses[row]), logits, state)
+
+    def _calls(self, batches: Sequence[_Ints], *, level: bool = False) -> Iterator[_Call]:
+        """The runs that cover every row's batch; ``level`` pads batches of several sizes with their first case."""
+        side: dict[Hashable, list[int]] = {}
+        for rows in self._sharing.values():
+            fit, cases = self.fits[rows[0]], batches[rows[0]]
+            if len(cases) == 0:
+                continue
+            slices = fit.deck.slices(cases)
+            if len(rows) > 1 or not self.stackable:
+                yield from self._cut(rows, cases[None], slices)
+            else:
+                side.setdefault(0 if level else (fit.noise, len(cases), slices), []).append(rows[0])
+        for rows in side.values():
+            most = max(len(batches[row]) for row in rows)
+            slices = max(self.fits[row].deck.slices(batches[row]) for row in rows)
+            yield from self._cut(rows, np.stack([_pad(batches[row], most) for row in rows]), slices)
+
+    def _cut(self, rows: list[int], cases: _Ints, slices: int) -> Iterator[_Call]:
+        """Splits a run into such as fit in memory; a head that is not stackable runs for one row at a time."""
+        shape = self.store.shape
+        sizes = [shape.token_sets[name] for name in self.token_sets]
+        numbers = cases.shape[1] * len(shape.views) * slices * sum(patches * dim for patches, dim in sizes)
+        most = max(1, _BYTES_AT_ONCE // (4 * numbers)) if self.stackable else 1
+        for start in range(0, len(rows), most):
+            part = slice(start, start + most)
+            yield _Call(rows[part], cases if len(cases) == 1 else cases[part], slices)
+
+    def _descend(self, call: _Call, slopes: Tensor) -> None:
+        """Adds the gradients of one run to ``slopes`` [fits numbers]."""
+        leaves = {name: leaf.requires_grad_() for name, leaf in self._leaves(call.rows).items()}
+        answers = self._answer(call, leaves)
+        cases = torch.from_numpy(call.cases).to(self.store.device).expand(len(call.rows), -1)
+        losses = [self._loss.each(answer.float(), cases, call.rows).mean(1).sum() for answer in answers]
+        loss, parameters = torch.stack(losses).mean(), list(leaves.values())
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for (start, stop, _), slope in zip(self._layout.values(), found, strict=True):
+            slopes[_as_index(call.rows), start:stop] = slope.flatten(1)
+
+    def _leaves(self, rows: list[int]) -> dict[str, Tensor]:
+        """The parameters of some rows, each [rows ...]."""
+        values = self._adam.values[_as_index(rows)].detach()
+        return {
+            name: values[:, start:stop].reshape(len(rows), *shape).detach()
+            for name, (start, stop, shape) in self._layout.items()
+        }
+
+    def _answer(self, call: _Call, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The head's answers, each [rows batch outputs]: its logits, and auxiliary ones where it has them."""
+        parameters = leaves | {name: values[_as_index(call.rows)] for name, values in self._fixed.items()}
+        places = np.concatenate(
+            [self.fits[row].deck.places[cases] for row, cases in zip(call.rows, call.cases, strict=False)]
+        )
+        bag = self.store.batch(places, self.token_sets, slices=call.slices)
+        with torch.autocast(self.store.device.type, torch.bfloat16, enabled=self.fits[0].how.precision == "bf16"):
+            if len(call.cases) == 1:
+                return self._run_together(parameters, self._standardise(bag, call.rows[0]))
+            return self._run_side_by_side(parameters, bag, call)
+
+    def _run_together(self, parameters: dict[str, Tensor], bag: Bag) -> tuple[Tensor, ...]:
+        """Runs all rows on one standardised bag."""
+        if len(next(iter(parameters.values()))) == 1:
+            alone = {name: values[0] for name, values in parameters.items()}
+            return tuple(answer[None] for answer in _answers(functional_call(self.head, alone, (bag,))))
+        run = torch.vmap(lambda each: _answers(functional_call(self.head, each, (bag,))), randomness="same")
+        answers: tuple[Tensor, ...] = run(parameters)
+        return answers
+
+    def _run_side_by_side(self, parameters: dict[str, Tensor], bag: Bag, call: _Call) -> tuple[Tensor, ...]:
+        """Runs each row on its own part of a bag [rows * batch ...] that is yet to be standardised."""
+        size, ids = call.cases.shape, bag.case_ids[: call.cases.shape[1]]
+        rows = _as_index(call.rows)
+        tokens = {name: values.view(*size, *values.shape[1:]) for name, values in bag.tokens.items()}
+        tokens = {
+            name: (values.to(mean.dtype) - mean[rows][:, None]).mul_(scale[rows][:, None])
+            for (name, values), (mean, scale) in zip(tokens.items(), self._standard.values(), strict=True)
+        }
+        mask, positions = (values.view(*size, *values.shape[1:]) for values in (bag.mask, bag.positions))
+
+        def run(each: dict[str, Tensor], tokens: dict[str, Tensor], mask: Tensor, positions: Tensor) -> Any:
+            return _answers(functional_call(self.head, each, (Bag(tokens, mask, positions, ids),)))
+
+        answers: tuple[Tensor, ...] = torch.vmap(run, randomness="same")(parameters, tokens, mask, positions)
+        return answers
+
+    def _standardise(self, bag: Bag, row: int) -> Bag:
+        """As `Standardiser`, with that of one row."""
+        tokens = {
+            name: (bag.tokens[name].to(mean.dtype) - mean[row]).mul_(scale[row])
+            for name, (mean, scale) in self._standard.items()
+        }
+        return dataclasses.replace(bag, tokens=tokens)
+
+    def _keep_logits(self, row: int, spots: _Ints, logits: Tensor) -> None:
+        if not len(self._logits):
+            most = max(map(len, self._held))
+            self._logits = logits.new_zeros(len(self.fits), most, logits.shape[-1])
+        self._logits[row, torch.from_numpy(spots).to(logits.device)] = logits[: len(spots)]
+
+
+def _answers(output: HeadOutput) -> tuple[Tensor, ...]:
+    return tuple(answer for answer in (output.logits, output.auxiliary_logits) if answer is not None)
+
+
+def _lay_out(head: nn.Module) -> dict[str, tuple[int, int, torch.Size]]:
+    """Where in a row each trained parameter lies, and its shape."""
+    layout: dict[str, tuple[int, int, torch.Size]] = {}
+    start = 0
+    for name, parameter in head.named_parameters():
+        if parameter.requires_grad:
+            layout[name] = (start, start + parameter.numel(), parameter.shape)
+            start += parameter.numel()
+    return layout
+
+
+def _start_watch(held: Sequence[_Ints], patience: int, device: torch.device) -> Watch | None:
+    """A watch over fits with these held-out cases; None where nothing is held out."""
+    most = max(map(len, held))
+    if most == 0:
+        return None
+    cases = torch.from_numpy(np.stack([_pad(each, most) for each in held])).to(device)
+    real = torch.from_numpy(np.stack([np.arange(most) < len(each) for each in held])).to(device)
+    return Watch(cases, real, patience)
+
+
+def _pad(cases: _Ints, length: int) -> _Ints:
+    """Cases with the first one repeated at their end, up to ``length``."""
+    return np.concatenate([cases, np.repeat(cases[:1], length - len(cases))])
+
+
+def _as_index(rows: list[int]) -> slice | list[int]:
+    """Rows as a slice where they follow each other, which copies nothing."""
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
