@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from embedkit.manifest import read_labels as read_labels
     from embedkit.manifest import read_manifest as read_manifest
     from embedkit.manifest import write_manifest as write_manifest
+    from embedkit.neighbours import probe_neighbours as probe_neighbours
     from embedkit.packing import pack_cache as pack_cache
     from embedkit.phantoms import make_phantoms as make_phantoms
     from embedkit.plugins import list_heads as list_heads
@@ -58,6 +59,7 @@ _HOMES = {
     "indexbuilding": ("add_cases", "build_index", "remove_cases"),
     "inspection": ("describe_cache", "verify_cache"),
     "manifest": ("read_labels", "read_manifest", "write_manifest"),
+    "neighbours": ("probe_neighbours",),
     "packing": ("pack_cache",),
     "phantoms": ("make_phantoms",),
     "plugins": ("list_heads",),

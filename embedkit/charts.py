@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from embedkit.bootstrap import Floats, Interval
@@ -220,7 +220,7 @@ def plot_shots(
     axes.set_xscale("log")
     ticks = sorted({shot for points in curves.values() for shot, _ in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(color=GRID, linewidth=0.7)
     _name_axes(axes, "Training patients per class" + ("   (dotted: all)" if full else ""), metric)
     _legend(axes, "lower right")

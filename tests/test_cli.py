@@ -18,7 +18,7 @@ from embedkit.errors import EmbedkitError
 from embedkit.phantoms import make_phantoms
 
 COMMANDS = ("demo", "scan", "extract", "info", "verify", "pack", "train", "predict", "evaluate", "explain", "index")
-COMMANDS += ("compare", "shots", "search", "serve", "heads", "backbones")
+COMMANDS += ("compare", "shots", "neighbours", "search", "serve", "heads", "backbones")
 
 
 @pytest.fixture(scope="module")
