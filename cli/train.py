@@ -48,32 +48,40 @@ def train_command(
         str, typer.Option(help="Where tokens lie: device, memory, stream (from the cache); auto takes what fits.")
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the runs that exist, if they are the same, and train the others.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace runs of the same target and head.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:
     """Train heads on cached tokens; both baselines always run beside them."""
     from embedkit import train
 
-    with show_progress("train", "fits") as meter:
-        trained = train(
-            cache,
-            labels,
-            targets=target,
-            out=out,
-            heads=head or None,
-            token_sets=split_list(tokens) or None,
-            kind=kind,  # type: ignore[arg-type]  # refused with the known kinds by make_task
-            classes=split_list(classes) or None,
-            folds=folds,
-            split=split,
-            sweep=sweep,
-            seed=seed,
-            seeds=seeds,
-            storage=storage,  # type: ignore[arg-type]  # refused with the known ones by train
-            device=device,
-            overwrite=overwrite,
-            on_progress=lambda at: meter(at.done, at.total, f"{at.target}.{at.head}"),
-        )
+    try:
+        with show_progress("train", "fits") as meter:
+            trained = train(
+                cache,
+                labels,
+                targets=target,
+                out=out,
+                heads=head or None,
+                token_sets=split_list(tokens) or None,
+                kind=kind,  # type: ignore[arg-type]  # refused with the known kinds by make_task
+                classes=split_list(classes) or None,
+                folds=folds,
+                split=split,
+                sweep=sweep,
+                seed=seed,
+                seeds=seeds,
+                storage=storage,  # type: ignore[arg-type]  # refused with the known ones by train
+                device=device,
+                overwrite=overwrite,
+                resume=resume,
+                on_progress=lambda at: meter(at.done, at.total, f"{at.target}.{at.head}"),
+            )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; finished runs are kept, and the same command with --resume goes on", err=True)
+        raise typer.Exit(130) from None
     if json:
         print_json(trained.table.to_dicts())
         return

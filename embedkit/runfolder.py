@@ -94,6 +94,16 @@ class RunRecord:
     sha256: dict[str, str] = field(default_factory=dict)
 
     @property
+    def fingerprint(self) -> str:
+        """Of the recipe of the cache."""
+        return self.recipe.fingerprint
+
+    @property
+    def member_count(self) -> int:
+        """Number of members."""
+        return len(self.members)
+
+    @property
     def token_sets(self) -> tuple[str, ...]:
         """What the head reads."""
         return tuple(self.shape.token_sets)

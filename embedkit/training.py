@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -30,6 +30,7 @@ from embedkit.planning import choose_device
 from embedkit.plugins import list_heads
 from embedkit.preparation import Preparation
 from embedkit.recipe import TokenSet
+from embedkit.resuming import is_finished
 from embedkit.runfolder import RunRecord, require_absent, write_run
 from embedkit.runs import Run, open_run
 from embedkit.slices import PLANES
@@ -105,6 +106,7 @@ def train(
     seeds: int = 1,
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     head_options: Mapping[str, Mapping[str, Any]] | None = None,
     fit_options: Mapping[str, Any] | None = None,
     resamples: int = 2000,
@@ -134,6 +136,7 @@ def train(
         seeds: Members per fold, each from other initial weights and with other dropout, whose mean is the score.
         device: ``auto``, ``cpu``, ``cuda``, ...
         overwrite: Replace runs that exist.
+        resume: Keep runs that exist, if they are what this training would make, and train the others.
         head_options: Head -> its own options.
         fit_options: Fields of `FitOptions` for all heads trained by gradient.
         resamples: Of the bootstrap for the intervals.
@@ -154,10 +157,12 @@ def train(
     if not names:
         raise OptionError("no target was given, expected one or more columns of the label table")
     chosen = choose_device(device)
+    if resume and overwrite:
+        raise OptionError("resume keeps the runs that exist and overwrite replaces them; choose one of the two")
     if seeds < 1:
         raise OptionError(f"seeds is {seeds}, expected 1 or more members per fold")
     plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {}, sweep=sweep, seed=seed)
-    folders = _plan_folders(Path(out), names, plans, overwrite=overwrite)
+    folders = _plan_folders(Path(out), names, plans, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
     prepared = []
     for name in names:
@@ -166,12 +171,22 @@ def train(
         prepared.append(_Target(FoldedTask(task, dealt), split or folds, report, blank))
     case_ids = sorted({case for target in prepared for case in target.task.case_ids})
     account = _Account(sum(len(target.folded.tested) for target in prepared) * len(plans), on_progress)
-    preparation = Preparation(source, plans, case_ids, chosen, seed=seed, storage=storage)
-    for together in preparation.rounds(plans):
+    given = {"folds": split or folds, "sweep": sweep, "seed": seed}
+    pending = [
+        (plan, target)
+        for plan in plans
+        for target in prepared
+        if not resume
+        or not _is_done(folders[target.task.name, plan.head], source, plan, target, given=given, seeds=seeds)
+    ]
+    account.done = account.total - sum(len(target.folded.tested) for _, target in pending)
+    unfinished = [plan for plan in plans if any(plan is each for each, _ in pending)]
+    preparation = Preparation(source, unfinished, case_ids, chosen, seed=seed, storage=storage) if pending else None
+    for together in preparation.rounds(unfinished) if preparation else ():
         started = time.perf_counter()
-        wanted = [(plan, target) for plan in together for target in prepared]
+        wanted = [(plan, target) for plan, target in pending if plan in together]
         fits = [(plan, target.folded) for plan, target in wanted]
-        found = cross_fit(preparation, fits, seed=seed, seeds=seeds, on_fold=account.after_fold)
+        found = cross_fit(cast(Preparation, preparation), fits, seed=seed, seeds=seeds, on_fold=account.after_fold)
         seconds = (time.perf_counter() - started) / len(wanted)
         for (plan, target), fitted in zip(wanted, found, strict=True):
             how: dict[str, Any] = {"sweep": sweep, "seed": seed, "seconds": seconds, "resamples": resamples}
@@ -198,6 +213,35 @@ class _Account:
         if self.on_progress is not None:
             seconds = time.perf_counter() - self.started
             self.on_progress(TrainingProgress(target.task.name, plan.head, fold, self.done, self.total, seconds))
+
+
+def _is_done(
+    folder: Path, source: Cache, plan: HeadPlan, target: _Target, *, given: Mapping[str, Any], seeds: int
+) -> bool:
+    """Whether a run is there that this training need not make again.
+
+    Raises:
+        RunError: another one is there.
+    """
+    task = target.task
+    members = len(target.folded.tested) * (seeds if plan.by_gradient else 1)
+    fields = {
+        "target": task.name,
+        "kind": task.kind,
+        "classes": task.classes,
+        "head": plan.head,
+        "head_options": plan.options,
+        "fit_options": _fit_options(plan, plan.candidates[0]),
+        "folds": given["folds"],
+        "seed": given["seed"],
+        "sweep": _describe_sweep(plan, given["sweep"]),
+        "fingerprint": source.recipe.fingerprint,
+        "member_count": members,
+    }
+    if given["sweep"] is None:
+        fields["token_sets"] = plan.token_sets
+    nothing = np.zeros((len(task.case_ids), task.outputs))
+    return is_finished(folder, fields, _tabulate_scores(target, nothing).select("case_id", "fold", "target"))
 
 
 def _plan_folders(

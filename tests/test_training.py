@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from embedkit.cli.main import main
 
 from embedkit.bags import BagStore, load_bags
 from embedkit.cache import Cache, StackTokens, open_cache
@@ -451,3 +452,65 @@ def test_many_tasks_in_one_call_are_what_each_is_alone(cache: Cache, tmp_path: P
     for target in targets:
         alone = run_training(cache, tmp_path / target, target, heads=("query",)).runs[2]
         np.testing.assert_allclose(alone.predictions["score"], scores[target], rtol=1e-3, atol=1e-4)
+
+
+def test_a_training_that_was_interrupted_goes_on_where_it_stopped(cache: Cache, tmp_path: Path) -> None:
+    heads = ("linear", "query")
+
+    def stop(at: TrainingProgress) -> None:
+        if at.head == "query":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(cache, tmp_path / "a", heads=heads, on_progress=stop)
+    kept = ["disease.linear", "disease.logistic", "disease.raptor"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == kept
+    before = {name: (tmp_path / "a" / name / "run.json").read_bytes() for name in kept}
+    told: list[TrainingProgress] = []
+    resumed = run_training(cache, tmp_path / "a", heads=heads, resume=True, on_progress=told.append)
+    assert {name: (tmp_path / "a" / name / "run.json").read_bytes() for name in kept} == before
+    assert [(at.head, at.done, at.total) for at in told] == [("query", done, 12) for done in (10, 11, 12)]
+    whole = run_training(cache, tmp_path / "b", heads=heads)
+    for one, other in zip(resumed.runs, whole.runs, strict=True):
+        assert one.predictions.equals(other.predictions)
+    again = run_training(cache, tmp_path / "a", heads=heads, resume=True)
+    assert again.table["auroc"].to_list() == resumed.table["auroc"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": 5}, r"was trained with seed 0, but this training asks for 5; pass the same options"),
+        ({"folds": 4}, "was trained with folds 3, but this training asks for 4"),
+        ({"sweep": "small"}, "was trained with sweep null, but this training asks for"),
+        ({"token_sets": ["patch@2:1"]}, r"was trained with token_sets \[\"cls:2\"\], but"),
+        ({"labels": LABELS[:36]}, "was trained on other cases, labels or folds"),
+    ],
+)
+def test_a_resume_with_other_options_names_what_differs(
+    cache: Cache, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    run_training(cache, tmp_path)
+    labels = options.pop("labels", LABELS)
+    settings: dict[str, Any] = {"heads": (), "resamples": 0, "fit_options": QUICK, "folds": 3, "device": "cpu"}
+    with pytest.raises(RunError, match=words):
+        train(cache, labels, targets="disease", out=tmp_path, resume=True, **settings | options)
+    with pytest.raises(OptionError, match="choose one of the two"):
+        run_training(cache, tmp_path, resume=True, overwrite=True)
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("embedkit.training.cross_fit", interrupt)
+    LABELS.write_csv(tmp_path / "labels.csv")
+    labels, out = str(tmp_path / "labels.csv"), str(tmp_path / "runs")
+    command = ["embedkit", "train", str(cache.path), "--labels", labels, "--target", "disease", "-o", out]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
