@@ -1,0 +1,126 @@
+"""Time of 64 heads in one sweep over 64 times one head; and of 20 tasks in one call over 20 calls of one task.
+
+Tokens are random, in memory, as class tokens of a ViT-S (384 numbers). Five folds, no
+bootstrap, no file: what is timed is `embedkit.crossfitting.cross_fit` on a preparation that both sides share. Single
+fits are timed on a few and multiplied; since a choice takes three inner splits where one head alone takes one, "one
+head" is half the time of a choice between two.
+
+    python benchmarks/train_sweep.py [--cases 120] [--slices 40] [--head query] [--heads 64] [--tasks 20] [--epochs 10]
+
+Ends with the ratio of the sweep of the head given last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from embedkit.crossfitting import cross_fit
+from embedkit.fitting import FitOptions
+from embedkit.foldjobs import FoldedTask
+from embedkit.headplans import HeadPlan
+from embedkit.members import complete_options
+from embedkit.preparation import Preparation
+from embedkit.sweeps import Candidate
+from embedkit.tasks import make_folds, make_task
+
+TOKENS, DIM, SINGLES = "cls:12", 384, 3
+
+
+class RandomTokens:
+    """A cache of random tokens, in memory."""
+
+    def __init__(self, cases: int, slices: int) -> None:
+        generator = np.random.default_rng(0)
+        self._tokens = generator.normal(size=(cases, slices, DIM)).astype(np.float16)
+        self._tokens[::2, :, :8] += 0.3
+        ids = [f"c{case:05}" for case in range(cases)]
+        self.stacks = pl.DataFrame(
+            {"stack": range(cases), "case_id": ids, "patient_id": ids, "view": "t1", "plane": "axial", "count": slices}
+        )
+        self.token_sets = {TOKENS: _Shape((DIM,))}
+
+    def read(self, stack: int, _token_set: str, /) -> np.ndarray[Any, Any]:
+        return self._tokens[stack]
+
+    def slices(self, _stack: int, /) -> _Slices:
+        return _Slices(self._tokens.shape[1])
+
+
+class _Shape:
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+
+class _Slices:
+    def __init__(self, slices: int) -> None:
+        self.positions_mm = np.arange(slices, dtype=np.float32)
+        self.blank = np.zeros(slices, dtype=bool)
+
+
+def make_tasks(source: RandomTokens, number: int) -> list[FoldedTask]:
+    """Tasks of the same cases, all with a little signal, each with folds of its own."""
+    ids = source.stacks["case_id"].to_list()
+    found = []
+    for seed in range(number):
+        flips = np.random.default_rng(seed).random(len(ids)) < 0.2
+        labels = pl.DataFrame(
+            {"case_id": ids, f"task{seed}": [int(place % 2 ^ flip) for place, flip in enumerate(flips)]}
+        )
+        task, _ = make_task(labels, f"task{seed}", source.stacks.select("case_id", "patient_id"))
+        found.append(FoldedTask(task, make_folds(task, 5, seed=seed)))
+    return found
+
+
+def time_fits(source: RandomTokens, plan: HeadPlan, targets: Sequence[FoldedTask]) -> float:
+    """Seconds of one call, everything read anew."""
+    started = time.perf_counter()
+    ids = source.stacks["case_id"].to_list()
+    preparation = Preparation(source, [plan], ids, torch.device("cpu"), storage="memory")
+    cross_fit(preparation, [(plan, target) for target in targets], seed=0)
+    return time.perf_counter() - started
+
+
+def plan_of(head: str, how: Sequence[FitOptions]) -> HeadPlan:
+    return HeadPlan(head, tuple(Candidate((TOKENS,), complete_options(head, {}), each) for each in how))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("cases", 120), ("slices", 40), ("heads", 64), ("tasks", 20), ("epochs", 10)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--head", action="append", help="again for more; default: abmil, linear, mlp, query")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    source = RandomTokens(given.cases, given.slices)
+    base = FitOptions(epochs=given.epochs, patience=given.epochs)
+    rates = [base.replace(learning_rate=float(rate)) for rate in np.logspace(-4, -2, given.heads)]
+    tasks = make_tasks(source, given.tasks)
+    print(f"{given.cases} cases of {given.slices} slices, {DIM} numbers each, {given.epochs} epochs, 5 folds")
+    ratio = 0.0
+    for head in given.head or ["abmil", "linear", "mlp", "query"]:
+        time_fits(source, plan_of(head, rates[:1]), tasks[:1])
+        pair = [time_fits(source, plan_of(head, [rates[at], rates[at]]), tasks[:1]) / 2 for at in range(SINGLES)]
+        sweep = time_fits(source, plan_of(head, rates), tasks[:1])
+        ratio = sweep / (given.heads * float(np.median(pair)))
+        single = float(np.median([time_fits(source, plan_of(head, rates[:1]), [task]) for task in tasks[:SINGLES]]))
+        together = time_fits(source, plan_of(head, rates[:1]), tasks)
+        print(
+            f"{head:10} {given.heads} heads in one sweep {sweep:7.2f} s,"
+            f" one {np.median(pair):6.3f} s, ratio {ratio:.3f};"
+            f" {given.tasks} tasks in one call {together:7.2f} s, one {single:6.3f} s,"
+            f" ratio {together / (given.tasks * single):.3f}",
+            flush=True,
+        )
+    print(f"ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
