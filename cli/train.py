@@ -23,6 +23,9 @@ def train_command(
     target: Annotated[list[str], typer.Option(help="Column to learn; give it again for more targets.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs, one per target and head.")],
     head: Annotated[list[str] | None, typer.Option(help="Head to train; again for more. See `embedkit heads`.")] = None,
+    head_option: Annotated[
+        list[str] | None, typer.Option(help="HEAD.NAME=VALUE, an option of a head, as grid.width=32; again for more.")
+    ] = None,
     tokens: Annotated[
         str, typer.Option(help="Token sets to train on, as cls:12 or patch@4:8; default: the head's own choice.")
     ] = "",
@@ -56,6 +59,7 @@ def train_command(
 ) -> None:
     """Train heads on cached tokens; both baselines always run beside them."""
     from embedkit import train
+    from embedkit.headoptions import parse_head_options
 
     try:
         with show_progress("train", "fits") as meter:
@@ -65,6 +69,7 @@ def train_command(
                 targets=target,
                 out=out,
                 heads=head or None,
+                head_options=parse_head_options(head_option or ()),
                 token_sets=split_list(tokens) or None,
                 kind=kind,  # type: ignore[arg-type]  # refused with the known kinds by make_task
                 classes=split_list(classes) or None,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from embedkit.evaluation import evaluate as evaluate
     from embedkit.evaluationpage import write_evaluation as write_evaluation
     from embedkit.explanation import explain as explain
+    from embedkit.exporting import export_run as export_run
     from embedkit.extraction import extract as extract
     from embedkit.indexbuilding import add_cases as add_cases
     from embedkit.indexbuilding import build_index as build_index
@@ -55,6 +56,7 @@ _HOMES = {
     "evaluation": ("evaluate",),
     "evaluationpage": ("write_evaluation",),
     "explanation": ("explain",),
+    "exporting": ("export_run",),
     "extraction": ("extract",),
     "indexbuilding": ("add_cases", "build_index", "remove_cases"),
     "inspection": ("describe_cache", "verify_cache"),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
-from embedkit.plugins import HeadOutput, check_output, create_head, load_head
+from embedkit.plugins import HeadOutput, check_output, create_head, list_options, load_head
 from embedkit.standardisation import Standardiser
 from embedkit.targets import TaskKind
 
@@ -107,10 +107,15 @@ def _share_out(evidence: Tensor, patches: int) -> Tensor:
 
 
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The head's options with its defaults, so that a run can be rebuilt after the defaults have changed."""
-    parameters = inspect.signature(load_head(name)).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
-    return {key: value for key, value in defaults.items() if value is not inspect.Parameter.empty} | dict(options)
+    """The head's options with its defaults, so that a run can be rebuilt after defaults or files have changed.
+
+    Raises:
+        HeadError: unknown head, or a file that an option names cannot be used.
+    """
+    defaults = {key: value for key, value in list_options(name).items() if value is not inspect.Parameter.empty}
+    completed = defaults | dict(options)
+    resolve = getattr(load_head(name), "resolve_options", dict)
+    return dict(resolve(completed))
 
 
 def check_member(member: Member, bag: Bag, outputs: int) -> None:

@@ -23,8 +23,10 @@ that first pools its tokens without parameters may have ``reduce(bag) -> bag``, 
 on the whole bag: linear in the tokens with weights that sum to one over what they pool, since it is done on raw tokens,
 once per training, and dependent on ``token_sets`` alone, not on options. See `embedkit.pooling.pool_bag`.
 
-A head may have ``evidence(bag, output) -> [batch views slices patches]``, what each token adds to a logit: heatmaps
-come from there. Built-in heads come through the same door as everyone's::
+A head with options that name files may have ``resolve_options(options)``, a class method that puts what they hold in
+their place before training, so that a run needs no other file. A head may have ``evidence(bag, output) -> [batch views
+slices patches]``, what each token adds to a logit: heatmaps come from there. Built-in heads come through the same door
+as everyone's::
 
     [project.entry-points."embedkit.heads"]
     mine = "my_package:MyHead"
@@ -58,6 +60,7 @@ __all__ = [
     "choose_token_set",
     "create_head",
     "list_heads",
+    "list_options",
     "load_head",
 ]
 
@@ -176,6 +179,16 @@ def load_head(name: str, entry_points: Iterable[importlib.metadata.EntryPoint] |
     return cast(Head, loaded)
 
 
+def list_options(name: str) -> dict[str, Any]:
+    """The options of the head called ``name`` with their defaults; those without a default must be given.
+
+    Raises:
+        HeadError: unknown head.
+    """
+    parameters = inspect.signature(load_head(name)).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
 def choose_token_set(name: str, available: Sequence[TokenSet]) -> TokenSet:
     """The token set, of those available, that the head called ``name`` would rather read.
 
@@ -228,7 +241,7 @@ def create_head(
     try:
         signature.bind(*arguments, **(options or {}))
     except TypeError as error:
-        known = [name for name, entry in signature.parameters.items() if entry.kind is entry.KEYWORD_ONLY]
+        known = list_options(name)
         raise HeadError(
             f"head {name!r} cannot take options {dict(options or {})}: {error}; it has {', '.join(known) or 'none'}"
         ) from error

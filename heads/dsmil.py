@@ -72,6 +72,6 @@ class DsmilHead(nn.Module):
         """Weights [batch tokens outputs] of every token by its likeness to the critical one of each output."""
         critical = scores.masked_fill(~mask[..., None], torch.finfo(scores.dtype).min).argmax(1)
         queries = self.query(hidden)
-        chosen = queries.take_along_dim(critical[..., None], 1)
+        chosen = queries.gather(1, critical[..., None].expand(-1, -1, queries.shape[-1]))
         likeness = torch.einsum("bid,bcd->bic", queries, chosen) / math.sqrt(queries.shape[-1])
         return masked_softmax(likeness, mask[..., None], 1)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from embedkit.attention import order_slices
 from embedkit.bags import Bag, BagShape
@@ -107,5 +106,6 @@ class BothWays(nn.Module):
 
 def _add_differences(slices: Tensor, filled: Tensor) -> Tensor:
     """Slices [batch views places dim] beside their differences to both neighbours, 0 where ``filled`` has none."""
-    inner = (slices[..., 1:, :] - slices[..., :-1, :]).masked_fill(~filled[..., 1:, None], 0.0)
-    return torch.cat([slices, F.pad(inner, (0, 0, 1, 0)), F.pad(inner, (0, 0, 0, 1))], -1)
+    places = torch.arange(slices.shape[-2], device=slices.device)
+    change = (slices - slices.roll(1, -2)).masked_fill(~(filled & (places > 0))[..., None], 0.0)
+    return torch.cat([slices, change, change.roll(-1, -2)], -1)

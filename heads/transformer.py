@@ -59,7 +59,7 @@ class TransformerHead(nn.Module):
         slices = self.project(join_tokens(bag, self.token_sets).mean(3))
         positions = bag.positions.masked_fill(~bag.mask, 0.0).to(slices.dtype)
         slices = slices + self.place(encode_positions(positions, slices.shape[-1]))
-        tokens = torch.cat([self.class_token[:, None].expand(len(slices), -1, -1, -1), slices], 2)
+        tokens = torch.cat([self.class_token[:, None].expand(slices.shape[0], -1, -1, -1), slices], 2)
         mask = F.pad(bag.mask, (1, 0), value=True)
         for layer in self.layers:
             tokens, weights = layer(tokens, mask)

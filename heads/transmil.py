@@ -70,7 +70,7 @@ class TransmilHead(nn.Module):
         slices = self.project(join_tokens(bag, self.token_sets).mean(3))
         slices = order_slices(bag.mask, dtype=slices.dtype) @ slices
         counts = bag.mask.sum(2)
-        tokens = torch.cat([self.class_token.expand(len(slices), -1, -1, -1), slices], 2)
+        tokens = torch.cat([self.class_token.expand(slices.shape[0], -1, -1, -1), slices], 2)
         tokens = self.before(tokens, counts + 1)
         tokens = torch.cat([tokens[:, :, :1], self.encode(tokens[:, :, 1:], counts)], 2)
         tokens = self.after(tokens, counts + 1)
@@ -132,20 +132,25 @@ class PyramidEncoding(nn.Module):
         # An export knows no square root of a length: there, a side that is at least as long (x / 4 + 1 >= sqrt(x)).
         edge = length // 4 + 2 if torch.compiler.is_exporting() else math.isqrt(max(length - 1, 0)) + 1
         side = counts.clamp(min=1).float().sqrt().ceil().to(counts.dtype)[..., None]
-        cells = torch.arange(edge * edge, device=slices.device)
-        rows, columns = cells // edge, cells % edge
+        sides = torch.arange(edge, device=slices.device)
+        rows, columns = (each.expand(edge, edge).flatten() for each in (sides[:, None], sides))
         place = rows * side + columns
         place = torch.where(place < counts[..., None], place, place - counts[..., None])
         inside = (rows < side) & (columns < side) & (counts[..., None] > 0)
         place = place.clamp(min=0).minimum(place.new_full((), length - 1))
-        square = slices.take_along_dim(place[..., None], 2).masked_fill(~inside[..., None], 0.0)
+        square = _pick(slices, place).masked_fill(~inside[..., None], 0.0)
         square = square.flatten(0, 1).mT.unflatten(-1, (edge, edge))
         kernel = self.large + F.pad(self.middle, (1, 1, 1, 1)) + F.pad(self.small, (2, 2, 2, 2))
         mixed = F.conv2d(square, kernel.to(square.dtype), self.bias.to(square.dtype), padding=3, groups=len(kernel))
         mixed = mixed.flatten(2).mT.unflatten(0, slices.shape[:2])
         places = torch.arange(length, device=slices.device)
         back = places // side * edge + places % side
-        return slices + mixed.take_along_dim(back.clamp(max=edge * edge - 1)[..., None], 2)
+        return slices + _pick(mixed, back.minimum(back.new_full((), edge * edge - 1)))
+
+
+def _pick(tokens: Tensor, places: Tensor) -> Tensor:
+    """The tokens [batch views places width] at these places [batch views places] of [batch views tokens width]."""
+    return tokens.gather(2, places[..., None].expand(-1, -1, -1, tokens.shape[-1]))
 
 
 def _invert(matrix: Tensor) -> Tensor:

@@ -16,11 +16,14 @@ from embedkit.bags import Bag, BagShape
 from embedkit.errors import HeadError
 from embedkit.plugins import check_output, create_head, list_heads, load_head
 from embedkit.recipe import TokenSet
+from embedkit.textvectors import write_vectors
 
 HEADS = tuple(list_heads())
 BY_GRADIENT = tuple(name for name in HEADS if load_head(name).fit_by == "gradient")
 DIM = 6
-OPTIONS: dict[str, dict[str, Any]] = {}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "text": {"vectors": write_vectors(np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32))}
+}
 """What a head cannot do without."""
 SHAPE = BagShape({"cls:2": (1, DIM), "patch@2:1": (4, DIM)}, {"patch@2:1": (2, 2)}, ("a/axial", "b/axial"))
 
@@ -545,3 +548,15 @@ def test_heads_on_grids_tell_one_place_from_another(name: str) -> None:
     bag = Bag({"patch@2:1": tokens}, torch.ones(2, 1, 1, dtype=torch.bool), torch.zeros(2, 1, 1), ("left", "right"))
     left, right = make_head(name, shape=shape)(bag).logits
     assert (left - right).abs().max() > 0.05
+
+
+def test_text_weighs_slices_by_their_product_with_the_projected_texts() -> None:
+    head = cast(Any, make_head("text", shape=ONE_VIEW, temperature=0.5, width=4))
+    bag = make_bag([[4]], shape=ONE_VIEW)
+    slices = bag.tokens["cls:2"][0, 0, :4, 0]
+    weights = (slices @ head.project(head.vectors).T / math.sqrt(DIM) / 0.5).softmax(0)
+    output = head(bag)
+    torch.testing.assert_close(output.slice_attention[0, 0, :4], weights.mean(1))
+    torch.testing.assert_close(output.embedding[0], (weights.T @ head.value(slices)).flatten())
+    with pytest.raises(HeadError, match="temperature of head 'text' is 0, expected above 0"):
+        make_head("text", temperature=0)

@@ -25,6 +25,7 @@ ABOVE = {
     "evaluation",
     "evaluationpage",
     "explanation",
+    "exporting",
     "extraction",
     "indexbuilding",
     "ledger",

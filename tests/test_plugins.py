@@ -26,7 +26,7 @@ from embedkit.recipe import TokenSet
 
 BUILT_IN = (
     "abmil", "conv", "dsmil", "fusion", "grid", "gridattention", "gru", "linear", "logistic", "mha", "mlp", "query",
-    "raptor", "transformer", "transmil",
+    "raptor", "text", "transformer", "transmil",
 )  # fmt: skip
 
 
