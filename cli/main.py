@@ -21,6 +21,7 @@ from embedkit.cli import (
     predict,
     scan,
     search,
+    search_eval,
     serve,
     shots,
     train,
@@ -56,11 +57,12 @@ for command in (
     export,
     index,
     search,
+    search_eval,
     serve,
     heads,
     backbones,
 ):
-    app.command(command.run.__name__.removesuffix("_command"))(command.run)
+    app.command(command.run.__name__.removesuffix("_command").replace("_", "-"))(command.run)
 
 
 @app.callback(invoke_without_command=True)

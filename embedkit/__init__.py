@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from embedkit.runs import open_run as open_run
     from embedkit.runs import predict as predict
     from embedkit.scanning import scan_folder as scan_folder
+    from embedkit.searchevaluation import evaluate_search as evaluate_search
     from embedkit.serving import serve as serve
     from embedkit.shots import few_shot as few_shot
     from embedkit.training import train as train
@@ -69,6 +70,7 @@ _HOMES = {
     "retrieval": ("match_cases", "open_index", "search", "search_manifest"),
     "runs": ("open_run", "predict"),
     "scanning": ("scan_folder",),
+    "searchevaluation": ("evaluate_search",),
     "serving": ("serve",),
     "shots": ("few_shot",),
     "training": ("train",),

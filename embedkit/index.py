@@ -173,7 +173,7 @@ class Index:
         self._require_level("case")
         own = self._find_cases(case_ids)
         allowed = self.select_cases(where)
-        groups = self._groups(exclude_same)
+        groups = self.group_cases(exclude_same)
         queries = self._read_prepared(own)
         similarities, rows = self._nearest_of_others(queries, _checked_count(k), allowed, groups, groups[own])
         keep = (rows >= 0) & ((groups[rows] != groups[own][:, None]) | (groups[rows] < 0))
@@ -303,7 +303,7 @@ class Index:
             SearchError: unknown case or column.
         """
         (own,) = self._find_cases([case_id])
-        groups = self._groups(column)
+        groups = self.group_cases(column)
         same = groups == groups[own] if groups[own] >= 0 else np.zeros(len(self), bool)
         same[own] = True
         return cast(list[str], self.cases["case_id"].filter(same).to_list())
@@ -316,8 +316,12 @@ class Index:
             )
         return np.array([self._numbers[case_id] for case_id in case_ids], np.int64)
 
-    def _groups(self, column: str | None) -> RowArray:
-        """A number per case, equal for equal values of ``column``, -1 for none."""
+    def group_cases(self, column: str | None) -> RowArray:
+        """A number per case, int64 [cases], equal for equal values of ``column``, -1 for none.
+
+        Raises:
+            SearchError: no such column, or one whose values cannot be compared.
+        """
         if column is None:
             return np.full(len(self), -1, np.int64)
         if column not in self.cases.columns:

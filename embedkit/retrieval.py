@@ -40,6 +40,7 @@ __all__ = [
     "open_index",
     "query_view",
     "search",
+    "search_each",
     "search_manifest",
 ]
 
@@ -104,8 +105,7 @@ def search(
         OptionError: an option that means nothing.
     """
     opened = index if isinstance(index, Index) else open_index(index)
-    if rerank is None:
-        rerank = "none" if vector is not None or "run" in opened.details else "ordered"
+    rerank = _default_rerank(opened, "none" if rerank is None and vector is not None else rerank)
     votes = region is not None or (query is not None and has_votes(query.slices))
     options = _Ranking(k, where, exclude_same, rerank, by_patch or votes, candidates)
     _require_one({"case": case_id, "volume": volume, "vector": vector, "query": query})
@@ -117,9 +117,9 @@ def search(
         return opened.search(np.asarray(vector, np.float32)[None], k, where=where).drop("query")
     if case_id is not None and not options.by_slices and region is None and opened.level == "case":
         return opened.search_cases([case_id], k, where=where, exclude_same=exclude_same).drop("query")
-    source = open_source(opened, cache) if options.by_slices or opened.level == "slice" or case_id is not None else None
+    source = _open_needed(opened, cache, options)
     if case_id is not None:
-        query = read_case_query(opened, cast(Cache, source), case_id, region=region)
+        query = _read_case(opened, source, case_id, region)
     elif volume is not None:
         query = read_volume_query(opened, Path(volume), view=view, weights=weights, device=device, region=region)
     return _rank(opened, source, cast(Query, query), options)
@@ -127,10 +127,16 @@ def search(
 
 def _read_case(index: Index, source: Cache | None, case_id: str, region: Region | None) -> Query:
     """A case of the index as a query: from the cache where patches are needed, else from what the index keeps."""
-    (number,) = index.number_cases([case_id])
     if source is not None:
         return read_case_query(index, source, case_id, region=region)
+    (number,) = index.number_cases([case_id])
     return Query(case_id, case_id, None, _open_store(index).read(number), None)
+
+
+def _open_needed(index: Index, cache: Cache | str | Path | None, options: _Ranking) -> Cache | None:
+    """The cache where a search needs its patches, or where it was given; else what the index keeps is enough."""
+    needed = options.by_patch or index.level == "slice" or cache is not None
+    return open_source(index, cache) if needed else None
 
 
 @dataclass(frozen=True)
@@ -224,6 +230,44 @@ def _require_one(given: Mapping[str, object]) -> None:
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         raise SearchError(f"search got {' and '.join(names) or 'no query'}, expected exactly one of {', '.join(given)}")
+
+
+def search_each(
+    index: Index,
+    case_ids: Sequence[str],
+    *,
+    k: int = 10,
+    where: str | None = None,
+    exclude_same: str | None = None,
+    rerank: str | None = None,
+    by_patch: bool = False,
+    candidates: int = 100,
+    cache: Cache | str | Path | None = None,
+) -> pl.DataFrame:
+    """The cases most similar to each of many cases of an index; the arguments are those of `search`.
+
+    Returns:
+        As `search`, with ``query``, the place in ``case_ids``, in front.
+
+    Raises:
+        SearchError, RecipeError, OptionError: as `search`.
+    """
+    options = _Ranking(k, where, exclude_same, _default_rerank(index, rerank), by_patch, candidates)
+    if not options.by_slices and index.level == "case":
+        return index.search_cases(case_ids, k, where=where, exclude_same=exclude_same)
+    source = _open_needed(index, cache, options)
+    frames = [
+        _rank(index, source, _read_case(index, source, case_id, None), options).select(
+            pl.lit(place, pl.Int64).alias("query"), pl.all()
+        )
+        for place, case_id in enumerate(case_ids)
+    ]
+    return pl.concat(frames) if frames else pl.DataFrame(schema={"query": pl.Int64})
+
+
+def _default_rerank(index: Index, rerank: str | None) -> str:
+    """What ranks again where nothing was said: not the vectors of a run, which know its task."""
+    return rerank or ("none" if "run" in index.details else "ordered")
 
 
 def search_manifest(
