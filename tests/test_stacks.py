@@ -144,11 +144,12 @@ def test_every_kind_of_task_is_trained_side_by_side_as_alone(kind: TaskKind) -> 
         assert_same(run([fit])[0], outcome)
 
 
-def test_a_fit_alone_is_what_plain_torch_makes_of_it() -> None:
-    """The textbook loop: module, AdamW, OneCycleLR, the same batches."""
-    fit = make_fit("abmil", options={"dropout": 0.0}, epochs=3)
+@pytest.mark.parametrize("kind_of_head", ["abmil", "dsmil"])
+def test_a_fit_alone_is_what_plain_torch_makes_of_it(kind_of_head: str) -> None:
+    """The textbook loop: module, AdamW, OneCycleLR, the same batches; an auxiliary answer has half of the loss."""
+    fit = make_fit(kind_of_head, options={"dropout": 0.0}, epochs=3)
     outcome = run([dataclasses.replace(fit, held_out=np.zeros(CASES, bool))])[0]
-    head = create_head("abmil", SHAPE, ["cls:2"], 1, options={"dropout": 0.0})
+    head = create_head(kind_of_head, SHAPE, ["cls:2"], 1, options={"dropout": 0.0})
     head.load_state_dict(fit.head.state_dict())
     optimiser = torch.optim.AdamW(head.parameters(), lr=fit.how.learning_rate, weight_decay=fit.how.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -157,7 +158,9 @@ def test_a_fit_alone_is_what_plain_torch_makes_of_it() -> None:
     for epoch in range(3):
         for cases in fit.deck.batches("again", fit.training, epoch, 0, fit.steps):
             bag = fit.standardiser(BAGS.batch(torch.from_numpy(cases)))
-            loss = fit.loss(head(bag).logits, torch.from_numpy(cases))
+            output = head(bag)
+            answers = [each for each in (output.logits, output.auxiliary_logits) if each is not None]
+            loss = torch.stack([fit.loss(each, torch.from_numpy(cases)) for each in answers]).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
