@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--part", choices=("heads", "layers", "retrieval"), default="heads")
     parser.add_argument("--tasks", default=",".join(task.target for task in TASKS))
-    parser.add_argument("--head", action="append", default=[], help="with --part layers: also this head")
+    parser.add_argument("--head", action="append", default=[], help="beside the baselines; default: the default heads")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tasks = [task for task in TASKS if task.target in options.tasks.split(",")]
@@ -88,14 +88,15 @@ def make_cache(name: str, options: argparse.Namespace) -> Cache:
 
 
 def train_heads(task: Task, cache: Cache, options: argparse.Namespace) -> dict[str, Run]:
-    """Every default head and both baselines, each on the tokens that it chooses."""
+    """The heads asked for and both baselines, each on the tokens that it chooses."""
     out = options.work / "runs" / f"{cache.path.name}-{options.seed}"
-    names = ("logistic", "raptor", "linear", "query", "abmil", "grid")
+    names = ("logistic", "raptor", *(options.head or ("linear", "query", "abmil", "grid")))
     if not all((out / f"{task.target}.{name}" / "run.json").is_file() for name in names):
         train(
             cache,
             options.data / task.data / "labels.csv",
             targets=[task.target],
+            heads=options.head or None,
             out=out,
             classes=task.classes,
             seed=options.seed,

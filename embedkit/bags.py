@@ -65,12 +65,15 @@ class Bag:
         mask: Bool [batch views slices], True for a real slice that is not blank.
         positions: [batch views slices], place along the stack from 0 (first slice) to 1 (last); 0.5 for a lone slice.
         case_ids: One per item of the batch.
+        zeroed: Whether masked slices are known to hold zeros, so that nobody need fill them again; where it is False
+            they may hold anything.
     """
 
     tokens: dict[str, Tensor]
     mask: Tensor
     positions: Tensor
     case_ids: tuple[str, ...]
+    zeroed: bool = False
 
     def __len__(self) -> int:
         return len(self.case_ids)

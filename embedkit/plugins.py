@@ -138,19 +138,7 @@ def list_heads(entry_points: Iterable[importlib.metadata.EntryPoint] | None = No
     Raises:
         HeadError: two distributions register one name.
     """
-    points = _installed() if entry_points is None else entry_points
-    found: dict[str, HeadEntry] = {}
-    for point in points:
-        distribution = point.dist.name if point.dist is not None else "an unnamed distribution"
-        version = point.dist.version if point.dist is not None else ""
-        entry = HeadEntry(point.name, distribution, version, point.value)
-        first = found.setdefault(point.name, entry)
-        if first != entry:
-            raise HeadError(
-                f"head {point.name!r} is registered twice, by {first.distribution} ({first.value}) and by"
-                f" {distribution} ({point.value}); expected one; uninstall one of them or rename its entry point"
-            )
-    return dict(sorted(found.items()))
+    return dict(_installed()) if entry_points is None else _collect(entry_points)
 
 
 def load_head(name: str, entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> Head:
@@ -273,9 +261,24 @@ def check_output(name: str, output: Any, bag: Bag, outputs: int) -> HeadOutput:
 
 
 @functools.cache
-def _installed() -> tuple[importlib.metadata.EntryPoint, ...]:
-    """The entry points of the installed distributions, searched for once per process."""
-    return tuple(importlib.metadata.entry_points(group=GROUP))
+def _installed() -> dict[str, HeadEntry]:
+    """The heads of the installed distributions, searched for once per process: their metadata is slow to read."""
+    return _collect(importlib.metadata.entry_points(group=GROUP))
+
+
+def _collect(points: Iterable[importlib.metadata.EntryPoint]) -> dict[str, HeadEntry]:
+    found: dict[str, HeadEntry] = {}
+    for point in points:
+        distribution = point.dist.name if point.dist is not None else "an unnamed distribution"
+        version = point.dist.version if point.dist is not None else ""
+        entry = HeadEntry(point.name, distribution, version, point.value)
+        first = found.setdefault(point.name, entry)
+        if first != entry:
+            raise HeadError(
+                f"head {point.name!r} is registered twice, by {first.distribution} ({first.value}) and by"
+                f" {distribution} ({point.value}); expected one; uninstall one of them or rename its entry point"
+            )
+    return dict(sorted(found.items()))
 
 
 def _check_class(loaded: object, entry: HeadEntry) -> None:

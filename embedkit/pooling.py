@@ -56,7 +56,7 @@ def join_tokens(bag: Bag, token_sets: Sequence[str]) -> Tensor:
     joined = parts[0]
     if len(parts) > 1:
         joined = torch.cat([part.expand(-1, -1, -1, patches, -1) for part in parts], dim=-1)
-    return joined.masked_fill(~bag.mask[..., None, None], 0.0)
+    return joined if bag.zeroed else joined.masked_fill(~bag.mask[..., None, None], 0.0)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int) -> Tensor:

@@ -36,7 +36,8 @@ from embedkit.storage import TokenStore
 
 __all__ = ["Fit", "Outcome", "Stack"]
 
-_BYTES_AT_ONCE = 64 * 2**20  # of float32 tokens in one run of a head
+_SHARED_AT_ONCE = 64 * 2**20  # bytes of float32 tokens in one run of a head, were they not shared by its rows
+_APART_AT_ONCE = 8 * 2**20  # where each row has its own: more does not stay in the processor's own memory
 _JUDGED_AT_ONCE = 64
 _APART = 1_000_003  # so that no two steps of two noises draw alike
 
@@ -174,7 +175,7 @@ class Stack:
         for step in range(steps):
             slopes = torch.zeros_like(self._adam.values)
             for call in self._calls([dealt[fit.key][step] for fit in self.fits]):
-                torch.manual_seed((self.fits[call.rows[0]].noise * _APART + self._step) % 2**63)
+                _seed(self.store.device, (self.fits[call.rows[0]].noise * _APART + self._step) % 2**63)
                 self._descend(call, slopes)
             self._adam.step(slopes, *one_cycle(self._step, first.how.epochs * first.deck.blocks * steps))
             self._step += 1
@@ -256,7 +257,8 @@ class Stack:
         shape = self.store.shape
         sizes = [shape.token_sets[name] for name in self.token_sets]
         numbers = cases.shape[1] * len(shape.views) * slices * sum(patches * dim for patches, dim in sizes)
-        most = max(1, _BYTES_AT_ONCE // (4 * numbers)) if self.stackable else 1
+        limit = _SHARED_AT_ONCE if len(cases) == 1 else _APART_AT_ONCE
+        most = max(1, limit // (4 * numbers)) if self.stackable else 1
         for start in range(0, len(rows), most):
             part = slice(start, start + most)
             yield _Call(rows[part], cases if len(cases) == 1 else cases[part], slices)
@@ -289,8 +291,8 @@ class Stack:
         bag = self.store.batch(places, self.token_sets, slices=call.slices)
         with torch.autocast(self.store.device.type, torch.bfloat16, enabled=self.fits[0].how.precision == "bf16"):
             if len(call.cases) == 1:
-                return self._run_together(parameters, self._standardise(bag, call.rows[0]))
-            return self._run_side_by_side(parameters, bag, call)
+                return self._run_together(parameters, self._standardise(bag, call.rows[:1]))
+            return self._run_side_by_side(parameters, self._standardise(bag, call.rows), call)
 
     def _run_together(self, parameters: dict[str, Tensor], bag: Bag) -> tuple[Tensor, ...]:
         """Runs all rows on one standardised bag."""
@@ -302,29 +304,27 @@ class Stack:
         return answers
 
     def _run_side_by_side(self, parameters: dict[str, Tensor], bag: Bag, call: _Call) -> tuple[Tensor, ...]:
-        """Runs each row on its own part of a bag [rows * batch ...] that is yet to be standardised."""
+        """Runs each row on its own part of a standardised bag [rows * batch ...]."""
         size, ids = call.cases.shape, bag.case_ids[: call.cases.shape[1]]
-        rows = _as_index(call.rows)
         tokens = {name: values.view(*size, *values.shape[1:]) for name, values in bag.tokens.items()}
-        tokens = {
-            name: (values.to(mean.dtype) - mean[rows][:, None]).mul_(scale[rows][:, None])
-            for (name, values), (mean, scale) in zip(tokens.items(), self._standard.values(), strict=True)
-        }
         mask, positions = (values.view(*size, *values.shape[1:]) for values in (bag.mask, bag.positions))
 
         def run(each: dict[str, Tensor], tokens: dict[str, Tensor], mask: Tensor, positions: Tensor) -> Any:
-            return _answers(functional_call(self.head, each, (Bag(tokens, mask, positions, ids),)))
+            return _answers(functional_call(self.head, each, (Bag(tokens, mask, positions, ids, bag.zeroed),)))
 
         answers: tuple[Tensor, ...] = torch.vmap(run, randomness="same")(parameters, tokens, mask, positions)
         return answers
 
-    def _standardise(self, bag: Bag, row: int) -> Bag:
-        """As `Standardiser`, with that of one row."""
-        tokens = {
-            name: (bag.tokens[name].to(mean.dtype) - mean[row]).mul_(scale[row])
-            for name, (mean, scale) in self._standard.items()
-        }
-        return dataclasses.replace(bag, tokens=tokens)
+    def _standardise(self, bag: Bag, rows: list[int]) -> Bag:
+        """As `Standardiser`, with that of each row on its part of the bag; masked slices become zeros."""
+        size, at = (len(rows), len(bag) // len(rows)), _as_index(rows)
+        mask = bag.mask.view(*size, *bag.mask.shape[1:], 1, 1)
+        tokens = {}
+        for name, (mean, scale) in self._standard.items():
+            values = bag.tokens[name].to(mean.dtype, copy=True)
+            values.view(*size, *values.shape[1:]).sub_(mean[at, None]).mul_(scale[at, None] * mask)
+            tokens[name] = values
+        return dataclasses.replace(bag, tokens=tokens, zeroed=True)
 
     def _keep_logits(self, row: int, spots: _Ints, logits: Tensor) -> None:
         if not len(self._logits):
@@ -346,6 +346,16 @@ def _lay_out(head: nn.Module) -> dict[str, tuple[int, int, torch.Size]]:
             layout[name] = (start, start + parameter.numel(), parameter.shape)
             start += parameter.numel()
     return layout
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seeds the generator that dropout draws from; `torch.manual_seed` seeds those of all devices, at a millisecond."""
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _start_watch(held: Sequence[_Ints], patience: int, device: torch.device) -> Watch | None:
