@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,8 @@ from embedkit.phantoms import make_phantoms
 from embedkit.planning import make_recipe
 from embedkit.slices import plan_stacks, render_slices
 from embedkit.sources import group_cases, read_case
+from peers import DEFAULT_ENVS, make_environment, offline, run_program
 
-DEFAULT_ENVS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "embedkit-peers"
 PACKAGES = {"slide2vec": ("slide2vec==7.1.4",), "kaiko-eva": ("kaiko-eva[vision]==0.4.5",)}
 
 EMBEDKIT = """
@@ -248,11 +247,11 @@ def run_embedkit(_: argparse.Namespace, folder: Path, task: dict[str, Any]) -> d
 
 
 def run_slide2vec(options: argparse.Namespace, folder: Path, task: dict[str, Any]) -> dict[str, float]:
-    return run_program(make_environment(options.envs, "slide2vec"), SLIDE2VEC, folder, task)
+    return run_program(make_environment(options.envs, "slide2vec", PACKAGES["slide2vec"]), SLIDE2VEC, folder, task)
 
 
 def run_eva(options: argparse.Namespace, folder: Path, task: dict[str, Any]) -> dict[str, float]:
-    python = make_environment(options.envs, "kaiko-eva")
+    python = make_environment(options.envs, "kaiko-eva", PACKAGES["kaiko-eva"])
     folder.mkdir()
     (folder / "pictures_for_eva.py").write_text(EVA)
     (folder / "task.json").write_text(json.dumps(task))
@@ -311,38 +310,6 @@ def eva_configuration(folder: Path, task: dict[str, Any]) -> dict[str, Any]:
             },
         },
     }
-
-
-def run_program(python: Path | str, program: str, folder: Path, task: dict[str, Any]) -> dict[str, float]:
-    """Runs a program that reads task.json and prints one line RESULT."""
-    folder.mkdir()
-    (folder / "program.py").write_text(program)
-    (folder / "task.json").write_text(json.dumps(task | {"out": str(folder / "out")}))
-    command = [str(python), str(folder / "program.py"), str(folder / "task.json")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=offline())
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    result: dict[str, float] = json.loads(line.removeprefix("RESULT "))
-    return result
-
-
-def offline(**more: str) -> dict[str, str]:
-    """The environment of a side: no hub is asked for anything."""
-    return os.environ | {"HF_HUB_OFFLINE": "1"} | more
-
-
-def make_environment(envs: Path, peer: str) -> Path:
-    """The Python of a peer's virtual environment, made where it is not there."""
-    python = envs / peer / "bin" / "python"
-    mark = envs / peer / "installed"
-    if not mark.exists():
-        print(f"installing {' '.join(PACKAGES[peer])} into {envs / peer}", flush=True)
-        venv.create(envs / peer, with_pip=True, clear=True)
-        (own,) = (envs / peer).glob("lib/*/site-packages")
-        (own / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # searched after the peer's own
-        command = [str(python), "-m", "pip", "install", "--quiet", *PACKAGES[peer], f"torch=={torch.__version__}"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        mark.touch()
-    return python
 
 
 SIDES = (

@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from real_tasks import PROJECT, TASKS, Task, make_cache
 
 from embedkit.cache import Cache, StackTokens, create_cache, open_cache, write_shard
 from embedkit.errors import EmbedkitError
@@ -33,6 +32,7 @@ from embedkit.quantisation import bytes_per_slice
 from embedkit.recipe import Recipe, TokenSet
 from embedkit.runs import Run, open_run
 from embedkit.training import BASELINES, train
+from real_tasks import PROJECT, TASKS, Task, make_cache
 
 STACKS_PER_SHARD = 64
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from embedkit.dropout import Dropout
 from embedkit.pooling import masked_softmax
 
 __all__ = ["EncoderLayer", "attend", "encode_positions", "order_slices"]
@@ -47,9 +48,9 @@ class EncoderLayer(nn.Module):
         self.mix = nn.Linear(width, width)
         self.norm_network = nn.LayerNorm(width)
         self.network = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+            nn.Linear(width, 2 * width), nn.GELU(), Dropout(dropout), nn.Linear(2 * width, width)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [... tokens dim] under ``mask`` [... tokens]; with the attention [... heads tokens tokens]."""

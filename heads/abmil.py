@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
 
@@ -39,12 +40,12 @@ class AbmilHead(nn.Module):
         super().__init__()
         self.token_sets = tuple(token_sets)
         _, dim = joined_size(shape, token_sets)
-        self.embed = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Dropout(dropout))
+        self.embed = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), Dropout(dropout))
         self.value = nn.Linear(width, attention_width)
         self.gate = nn.Linear(width, attention_width)
         self.score = nn.Parameter(torch.empty(len(shape.views), attention_width).normal_(std=attention_width**-0.5))
         self.fuse = ViewQuery(width, len(shape.views))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(width, outputs)
 
     def forward(self, bag: Bag) -> HeadOutput:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import join_tokens, joined_size, masked_max, masked_softmax, weigh_slices
 
@@ -47,7 +48,7 @@ class DsmilHead(nn.Module):
         _, dim = joined_size(shape, token_sets)
         self.embed = nn.Linear(dim, width, bias=False)
         self.view_bias = nn.Parameter(torch.zeros(len(shape.views), width))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.score = nn.Linear(width, outputs)
         self.query = nn.Sequential(
             nn.Linear(width, query_width), nn.ReLU(), nn.Linear(query_width, query_width), nn.Tanh()

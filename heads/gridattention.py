@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from embedkit.attention import encode_positions
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.errors import HeadError
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
@@ -54,7 +55,7 @@ class GridAttentionHead(nn.Module):
         self.project = nn.Linear(dim, width)
         self.place = LearnedPlaces(patches, width) if places == "learned" else SinePlaces(grid, width)
         self.axial = nn.Linear(width, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.value = nn.Linear(width, width)
         self.gate = nn.Linear(width, width)
         self.score = nn.Parameter(torch.empty(len(shape.views), heads, width).normal_(std=width**-0.5))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from embedkit.attention import order_slices
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
 
@@ -49,7 +50,7 @@ class GruHead(nn.Module):
         self.recurrence = BothWays(3 * width, hidden)
         self.score = nn.Parameter(torch.zeros(len(shape.views), 2 * hidden))
         self.fuse = ViewQuery(2 * hidden, len(shape.views))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(2 * hidden, outputs)
 
     def forward(self, bag: Bag) -> HeadOutput:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import join_tokens, joined_size, pool_bag, pool_views
 
@@ -34,7 +35,7 @@ class LinearHead(nn.Module):
         self.token_sets = tuple(token_sets)
         _, dim = joined_size(shape, token_sets)
         views = len(shape.views)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.weight = nn.Parameter(torch.empty(views, outputs, dim).normal_(std=0.01))
         self.bias = nn.Parameter(torch.zeros(outputs))
 

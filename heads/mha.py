@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from embedkit.attention import attend
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import join_tokens, joined_size, masked_mean, weigh_slices
 
@@ -46,7 +47,7 @@ class MhaHead(nn.Module):
         self.query = nn.Linear(dim, width)
         self.key = nn.Linear(dim, width, bias=False)
         self.value = nn.Linear(dim, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(width, outputs)
 
     def forward(self, bag: Bag) -> HeadOutput:

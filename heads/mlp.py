@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import joined_size, pool_bag, pool_views
 
@@ -36,7 +37,7 @@ class MlpHead(nn.Module):
         _, dim = joined_size(shape, token_sets)
         self.weight = nn.Parameter(torch.empty(len(shape.views), hidden, dim).normal_(std=dim**-0.5))
         self.bias = nn.Parameter(torch.zeros(hidden))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(hidden, outputs)
 
     def reduce(self, bag: Bag) -> Bag:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
 
@@ -36,7 +37,7 @@ class QueryHead(nn.Module):
         _, dim = joined_size(shape, token_sets)
         self.query = nn.Parameter(torch.zeros(len(shape.views), dim))
         self.fuse = ViewQuery(dim, len(shape.views))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(dim, outputs)
 
     def forward(self, bag: Bag) -> HeadOutput:

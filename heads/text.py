@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.errors import HeadError
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
@@ -59,11 +60,11 @@ class TextHead(nn.Module):
         self.register_buffer("vectors", torch.from_numpy(read_vectors(options["vectors"])))
         count, text_dim = self.vectors.shape
         self.project = nn.Sequential(
-            nn.Linear(text_dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim, bias=False)
+            nn.Linear(text_dim, hidden), nn.GELU(), Dropout(dropout), nn.Linear(hidden, dim, bias=False)
         )
         self.value = nn.Linear(dim, width)
         self.fuse = ViewQuery(count * width, len(shape.views))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(count * width, outputs)
 
     @classmethod

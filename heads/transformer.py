@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from embedkit.attention import EncoderLayer, encode_positions
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, weigh_slices
 
@@ -52,7 +53,7 @@ class TransformerHead(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(width, heads=heads, dropout=dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.fuse = ViewQuery(width, len(shape.views))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(width, outputs)
 
     def forward(self, bag: Bag) -> HeadOutput:

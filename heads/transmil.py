@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from embedkit.attention import order_slices
 from embedkit.bags import Bag, BagShape
+from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
 
@@ -63,7 +64,7 @@ class TransmilHead(nn.Module):
         self.after = NystromLayer(width, heads=heads, landmarks=landmarks, dropout=dropout)
         self.norm = nn.LayerNorm(width)
         self.fuse = ViewQuery(width, len(shape.views))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classify = nn.Linear(width, outputs)
 
     def forward(self, bag: Bag) -> HeadOutput:
@@ -88,7 +89,7 @@ class NystromLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, 3 * width, bias=False)
         self.mix = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, counts: Tensor) -> Tensor:
         """[batch views tokens width] with ``counts`` [batch views]."""

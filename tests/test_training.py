@@ -114,7 +114,8 @@ def test_every_head_learns_what_its_tokens_show(cache: Cache, tmp_path: Path) ->
         assert auroc(result, head) > 0.9, head
     assert [each.done for each in progress] == list(range(1, 16))
     assert {each.total for each in progress} == {15}
-    assert (progress[-1].target, progress[-1].head, progress[-1].fold) == ("disease", "abmil", 2)
+    assert (progress[-1].target, progress[-1].head) == ("disease", "abmil")
+    assert sorted(each.fold for each in progress if each.head == "abmil") == [0, 1, 2]
     assert "abmil" in str(result)
 
 
