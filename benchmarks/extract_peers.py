@@ -12,7 +12,7 @@ workers; with `--workers 0 2` both are measured, and the faster counts.
 What differs, all of it to the peers' favour but the last: they are given PNG pictures, already windowed and 224 pixels
 wide, where embedkit reads compressed NIfTI volumes, windows, resizes and also keeps a preview and checksums. They write
 one file (slide2vec: two) per slice, embedkit one shard, in float16 instead of their float32. The class token is in
-all of them, and `dense` is the full grid of patch tokens.
+all of them, and `dense` is the full grid of the last block's patch tokens.
 
 Seconds are from the loaded model to the last file on disk; those to import and load are printed beside them, and the
 CPU seconds of the work (embedkit's include loading the model), which tell more on a machine that others use. The last
@@ -56,7 +56,8 @@ from embedkit.extraction import extract
 task = json.loads(Path(sys.argv[1]).read_text())
 before = time.process_time()
 summary = extract(
-    task["manifest"], task["out"], backbone=task["backbone"], weights=task["weights"], tokens=task["tokens"],
+    task["manifest"], task["out"], backbone=task["backbone"], weights=task["weights"],
+    tokens=[f"{task['kind']}:{task['depth']}"],
     precision="fp32", device="cpu", batch_size=task["batch_size"], planes=["axial"],
 )
 whole = time.perf_counter() - started
@@ -89,13 +90,13 @@ model = Model.from_preset("local", device="cpu")
 def embed(pictures, out):
     execution = ExecutionOptions(output_dir=Path(out), batch_size=task["batch_size"], num_gpus=1, precision="fp32",
                                  num_workers_per_gpu=task["workers"])
-    if task["tokens"] == ["patch"]:
+    if task["kind"] == "patch":
         model.embed_images_dense(pictures, dense=DenseImageOptions(target_size=224), execution=execution)
     else:
         model.embed_images(pictures, execution=execution)
 
 
-spacing = 1.0 if task["tokens"] == ["patch"] else None
+spacing = 1.0 if task["kind"] == "patch" else None
 pictures = [ImageSpec(sample_id=Path(file).stem, image_path=file, spacing_at_level_0=spacing)
             for file in task["files"]]
 if __name__ == "__main__":
@@ -175,7 +176,7 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
             if (side, kind) in failed:
                 continue
             try:
-                seconds.setdefault((side, kind), []).append(time_side(options, folder, side, task | {"tokens": [kind]}))
+                seconds.setdefault((side, kind), []).append(time_side(options, folder, side, task | {"kind": kind}))
             except subprocess.CalledProcessError as error:
                 failed.add((side, kind))
                 why = " ".join((error.stderr or error.output or "").split())[-600:]
@@ -204,6 +205,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "weights": str(weights),
         "backbone": options.backbone,
         "dim": network.num_features,
+        "depth": len(network.blocks),
         "batch_size": options.batch_size,
         "files": write_pictures(manifest, options.backbone, weights, folder / "pictures"),
     }
@@ -234,7 +236,7 @@ def time_side(options: argparse.Namespace, folder: Path, side: str, task: dict[s
         result = RUNNERS[side](options, place, task | {"workers": workers})
         found.append(result["seconds"] / result["slices"])
         print(
-            f"{side}, {NAMES[task['tokens'][0]]}{'' if workers is None else f', {workers} loader workers'}:"
+            f"{side}, {NAMES[task['kind']]}{'' if workers is None else f', {workers} loader workers'}:"
             f" {1e3 * found[-1]:.1f} ms per slice, {result['seconds']:.1f} s"
             f" ({result['cpu']:.1f} s of CPU) and {result['loading']:.1f} s to import and load",
             flush=True,
