@@ -117,6 +117,22 @@ def load_backbone(
     return _wrap(model, name=name, weights=digest, image_size=size)
 
 
+def build_frame(name: str, *, image_size: int) -> VitBackbone:
+    """An untrained transformer of the shape that `load_backbone` gives, for weights that the caller has.
+
+    Raises:
+        BackboneError: unknown name, no transformer, or an image size that it cannot take.
+    """
+    _check_name(name)
+    model = _create(name)
+    _resize(model, image_size, name)
+    model.eval().requires_grad_(False)
+    backbone = _wrap(model, name=name, weights="", image_size=image_size)
+    if not isinstance(backbone, VitBackbone):
+        raise BackboneError(f"{name} is no vision transformer; choose one")
+    return backbone
+
+
 def compile_backbone(backbone: Backbone) -> None:
     """Compiles the blocks of a transformer in place, at the first batch; its tokens change by rounding alone.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from embedkit.errors import CacheError
 from embedkit.recipe import TokenSet
+from embedkit.tails import Tail, TailShape
 
 __all__ = ["Bag", "BagShape", "BagStore", "TokenSource", "bag_shape", "list_views", "load_bags", "stream_bags"]
 
@@ -54,6 +55,8 @@ class TokenSource(Protocol):
     def token_sets(self) -> Mapping[str, TokenSetShape]: ...
     def read(self, stack: int, token_set: str, /) -> np.ndarray[Any, Any]: ...
     def slices(self, stack: int, /) -> SliceTable: ...
+    def tail_shape(self) -> TailShape: ...
+    def tail(self) -> Tail: ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Bag:
         case_ids: One per item of the batch.
         zeroed: Whether masked slices are known to hold zeros, so that nobody need fill them again; where it is False
             they may hold anything.
+        tail: The blocks that ``cut`` tokens enter; None where the bag has no such tokens.
     """
 
     tokens: dict[str, Tensor]
@@ -74,6 +78,7 @@ class Bag:
     positions: Tensor
     case_ids: tuple[str, ...]
     zeroed: bool = False
+    tail: Tail | None = None
 
     def __len__(self) -> int:
         return len(self.case_ids)
@@ -93,11 +98,13 @@ class BagShape:
         token_sets: Token set -> (patches, dim).
         grids: Patch token set -> (height, width) of its patch grid; (1, patches) where it is not square.
         views: ``view/plane`` names in the order of the bag's views axis.
+        tail: Shape of the blocks that ``cut`` tokens enter; None where there are none.
     """
 
     token_sets: dict[str, tuple[int, int]]
     grids: dict[str, tuple[int, int]]
     views: tuple[str, ...]
+    tail: TailShape | None = None
 
     def select(self, token_sets: Sequence[str]) -> BagShape:
         """The same shape with these token sets alone."""
@@ -105,7 +112,12 @@ class BagShape:
             {name: self.token_sets[name] for name in token_sets},
             {name: self.grids[name] for name in token_sets if name in self.grids},
             self.views,
+            self.tail if any(_is_cut(name) for name in token_sets) else None,
         )
+
+
+def _is_cut(token_set: str) -> bool:
+    return TokenSet.parse(token_set).kind == "cut"
 
 
 def list_views(source: TokenSource) -> tuple[str, ...]:
@@ -133,7 +145,8 @@ def bag_shape(source: TokenSource, token_sets: Sequence[str], *, views: Sequence
         if TokenSet.parse(name).kind == "patch":
             side = math.isqrt(shape[0])
             grids[name] = (side, side) if side * side == shape[0] else (1, shape[0])
-    return BagShape(sizes, grids, tuple(views) if views is not None else list_views(source))
+    tail = source.tail_shape() if any(map(_is_cut, token_sets)) else None
+    return BagShape(sizes, grids, tuple(views) if views is not None else list_views(source), tail)
 
 
 class BagStore:
@@ -144,7 +157,14 @@ class BagStore:
     """
 
     def __init__(
-        self, shape: BagShape, case_ids: Sequence[str], tables: dict[str, Tensor], rows: Tensor, positions: Tensor
+        self,
+        shape: BagShape,
+        case_ids: Sequence[str],
+        tables: dict[str, Tensor],
+        rows: Tensor,
+        positions: Tensor,
+        *,
+        tail: Tail | None = None,
     ) -> None:
         """Takes tables [rows + 1, patches, dim], and rows and positions [cases views slices]; the last row is zero."""
         self.shape = shape
@@ -152,6 +172,7 @@ class BagStore:
         self._tables = tables
         self._rows = rows
         self._positions = positions
+        self._tail = tail
         self._zero_row = int(next(iter(tables.values())).shape[0]) - 1
         real = rows != self._zero_row
         self._longest = (real * torch.arange(1, rows.shape[2] + 1, device=rows.device)).amax((1, 2))
@@ -202,7 +223,7 @@ class BagStore:
             for name in names
         }
         case_ids = tuple(self.case_ids[place] for place in places.tolist())
-        return Bag(tokens, rows != self._zero_row, positions, case_ids)
+        return Bag(tokens, rows != self._zero_row, positions, case_ids, tail=self._tail)
 
     def batches(
         self, cases: Sequence[int] | Tensor, size: int, *, generator: torch.Generator | None = None
@@ -230,7 +251,8 @@ class BagStore:
     def to(self, device: torch.device | str) -> Self:
         """The same store with its tables on ``device``."""
         tables = {name: table.to(device) for name, table in self._tables.items()}
-        return type(self)(self.shape, self.case_ids, tables, self._rows.to(device), self._positions.to(device))
+        rows, positions = self._rows.to(device), self._positions.to(device)
+        return type(self)(self.shape, self.case_ids, tables, rows, positions, tail=self._tail)
 
 
 def load_bags(
@@ -263,7 +285,8 @@ def load_bags(
         slices = source.slices(stack)
         rows[case, view, : stop - start] = np.where(slices.blank, starts[-1], np.arange(start, stop))
         positions[case, view, : stop - start] = _relative_positions(slices.positions_mm)
-    return BagStore(shape, case_ids, tables, torch.from_numpy(rows), torch.from_numpy(positions))
+    tail = source.tail() if shape.tail is not None else None
+    return BagStore(shape, case_ids, tables, torch.from_numpy(rows), torch.from_numpy(positions), tail=tail)
 
 
 def stream_bags(

@@ -27,6 +27,7 @@ from embedkit.quantisation import TOKEN_DTYPES, bytes_per_slice, dequantise_toke
 from embedkit.recipe import Recipe, require_same_recipe
 from embedkit.shards import Shard, array_names, load_shard
 from embedkit.tables import StackTokens, check_stack
+from embedkit.tails import Tail, TailShape, load_tail, read_tail_shape
 
 __all__ = [
     "Cache",
@@ -159,6 +160,22 @@ class Cache:
             positions_mm=np.ascontiguousarray(rows["position_mm"]),
             blank=rows["blank"].astype(bool),
         )
+
+    def tail_shape(self) -> TailShape:
+        """Of the blocks that the cut tokens enter.
+
+        Raises:
+            CacheError: the cache keeps none, or they are damaged.
+        """
+        return read_tail_shape(self.path, self.fingerprint)
+
+    def tail(self) -> Tail:
+        """The blocks that the cut tokens enter, loaded once per process.
+
+        Raises:
+            CacheError: as `tail_shape`.
+        """
+        return load_tail(self.path, self.fingerprint)
 
     def record(self, stack: int) -> StackRecord:
         """Names, geometry and source of a stack.

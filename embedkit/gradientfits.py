@@ -179,7 +179,7 @@ class GradientFitter:
         head = self._build(job, candidate).head.to(self.preparation.device)
         with torch.no_grad():
             check_output(job.plan.head, head(whole), whole, job.task.outputs)
-        if obstacle := find_obstacle(head, read):
+        if obstacle := getattr(head, "one_by_one", "") or find_obstacle(head, read):
             self.obstacles[job.plan.head] = obstacle
 
     def _finish(self, job: FoldJob, fit: Fit, report: FitReport, outcome: Outcome) -> Member:

@@ -16,11 +16,12 @@ from embedkit.cache import Cache, TokenSetInfo, open_cache
 from embedkit.errors import CacheError, RecipeError
 from embedkit.failures import Failure, read_failures
 from embedkit.files import explain_os_error
-from embedkit.folder import list_shards, stored_recipe
+from embedkit.folder import list_shards, parse_recipe, stored_recipe
 from embedkit.quantisation import TOKEN_DTYPES, bytes_per_slice, bytes_per_stack
 from embedkit.recipe import Recipe, TokenSet
 from embedkit.seal import CHUNK_BYTES, Region
 from embedkit.shards import Shard, load_shard
+from embedkit.tails import check_tail
 
 __all__ = ["CacheSummary", "Damage", "StorageChoice", "describe_cache", "list_choices", "verify_cache"]
 
@@ -227,6 +228,8 @@ def verify_cache(path: Path | str, *, progress: Callable[[int, int], None] | Non
     try:
         if recipe is not None:
             Cache(path, recipe, sound)
+        if known := recipe or (parse_recipe(sound[0].recipe_json, path) if sound else None):
+            check_tail(path, known.fingerprint)
     except (CacheError, RecipeError) as error:
         damages.append(Damage(path, "", str(error)))
     return damages

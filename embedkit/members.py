@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
 from embedkit.plugins import HeadOutput, check_output, create_head, list_options, load_head
+from embedkit.recipe import TokenSet
 from embedkit.standardisation import Standardiser
 from embedkit.targets import TaskKind
 
@@ -143,6 +144,10 @@ def _gradient_times_token(head: nn.Module, bag: Bag, output: int) -> Tensor:
         logits = head(dataclasses.replace(bag, tokens=tokens)).logits[:, output].sum()
         gradients = torch.autograd.grad(logits, list(tokens.values()), allow_unused=True, materialize_grads=True)
     parts = [(values * slope).sum(-1) for values, slope in zip(tokens.values(), gradients, strict=True)]
+    if bag.tail is not None:  # cut tokens open with the class token and registers, which have no place in the image
+        prefix = bag.tail.shape.prefix
+        cuts = [TokenSet.parse(name).kind == "cut" for name in tokens]
+        parts = [part[..., prefix:] if cut else part for part, cut in zip(parts, cuts, strict=True)]
     patches = max(part.shape[3] for part in parts)
     spread = [part.expand(-1, -1, -1, patches) / (patches // part.shape[3]) for part in parts]
     return torch.stack(spread).sum(0).masked_fill(~bag.mask[..., None], 0.0)

@@ -21,6 +21,7 @@ from embedkit.seal import CHUNK_BYTES
 from embedkit.sealing import write_sealed
 from embedkit.shards import ArrayPlace, Shard
 from embedkit.tables import SLICE_DTYPE, TEXT_COLUMNS, Table, stack_dtype
+from embedkit.tails import copy_tail
 
 __all__ = ["PackSummary", "pack_cache"]
 
@@ -84,6 +85,7 @@ def pack_cache(
         except OSError as error:
             raise CacheError(f"cannot pack: {explain_os_error(error, out.parent)}") from error
         if shard_bytes is None:
+            copy_tail(path, out)
             sizes = [_write_file(cache, out, progress)]
         else:
             sizes = _write_folder(cache, out, shard_bytes, progress)
@@ -124,6 +126,7 @@ def _write_folder(cache: Cache, out: Path, shard_bytes: int, progress: Progress 
         create_cache(temporary, cache.recipe)
         if (log := cache.path / FAILURES_FILE).is_file():
             write_new_file(temporary / FAILURES_FILE, log.read_bytes())
+        copy_tail(cache.path, temporary)
         files = []
         for number, selection in enumerate(_split_cases(cache, shard_bytes)):
             files.append(shard_path(temporary, created_ns, f"{number:016x}"))

@@ -18,10 +18,11 @@ missing), ``fit(features, targets, *, kind, holdouts, class_weights)`` and ``rea
 returns what it chose on the holdouts as a dict of numbers and takes them again as keywords, then without choosing.
 
 Many fits of a head are trained side by side (`torch.vmap` over stacked parameters), so ``forward`` should be a pure
-function of parameters and bag; where it cannot be run so, its fits run one after the other and the run says so. A head
-that first pools its tokens without parameters may have ``reduce(bag) -> bag``, on which ``forward`` gives the same as
-on the whole bag: linear in the tokens with weights that sum to one over what they pool, since it is done on raw tokens,
-once per training, and dependent on ``token_sets`` alone, not on options. See `embedkit.pooling.pool_bag`.
+function of parameters and bag; where it cannot be run so, its fits run one after the other and the run says so; so too
+where it says in ``one_by_one`` why that is better. A head that first pools its tokens without parameters may have
+``reduce(bag) -> bag``, on which ``forward`` gives the same as on the whole bag: linear in the tokens with weights that
+sum to one over what they pool, since it is done on raw tokens, once per training, and dependent on ``token_sets``
+alone, not on options. See `embedkit.pooling.pool_bag`.
 
 A head with options that name files may have ``resolve_options(options)``, a class method that puts what they hold in
 their place before training, so that a run needs no other file. A head may have ``evidence(bag, output) -> [batch views

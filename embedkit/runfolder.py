@@ -30,6 +30,7 @@ from embedkit.files import explain_os_error, publish_folder, remove_stale, repla
 from embedkit.members import Member, build_member
 from embedkit.metrics import Interval
 from embedkit.recipe import Recipe
+from embedkit.tails import TailShape
 from embedkit.targets import TaskKind
 
 __all__ = ["FORMAT_VERSION", "RunContents", "RunRecord", "read_run", "require_absent", "write_run"]
@@ -305,6 +306,7 @@ def _from_json(fields: dict[str, Any]) -> RunRecord:
                 {name: (int(size[0]), int(size[1])) for name, size in shape["token_sets"].items()},
                 {name: (int(size[0]), int(size[1])) for name, size in shape["grids"].items()},
                 tuple(shape["views"]),
+                None if shape.get("tail") is None else TailShape.from_fields(shape["tail"]),
             ),
             "recipe": Recipe.from_json(json.dumps(fields["recipe"])),
             "metrics": {name: _interval(found) for name, found in fields["metrics"].items()},

@@ -310,7 +310,13 @@ class Stack:
         mask, positions = (values.view(*size, *values.shape[1:]) for values in (bag.mask, bag.positions))
 
         def run(each: dict[str, Tensor], tokens: dict[str, Tensor], mask: Tensor, positions: Tensor) -> Any:
-            return _answers(functional_call(self.head, each, (Bag(tokens, mask, positions, ids, bag.zeroed),)))
+            return _answers(
+                functional_call(
+                    self.head,
+                    each,
+                    (dataclasses.replace(bag, tokens=tokens, mask=mask, positions=positions, case_ids=ids),),
+                )
+            )
 
         answers: tuple[Tensor, ...] = torch.vmap(run, randomness="same")(parameters, tokens, mask, positions)
         return answers

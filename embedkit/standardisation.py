@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
 from embedkit.errors import CacheError
+from embedkit.recipe import TokenSet
 
 __all__ = ["MomentSums", "Moments", "Standardiser", "compute_moments", "fit_standardiser"]
 
@@ -112,7 +113,9 @@ def fit_standardiser(shape: BagShape, moments: Mapping[str, Moments], cases: Seq
     """
     standardiser = Standardiser(shape, tuple(moments))
     places = torch.as_tensor(cases, dtype=torch.int64)
-    for number, found in enumerate(moments.values()):
+    for number, (name, found) in enumerate(moments.items()):
+        if TokenSet.parse(name).kind == "cut":  # the blocks that these tokens enter were trained on them as they are
+            continue
         counts, sums, squares = (total[places].sum(0) for total in (found.counts, found.sums, found.squares))
         absent = counts == 0
         counts[absent], sums[absent], squares[absent] = counts.sum(), sums.sum(0), squares.sum(0)

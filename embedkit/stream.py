@@ -19,6 +19,7 @@ from embedkit.pipeline import compute_cases, render_cases
 from embedkit.readahead import Waits
 from embedkit.recipe import Recipe
 from embedkit.sources import CachedSources, Case, CaseImages, read_case
+from embedkit.tails import keep_tail
 from embedkit.writing import ShardWriter
 
 __all__ = ["Tally", "extract_stream", "without_folders"]
@@ -76,6 +77,8 @@ def extract_stream(
     Raises:
         CacheError: a shard cannot be written.
     """
+
+    keep_tail(cache, backbone, recipe)
 
     def read(case: Case) -> CaseImages | SameCase:
         images = read_case(case)
