@@ -199,8 +199,7 @@ def _read_slices(index: Index, source: Cache | None, case_ids: Sequence[str], *,
     if by_patch or (source is not None and index.level == "slice"):
         reader = open_slices(index, cast(Cache, source))
         return [reader.read(case_id) for case_id in case_ids]
-    store = _open_store(index)
-    return [store.read(number) for number in index.number_cases(case_ids)]
+    return _open_store(index).read_many(index.number_cases(case_ids))
 
 
 def _open_store(index: Index) -> SliceStore:
