@@ -16,16 +16,21 @@ import torch
 DEFAULT_ENVS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "embedkit-peers"
 
 
-def make_environment(envs: Path, peer: str, packages: Sequence[str]) -> Path:
-    """The Python of a peer's virtual environment, made where it is not there."""
+def make_environment(envs: Path, peer: str, packages: Sequence[str], *, shared: bool = True) -> Path:
+    """The Python of a peer's virtual environment, made where it is not there.
+
+    Without ``shared`` it finds nothing of this environment, torch neither: for a peer that needs other versions.
+    """
     python = envs / peer / "bin" / "python"
     mark = envs / peer / "installed"
     if not mark.exists():
         print(f"installing {' '.join(packages)} into {envs / peer}", flush=True)
         venv.create(envs / peer, with_pip=True, clear=True)
-        (own,) = (envs / peer).glob("lib/*/site-packages")
-        (own / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # searched after the peer's own
-        command = [str(python), "-m", "pip", "install", "--quiet", *packages, f"torch=={version('torch')}"]
+        command = [str(python), "-m", "pip", "install", "--quiet", *packages]
+        if shared:
+            (own,) = (envs / peer).glob("lib/*/site-packages")
+            (own / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # searched after the peer's own
+            command.append(f"torch=={version('torch')}")
         subprocess.run(command, check=True, capture_output=True, text=True)
         mark.touch()
     return python

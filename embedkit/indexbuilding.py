@@ -66,6 +66,7 @@ def build_index(
     level: str = "case",
     run: str | Path | None = None,
     slices: str | None = None,
+    cases: Sequence[str] | None = None,
     labels: str | Path | pl.DataFrame | None = None,
     whiten: int | None = None,
     kind: str | None = None,
@@ -85,6 +86,7 @@ def build_index(
         slices: What slices are compared by in `match_cases` and when found cases are ranked again, as ``embedding``;
             None is the grid of the coarsest patch tokens cached, or else the class token. Of level ``slice`` it is the
             embedding itself. They are whitened to 256 components, or an eighth as many as there are slices.
+        cases: Only these, and all that is fitted is fitted on them; `add_cases` can take others later. None is all.
         labels: A table by case_id whose columns are kept to filter by and to show.
         whiten: Keep so many whitened principal components of the vectors, fitted on them without labels; 0 keeps the
             vectors. None is 64, or a third as many as there are cases; of a run or of slices 0.
@@ -93,24 +95,18 @@ def build_index(
         recall: The share of the ten nearest that an index which does not compare all must find.
 
     Raises:
-        SearchError: the cache is empty or lacks the token set, or ``out`` exists.
+        SearchError: the cache is empty, or lacks the token set or one of ``cases``; or ``out`` exists.
         OptionError: an option that means nothing.
         RunError: the run is damaged, or its head gives no pooled vector.
         RecipeError: the run was trained on another recipe.
     """
     options = IndexOptions(kind=kind, memory_bytes=memory_bytes, recall=recall)
-    source = open_cache(cache)
-    if not len(source):
-        raise SearchError(f"cache {source.path} holds no stack yet; extract some cases first")
+    source = _open_filled(cache, cases)
     _check_level(level, embedding, run, slices)
     with tempfile.TemporaryDirectory(prefix="embedkit-index-") as folder:
         made = _make_vectors(source, Path(folder), embedding=embedding, level=level, run=run, slices=slices)
         if whiten is None:
-            whiten = (
-                0
-                if run is not None or level == "slice"
-                else _few(min(_MOST_OF_CASES, made.vectors.shape[1], len(made.cases) // 3))
-            )
+            whiten = 0 if run is not None or level == "slice" else _count_components(made)
         return write_index(
             made.vectors,
             join_labels(made.cases, labels),
@@ -124,6 +120,25 @@ def build_index(
             details=made.details | {"cache": str(source.path.resolve())},
             extras=made.extras,
         )
+
+
+def _open_filled(path: str | Path, case_ids: Sequence[str] | None) -> Cache:
+    """A cache that holds something: all of it, or some of its cases."""
+    cache = open_cache(path)
+    if not len(cache):
+        raise SearchError(f"cache {cache.path} holds no stack yet; extract some cases first")
+    if case_ids is None:
+        return cache
+    held = set(cache.stacks["case_id"])
+    if not case_ids or (unknown := sorted(set(case_ids) - held)):
+        lacking = f"has no case {', '.join(unknown[:5])}" if case_ids else "was asked for no case at all"
+        raise SearchError(f"cache {cache.path} {lacking}; it holds {len(held)} such as {min(held)}")
+    return _restrict(cache, case_ids)
+
+
+def _count_components(made: _Vectors) -> int:
+    """How many whitened components the vectors of cases keep where nothing was said."""
+    return _few(min(_MOST_OF_CASES, made.vectors.shape[1], len(made.cases) // 3))
 
 
 def _make_vectors(

@@ -273,3 +273,25 @@ def test_a_cache_of_another_recipe_is_not_taken(cache: Path, tmp_path: Path) -> 
     write_shard(more, RECIPE, [stack(50, "flair")])
     with pytest.raises(SearchError, match=r"has view flair/axial, but the index knows t1/axial; build the index anew"):
         add_cases(index, cache=more)
+
+
+def test_an_index_of_some_cases_fits_on_them_alone_and_takes_the_others_later(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", range(CASES))
+    half = [f"c{number:02}" for number in range(0, CASES, 2)]
+    part = build_index(cache, tmp_path / "part", cases=half)
+    alone = build_index(make_cache(tmp_path / "half", range(0, CASES, 2)), tmp_path / "alone")
+    assert part.cases["case_id"].to_list() == half
+    for name in ("slice_centres", "view_means"):
+        np.testing.assert_array_equal(part.extras[name], alone.extras[name])
+    whole, taken = add_cases(part)
+    assert len(taken) == CASES // 2 and len(whole) == CASES
+    np.testing.assert_array_equal(whole.mean, alone.mean)
+
+
+@pytest.mark.parametrize(
+    ("cases", "message"), [([], "was asked for no case at all; it holds 2"), (["c77"], "has no case c77; it holds 2")]
+)
+def test_cases_that_the_cache_lacks_are_named(tmp_path: Path, cases: list[str], message: str) -> None:
+    cache = make_cache(tmp_path / "cache", range(2))
+    with pytest.raises(SearchError, match=message):
+        build_index(cache, tmp_path / "index", cases=cases)

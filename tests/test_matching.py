@@ -19,6 +19,7 @@ from embedkit.matching import (
     CaseSlices,
     Order,
     SliceReader,
+    SliceStore,
     StackSlices,
     match_slices,
     measure_centres,
@@ -206,3 +207,14 @@ def test_what_cannot_be_matched_is_refused(cache: Path, tmp_path: Path) -> None:
         match_cases(index, "a1", ["a1"], cache=other)
     with pytest.raises(SearchError, match=r"but .*gone is gone; say where it is"):
         match_cases(index, "a1", ["b1"], cache=tmp_path / "gone")
+
+
+def test_a_store_gives_many_cases_as_one_by_one_and_nothing_for_a_case_without_slices() -> None:
+    vectors = np.arange(12, dtype=np.float16).reshape(6, 2)
+    places = np.int32([[0, 0, 1, 2], [0, 0, 3, 6], [0, 1, 0, 0], [2, 1, 4, 8], [3, 0, 0, 0], [3, 0, 1, 2]])
+    store = SliceStore(vectors, places, ["a", "b"])
+    first, none, last = store.read_many([3, 1, 0])
+    assert none == {} and list(first) == ["a"] and list(last) == ["a", "b"]
+    assert first["a"].vectors.tolist() == [[8, 9], [10, 11]] and first["a"].vectors.dtype == np.float32
+    assert last["a"].rows.tolist() == [1, 3] and last["a"].indices.tolist() == [2, 6]
+    assert last["b"].vectors.tolist() == [[4, 5]] and store.read(2)["b"].rows.tolist() == [4]
