@@ -11,7 +11,9 @@ from embedkit.cli.console import print_json, print_table
 if TYPE_CHECKING:
     import polars as pl
 
+    from embedkit.index import Index
     from embedkit.matching import Match
+    from embedkit.regions import Region
 
 __all__ = ["run"]
 
@@ -24,6 +26,15 @@ def search_command(
     volume: Annotated[Path | None, typer.Option(help="Query: an image file or DICOM folder.")] = None,
     vector: Annotated[Path | None, typer.Option(help="Query: .npy of one vector made as the index's.")] = None,
     manifest: Annotated[Path | None, typer.Option(help="Queries: every case of a manifest.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Query: a text, with --text-vectors; may be given several times.")
+    ] = None,
+    text_vectors: Annotated[
+        Path | None, typer.Option(help=".npy or .safetensors of one vector per --text, in the tokens' space.")
+    ] = None,
+    shared_space: Annotated[
+        bool, typer.Option("--shared-space", help="The text vectors do lie in the space of the backbone's tokens.")
+    ] = False,
     k: Annotated[int, typer.Option("-k", help="How many cases.")] = 10,
     where: Annotated[
         str | None, typer.Option(help='SQL condition on the index\'s columns: "sex = 1 AND age < 50".')
@@ -50,75 +61,140 @@ def search_command(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the cases and the slices that match as JSON.")] = False,
 ) -> None:
-    """Find the cases most similar to a case, to a new image, or to every case of a manifest."""
+    """Find the cases most similar to a case, to a new image, to a text, or to every case of a manifest."""
     from embedkit.index import open_index
-    from embedkit.queries import open_source, read_case_query, read_volume_query
     from embedkit.regions import Region
-    from embedkit.retrieval import match_cases, search, search_manifest
 
     opened = open_index(index)
     part = None if region is None else Region.parse(region)
     ranking: dict[str, Any] = {"k": k, "where": where, "rerank": rerank, "by_patch": by_patch, "candidates": candidates}
+    reading: dict[str, Any] = {"weights": weights, "device": device}
     if manifest is not None:
-        _require_alone(case=case, volume=volume, vector=vector, region=region, exclude_same=exclude_same)
-        failed: list[str] = []
-        found = search_manifest(
+        single = {"case": case, "volume": volume, "vector": vector, "text": text or None}
+        _require_alone("a manifest", **single, region=region, exclude_same=exclude_same, montage=montage)
+        _search_manifest(opened, manifest, {**ranking, **reading, "cache": cache}, json=json)
+    elif text or text_vectors is not None:
+        others = {"case": case, "volume": volume, "vector": vector, "rerank": rerank, "montage": montage}
+        _require_alone("a text", **others, region=region, exclude_same=exclude_same, by_patch=by_patch or None)
+        _search_texts(opened, text or [], text_vectors, shared_space=shared_space, k=k, where=where, json=json)
+    else:
+        asked = _read_query(opened, case, volume, vector, view=view, region=part, **reading)
+        _search_one(
             opened,
-            manifest,
-            weights=weights,
-            device=device,
+            asked,
+            {**ranking, "exclude_same": exclude_same},
             cache=cache,
-            on_failure=lambda name, reason: failed.append(f"{name}: {reason}"),
-            **ranking,
+            montage=montage,
+            pairs=pairs,
+            json=json,
         )
-        print_json(found.to_dicts()) if json else _print_found(found)
-        for line in failed:
-            typer.echo(f"failed {line}", err=True)
-        raise typer.Exit(1 if failed else 0)
-    query = None
-    if volume is not None and case is None and vector is None:
-        query = read_volume_query(opened, volume, view=view, weights=weights, device=device, region=part)
-    found = search(
-        opened,
-        case_id=case,
-        volume=volume if query is None else None,
-        vector=None if vector is None else _read_vector(vector),
-        query=query,
-        exclude_same=exclude_same,
-        region=part if query is None else None,
-        cache=cache,
-        **ranking,
+
+
+def _search_manifest(index: Index, manifest: Path, options: dict[str, Any], *, json: bool) -> None:
+    from embedkit.retrieval import search_manifest
+
+    failed: list[str] = []
+    found = search_manifest(
+        index, manifest, on_failure=lambda name, reason: failed.append(f"{name}: {reason}"), **options
     )
-    explained = (json or montage is not None) and pairs > 0 and vector is None and not found.is_empty()
-    if not explained:
-        print_json(found.to_dicts()) if json else _print_found(found)
-        if montage is not None:
-            raise typer.BadParameter("a picture needs a query with slices and a case found", param_hint="--montage")
-        return
-    source = open_source(opened, cache)
-    asked = query or read_case_query(opened, source, str(case), region=part)
-    order = "free" if rerank == "free" else "ordered"
-    matches = match_cases(
-        opened, asked, found["case_id"].to_list(), cache=source, order=order, by_patch=by_patch or part is not None
-    )
-    if json:
+    print_json(found.to_dicts()) if json else _print_found(found)
+    for line in failed:
+        typer.echo(f"failed {line}", err=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _search_texts(
+    index: Index, texts: list[str], vectors: Path | None, *, shared_space: bool, k: int, where: str | None, json: bool
+) -> None:
+    from embedkit.retrieval import search_texts
+
+    found = search_texts(index, texts, vectors, shared_space=shared_space, k=k, where=where)
+    print_json(found.to_dicts()) if json else _print_found(found)
+
+
+def _read_query(
+    index: Index,
+    case: str | None,
+    volume: Path | None,
+    vector: Path | None,
+    *,
+    region: Region | None,
+    **reading: Any,
+) -> dict[str, Any]:
+    """The arguments of `embedkit.search` that say what is looked for; a new image is read once, here."""
+    from embedkit.queries import read_volume_query
+
+    if volume is None or case is not None or vector is not None:
+        read = None if vector is None else _read_vector(vector)
+        return {"case_id": case, "volume": volume, "vector": read, "region": region}
+    return {"query": read_volume_query(index, volume, region=region, **reading)}
+
+
+def _search_one(
+    index: Index,
+    asked: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    cache: Path | None,
+    montage: Path | None,
+    pairs: int,
+    json: bool,
+) -> None:
+    """Searches for one query, prints the cases, and what matched where that is asked for and can be told."""
+    from embedkit.retrieval import search
+
+    found = search(index, cache=cache, **asked, **options)
+    wanted = (json or montage is not None) and pairs > 0
+    matches = None
+    if wanted and asked.get("vector") is None and not found.is_empty():
+        matches = _explain(index, found, asked, options, cache=cache, montage=montage, pairs=pairs)
+    if matches is not None and json:
         rows = zip(found.to_dicts(), matches, strict=True)
         print_json([row | {"matches": _describe_match(match, pairs)} for row, match in rows])
     else:
-        _print_found(found)
+        print_json(found.to_dicts()) if json else _print_found(found)
+    if montage is not None and matches is None:
+        raise typer.BadParameter("a picture needs a query with slices and a case found", param_hint="--montage")
+
+
+def _explain(
+    index: Index,
+    found: pl.DataFrame,
+    asked: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    cache: Path | None,
+    montage: Path | None,
+    pairs: int,
+) -> list[Match]:
+    """Which slices of the query match which of the cases found; drawn too where a picture is asked for."""
+    from embedkit.queries import open_source, read_case_query
+    from embedkit.retrieval import match_cases
+
+    source, part = open_source(index, cache), asked.get("region")
+    query = asked.get("query") or read_case_query(index, source, asked["case_id"], region=part)
+    matches = match_cases(
+        index,
+        query,
+        found["case_id"].to_list(),
+        cache=source,
+        order="free" if options["rerank"] == "free" else "ordered",
+        by_patch=options["by_patch"] or part is not None,
+    )
     if montage is not None:
         from embedkit.pictures import draw_similar_cases
 
-        draw_similar_cases(opened, found, montage, query=asked, matches=matches, cache=source, pairs=pairs)
+        draw_similar_cases(index, found, montage, query=query, matches=matches, cache=source, pairs=pairs)
         typer.echo(f"{montage}: slices of the query beside those that match", err=True)
+    return matches
 
 
 run = search_command
 
 
-def _require_alone(**options: object) -> None:
+def _require_alone(what: str, **options: object) -> None:
     if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
-        raise typer.BadParameter(f"a manifest is a batch of queries of its own; leave out {', '.join(given)}")
+        raise typer.BadParameter(f"{what} is a query of its own; leave out {', '.join(given)}")
 
 
 def _read_vector(path: Path) -> Any:

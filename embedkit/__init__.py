@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from embedkit.retrieval import open_index as open_index
     from embedkit.retrieval import search as search
     from embedkit.retrieval import search_manifest as search_manifest
+    from embedkit.retrieval import search_texts as search_texts
     from embedkit.runs import open_run as open_run
     from embedkit.runs import predict as predict
     from embedkit.scanning import scan_folder as scan_folder
@@ -67,7 +68,7 @@ _HOMES = {
     "phantoms": ("make_phantoms",),
     "plugins": ("list_heads",),
     "recipe": ("Recipe",),
-    "retrieval": ("match_cases", "open_index", "search", "search_manifest"),
+    "retrieval": ("match_cases", "open_index", "search", "search_manifest", "search_texts"),
     "runs": ("open_run", "predict"),
     "scanning": ("scan_folder",),
     "searchevaluation": ("evaluate_search",),

@@ -6,7 +6,7 @@ Searches nothing.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -287,6 +287,7 @@ def read_manifest_queries(
         RecipeError: ``weights`` are not those of the index's recipe.
     """
     cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
+    _require_known_views(index, cases)
     backbone = load_query_backbone(index, weights=weights, device=device)
     with tempfile.TemporaryDirectory(prefix="embedkit-queries-") as folder:
         place = Path(folder) / "cache"
@@ -302,6 +303,17 @@ def read_manifest_queries(
                     slices = reader.read(case.case_id)
                     previews = read_previews(cache, case.case_id)
                     yield Query(case.case_id, None, vectors.get(case.case_id), slices, previews)
+
+
+def _require_known_views(index: Index, cases: Sequence[Case]) -> None:
+    """Stops where new cases have a view that the index does not know; of channels extraction tells by itself."""
+    known = sorted({name.rpartition("/")[0] for name in index.details["views"]})
+    unknown = sorted({view for case in cases for view in case.images} - set(known))
+    if unknown and not index.recipe.channels:
+        raise SearchError(
+            f"the manifest has view {', '.join(unknown)}, but index {index.path} knows {', '.join(known)}; name the"
+            " views in its column view as the index does"
+        )
 
 
 def query_view(index: Index, view: str | None) -> str:

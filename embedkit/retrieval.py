@@ -29,6 +29,7 @@ from embedkit.queries import (
     read_volume_query,
 )
 from embedkit.regions import Region
+from embedkit.textqueries import read_text_queries
 
 __all__ = [
     "RERANKS",
@@ -42,6 +43,7 @@ __all__ = [
     "search",
     "search_each",
     "search_manifest",
+    "search_texts",
 ]
 
 FloatArray = NDArray[np.float32]
@@ -112,9 +114,7 @@ def search(
     if exclude_same is not None and case_id is None and (query is None or query.case_id is None):
         raise SearchError(f"exclude_same {exclude_same!r} needs a query that is a case of the index")
     if vector is not None:
-        if options.by_slices or opened.level == "slice":
-            raise SearchError("a vector has no slices to rank by: search by case or volume, or by the vector alone")
-        return opened.search(np.asarray(vector, np.float32)[None], k, where=where).drop("query")
+        return _search_vector(opened, vector, options)
     if case_id is not None and not options.by_slices and region is None and opened.level == "case":
         return opened.search_cases([case_id], k, where=where, exclude_same=exclude_same).drop("query")
     source = _open_needed(opened, cache, options)
@@ -123,6 +123,12 @@ def search(
     elif volume is not None:
         query = read_volume_query(opened, Path(volume), view=view, weights=weights, device=device, region=region)
     return _rank(opened, source, cast(Query, query), options)
+
+
+def _search_vector(index: Index, vector: FloatArray, options: _Ranking) -> pl.DataFrame:
+    if options.by_slices or index.level == "slice":
+        raise SearchError("a vector has no slices to rank by: search by case or volume, or by the vector alone")
+    return index.search(np.asarray(vector, np.float32)[None], options.k, where=options.where).drop("query")
 
 
 def _read_case(index: Index, source: Cache | None, case_id: str, region: Region | None) -> Query:
@@ -168,16 +174,7 @@ class _Ranking:
 def _rank(index: Index, source: Cache | None, query: Query, options: _Ranking) -> pl.DataFrame:
     """The cases most like a query: by the vectors, then by the slices where that is asked for."""
     by_slices = options.by_slices or index.level == "slice"
-    wanted = max(options.k, options.candidates) if by_slices else options.k
-    excluded = index.find_same(query.case_id, options.exclude_same) if query.case_id is not None else []
-    if index.level == "slice":
-        found = _recall_by_slices(index, query, wanted, options.where, excluded)
-    elif query.vector is not None:
-        found = index.search(query.vector[None], wanted, where=options.where, exclude_case_ids=excluded).drop("query")
-    else:
-        found = index.search_cases(
-            [cast(str, query.case_id)], wanted, where=options.where, exclude_same=options.exclude_same
-        ).drop("query")
+    found = _recall(index, query, max(options.k, options.candidates) if by_slices else options.k, options)
     if not by_slices or found.is_empty():
         return found
     others = _read_slices(index, source, found["case_id"].to_list(), by_patch=options.by_patch)
@@ -192,6 +189,19 @@ def _rank(index: Index, source: Cache | None, query: Query, options: _Ranking) -
         "recall_rank",
         pl.exclude("case_id", "patient_id", "similarity", "recall_rank"),
     )
+
+
+def _recall(index: Index, query: Query, wanted: int, options: _Ranking) -> pl.DataFrame:
+    """The cases that the vectors find, most similar first."""
+    excluded = index.find_same(query.case_id, options.exclude_same) if query.case_id is not None else []
+    if index.level == "slice":
+        return _recall_by_slices(index, query, wanted, options.where, excluded)
+    if query.vector is not None:
+        found = index.search(query.vector[None], wanted, where=options.where, exclude_case_ids=excluded)
+    else:
+        own = [cast(str, query.case_id)]
+        found = index.search_cases(own, wanted, where=options.where, exclude_same=options.exclude_same)
+    return found.drop("query")
 
 
 def _read_slices(index: Index, source: Cache | None, case_ids: Sequence[str], *, by_patch: bool) -> list[CaseSlices]:
@@ -321,6 +331,35 @@ def search_manifest(
     if failed:
         raise ExtractionError(f"{len(failed)} cases of the manifest cannot be queries: {'; '.join(failed[:3])}")
     return pl.concat(frames) if frames else pl.DataFrame({"query": []}, schema={"query": pl.String})
+
+
+def search_texts(
+    index: Index | str | Path,
+    texts: Sequence[str],
+    vectors: str | Path | NDArray[np.floating] | None,
+    *,
+    shared_space: bool = False,
+    k: int = 10,
+    where: str | None = None,
+) -> pl.DataFrame:
+    """The cases most like each of some texts: by the cosine of the text's vector and the case's less its view's mean.
+
+    Args:
+        index: An index of plain means (``mean:cls``, not whitened), or its folder.
+        texts: What the vectors are of.
+        vectors, shared_space: As in `embedkit.textqueries.read_text_queries`.
+        k, where: As in `search`.
+
+    Returns:
+        As `search` without a rerank, with ``query``, the text, in front.
+
+    Raises:
+        SearchError: the index and the vectors do not share a space, as far as can be told; a bad filter.
+        HeadError: the vectors cannot be read.
+    """
+    opened = index if isinstance(index, Index) else open_index(index)
+    found = opened.search(read_text_queries(opened, texts, vectors, shared_space=shared_space), k, where=where)
+    return found.with_columns(query=pl.Series(list(texts), dtype=pl.String).gather(found["query"]))
 
 
 def match_cases(

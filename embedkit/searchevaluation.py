@@ -6,7 +6,7 @@ The formulas are those of `embedkit.retrievalmetrics`; draws no picture.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,14 +119,8 @@ def evaluate_search(
         raise OptionError(
             f"k is {list(k)} and resamples {resamples}; expected some k of at least 1, resamples 0 or more"
         )
-    codes = _number_values(opened, relevant)
     groups = None if by is None else _name_groups(opened, by)
-    queries = _count_relevant(opened, codes, opened.select_cases(where), exclude_same)
-    if not len(queries.own):
-        raise SearchError(
-            f"no case shares its {relevant} with another that may be found, so no search can be right; name a column"
-            " of values that repeat, or allow more cases (where, exclude_same)"
-        )
+    queries = _list_queries(opened, relevant, where, exclude_same)
     depth = max(_DEPTH, *k)
     found = search_each(
         opened,
@@ -139,23 +133,38 @@ def evaluate_search(
         candidates=max(candidates, depth),
         cache=cache,
     )
-    lists = _Lists(
-        queries.own, _fill_rows(opened, found, len(queries.own), depth), codes, queries.relevant, queries.allowed
-    )
+    lists = replace(queries, rows=_fill_rows(opened, found, len(queries.own), depth))
+    table = _judge_parts(opened, lists, groups, sorted(set(k)), resamples=resamples, seed=seed)
+    return SearchScores(table, _describe_queries(opened, lists, groups), len(opened) - len(lists.own), depth)
+
+
+def _list_queries(index: Index, relevant: str, where: str | None, exclude_same: str | None) -> _Lists:
+    """The queries, their lists still empty; at least one."""
+    codes = _number_values(index, relevant)
+    queries = _count_relevant(index, codes, index.select_cases(where), exclude_same)
+    if not len(queries.own):
+        raise SearchError(
+            f"no case shares its {relevant} with another that may be found, so no search can be right; name a column"
+            " of values that repeat, or allow more cases (where, exclude_same)"
+        )
+    return queries
+
+
+def _judge_parts(
+    index: Index, lists: _Lists, groups: pl.Series | None, ks: Sequence[int], *, resamples: int, seed: int
+) -> pl.DataFrame:
+    """The measures of all queries, then of each group."""
     parts: list[tuple[str | None, NDArray[np.bool_]]] = [(None, np.ones(len(lists.own), bool))]
     if groups is not None:
         mine = groups.gather(lists.own)
         parts += [(str(name), (mine == name).to_numpy()) for name in sorted(mine.unique())]
-    patients = opened.cases["patient_id"].cast(pl.String)
-    table = pl.DataFrame(
-        [
-            row
-            for name, part in parts
-            for row in _judge(name, lists.select(part), patients, sorted(set(k)), resamples=resamples, seed=seed)
-        ],
-        schema_overrides={"group": pl.String},
-    )
-    return SearchScores(table, _describe_queries(opened, lists, groups), len(opened) - len(lists.own), depth)
+    patients = index.cases["patient_id"].cast(pl.String)
+    rows = [
+        row
+        for name, part in parts
+        for row in _judge(name, lists.select(part), patients, ks, resamples=resamples, seed=seed)
+    ]
+    return pl.DataFrame(rows, schema_overrides={"group": pl.String})
 
 
 def _column(index: Index, name: str, option: str) -> pl.Series:

@@ -1,0 +1,150 @@
+"""`embedkit search` as a user types it: by vector, by manifest, by a region, by a text; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import pytest
+from embedkit.cli.main import app
+from typer.testing import CliRunner
+
+import embedkit
+from embedkit.errors import EmbedkitError, ExtractionError, SearchError
+
+if TYPE_CHECKING:
+    from conftest import Explored
+
+
+def call(*arguments: object, code: int = 0) -> tuple[str, str]:
+    """Runs a command in this process and gives what it printed to stdout and to stderr."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return str(result.stdout), str(result.stderr)
+
+
+def ask(index: Path, *arguments: object) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(call("search", index, *arguments, "--json")[0])
+    return rows
+
+
+def refused(*arguments: object) -> str:
+    return " ".join(call("search", *arguments, code=2)[1].replace("│", " ").split())
+
+
+@pytest.fixture(scope="module")
+def asked(explored: Explored) -> pl.DataFrame:
+    """A manifest of two scans of the index under new names, by NIfTI files."""
+    rows = pl.read_csv(explored.scans / "manifest.csv").filter(pl.col("path").str.ends_with(".nii.gz")).head(2)
+    return rows.with_columns(
+        path=str(explored.scans) + "/" + pl.col("path"), case_id=pl.format("new_{}", "case_id")
+    ).select("case_id", "path", "view")
+
+
+def test_a_vector_of_the_index_finds_its_own_case_first(explored: Explored, tmp_path: Path) -> None:
+    index = embedkit.open_index(explored.index)
+    np.save(tmp_path / "vector.npy", index.read_vectors()[4])
+    found = ask(explored.index, "--vector", tmp_path / "vector.npy", "-k", 2)
+    assert found[0]["case_id"] == index.cases["case_id"][4] and found[0]["similarity"] == pytest.approx(1, abs=1e-4)
+    assert "matches" not in found[0]
+
+
+def test_what_is_no_vector_of_the_index_is_refused(explored: Explored, tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_text("no array")
+    with pytest.raises(SearchError, match=r"a.npy is no readable .npy array; write the query vector with numpy.save"):
+        call("search", explored.index, "--vector", tmp_path / "a.npy")
+    np.save(tmp_path / "short.npy", np.ones(3, np.float32))
+    with pytest.raises(SearchError, match=r"query vectors have shape \[1, 3\], index .* holds vectors of length"):
+        call("search", explored.index, "--vector", tmp_path / "short.npy")
+    np.save(tmp_path / "good.npy", embedkit.open_index(explored.index).read_vectors()[0])
+    with pytest.raises(SearchError, match="a vector has no slices to rank by"):
+        call("search", explored.index, "--vector", tmp_path / "good.npy", "--rerank", "ordered")
+    message = refused(explored.index, "--vector", tmp_path / "good.npy", "--montage", tmp_path / "m.png")
+    assert "a picture needs a query with slices" in message
+
+
+def test_every_case_of_a_manifest_finds_itself_in_the_index(
+    explored: Explored, asked: pl.DataFrame, tmp_path: Path
+) -> None:
+    asked.write_csv(tmp_path / "new.csv")
+    found = ask(explored.index, "--manifest", tmp_path / "new.csv", "-k", 2)
+    assert [row["query"] for row in found] == [name for name in asked["case_id"] for _ in range(2)]
+    assert [row["case_id"] for row in found if row["rank"] == 1] == [name[4:] for name in asked["case_id"]]
+    shown = embedkit.search_manifest(explored.index, tmp_path / "new.csv", k=2)
+    assert shown["case_id"].to_list() == [row["case_id"] for row in found]
+    assert shown["similarity"].to_list() == pytest.approx([row["similarity"] for row in found])
+
+
+def test_a_case_that_cannot_be_read_stops_no_other_and_is_told(
+    explored: Explored, asked: pl.DataFrame, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.nii.gz").write_bytes(b"no image")
+    both = pl.concat(
+        [pl.DataFrame({"case_id": ["bad"], "path": [str(tmp_path / "bad.nii.gz")], "view": ["ct"]}), asked.head(1)]
+    )
+    both.write_csv(tmp_path / "new.csv")
+    printed, told = call("search", explored.index, "--manifest", tmp_path / "new.csv", "-k", 1, "--json", code=1)
+    assert [row["query"] for row in json.loads(printed)] == [asked["case_id"][0]]
+    assert told.startswith("failed bad: ") or "\nfailed bad: " in told
+    with pytest.raises(ExtractionError, match="1 cases of the manifest cannot be queries: bad: "):
+        embedkit.search_manifest(explored.index, tmp_path / "new.csv", k=1)
+
+
+def test_a_view_that_the_index_does_not_know_is_named(explored: Explored, asked: pl.DataFrame, tmp_path: Path) -> None:
+    asked.drop("view").write_csv(tmp_path / "new.csv")
+    with pytest.raises(SearchError, match=r"the manifest has view image, but index .* knows ct; name the views in its"):
+        embedkit.search_manifest(explored.index, tmp_path / "new.csv")
+
+
+def test_a_manifest_is_asked_for_alone(explored: Explored, tmp_path: Path) -> None:
+    message = refused(
+        explored.index, "--manifest", tmp_path / "new.csv", "--case", "a", "--region", "voxels:0,0,0,1,1,1"
+    )
+    assert "a manifest is a query of its own; leave out --case, --region" in message
+
+
+def test_the_patches_of_a_region_alone_vote(explored: Explored) -> None:
+    case = embedkit.open_index(explored.index).cases["case_id"][3]
+    whole = ask(explored.index, "--case", case, "-k", 3, "--by-patch")
+    part = ask(explored.index, "--case", case, "-k", 3, "--region", "voxels:0,0,0,12,12,100")
+    assert [row["rank"] for row in part] == [1, 2, 3] and case not in [row["case_id"] for row in part]
+    assert [row["similarity"] for row in part] != [row["similarity"] for row in whole]
+    assert all(pair["patches"] for row in part for pair in row["matches"])
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        ("voxels:0,0,0,1,1", "is no box: give six numbers"),
+        ("nowhere.nii", "is no file and no box"),
+        ("mm:9000,9000,9000,9001,9001,9001", "the region touches no patch of"),
+    ],
+)
+def test_a_region_that_is_none_is_refused(explored: Explored, region: str, message: str) -> None:
+    case = embedkit.open_index(explored.index).cases["case_id"][3]
+    with pytest.raises(EmbedkitError, match=message):
+        call("search", explored.index, "--case", case, "--region", region)
+
+
+def test_texts_are_searched_for_by_their_vectors_where_the_user_vouches_for_them(
+    explored: Explored, tmp_path: Path
+) -> None:
+    index = embedkit.build_index(explored.cache, tmp_path / "index", embedding="mean:cls", whiten=0)
+    np.save(tmp_path / "texts.npy", np.asarray(index.read_vectors()[[2, 5]], np.float32))
+    texts = ["--text", "a large lesion", "--text", "none", "--text-vectors", tmp_path / "texts.npy"]
+    with pytest.raises(SearchError, match="nothing tells whether tokens of embedkit/scattering and these"):
+        call("search", tmp_path / "index", *texts)
+    found = ask(tmp_path / "index", *texts, "--shared-space", "-k", 1)
+    assert [row["query"] for row in found] == ["a large lesion", "none"]
+    assert [row["case_id"] for row in found] == index.cases["case_id"].gather([2, 5]).to_list()
+    with pytest.raises(SearchError, match="embedkit has no text tower of embedkit/scattering"):
+        call("search", tmp_path / "index", "--text", "a large lesion")
+    with pytest.raises(SearchError, match="holds aligned:patch@4:2 of each case, a space that no text shares"):
+        call("search", explored.index, *texts, "--shared-space")
+    message = refused(tmp_path / "index", *texts, "--case", "a", "--by-patch")
+    assert "a text is a query of its own; leave out --case, --by-patch" in message
