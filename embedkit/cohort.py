@@ -21,6 +21,7 @@ from embedkit.cache import Cache, open_cache
 from embedkit.errors import OptionError, RecipeError, RequestError, RunError, SearchError
 from embedkit.index import Index, open_index
 from embedkit.manifest import read_labels
+from embedkit.queries import Query, open_slices
 from embedkit.retrieval import join_labels, search
 from embedkit.runs import Run, check_cache, open_run, predict
 
@@ -168,7 +169,9 @@ class Cohort:
             found = search(self.index, case_id=subject.case_id, k=k, where=where, exclude_same=exclude)
             patient = self.index.cases["patient_id"][self._rows[subject.case_id]]
         else:
-            found = search(self.index, vector=subject.vector, k=k, where=where)
+            slices = open_slices(self.index, subject.cache).read(subject.case_id)
+            query = Query(subject.name, None, subject.vector, slices, None)
+            found = search(self.index, query=query, k=k, where=where, cache=self.cache)
             patient = None
         columns = ("rank", "case_id", "patient_id", "similarity")
         return [

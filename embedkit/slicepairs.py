@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 from embedkit.cohort import Cohort, Subject
-from embedkit.embeddings import Embedding
-from embedkit.errors import RequestError, SearchError
-from embedkit.matching import Match, SlicePair, SliceReader, match_slices, measure_centres
+from embedkit.errors import RequestError
+from embedkit.matching import Match, SlicePair, match_slices
 from embedkit.overlays import BoundedStore, encode_heat
+from embedkit.queries import open_slices
 
 __all__ = ["Comparer"]
 
 _TOP_PAIRS = 6
 _PAIR_BYTES = 200
+_HIGHEST = 1.0  # of a cosine
 
 
 class Comparer:
-    """Matches slices of a subject with those of a case of the cohort; the mean tokens are measured once, when asked."""
+    """Matches slices of a subject with those of a case of the cohort, as `embedkit.search` compares them."""
 
     def __init__(self, cohort: Cohort, *, most_bytes: int = 128 << 20) -> None:
         self._cohort = cohort
         self._store = BoundedStore(most_bytes)
-        self._lock = threading.Lock()
-        self._centres: Any = None
-        self.embedding = slice_embedding(cohort)
 
     def compare(self, subject: Subject, case_id: str) -> dict[str, Any]:
-        """Which slice of a case each slice of the subject is most like.
+        """Which slice of a case each slice of the subject goes with, places never running backwards.
 
         Returns:
             ``embedding`` compared by, ``similarity`` (mean over pairs), ``views``: by ``view/plane`` the
@@ -47,7 +44,7 @@ class Comparer:
             view["similarities"].append(round(pair.similarity, 4))
         first = next(iter(match.query.values()))
         return {
-            "embedding": str(self.embedding),
+            "embedding": self._cohort.index.details["slices"],
             "similarity": match.similarity,
             "views": views,
             "top": [_describe(pair) for pair in match.top(_TOP_PAIRS)],
@@ -59,7 +56,7 @@ class Comparer:
 
         Returns:
             ``grid`` (height, width), ``query`` and ``other``: base64 of uint8 [height width], 0 for the cosine ``low``
-            and 255 for ``high``, the extremes of both slices; and the ``row`` and ``match``.
+            or less and 255 for ``high``, the same of all cases; and the ``row`` and ``match``.
 
         Raises:
             RequestError: the slice is blank or not there.
@@ -69,15 +66,14 @@ class Comparer:
         if not found:
             raise RequestError(f"{subject.name} has no slice {row} of view {view!r} that could be matched")
         query, other = match.heat(found[0])
-        low, high = (float(each([query.min(), query.max(), other.min(), other.max()])) for each in (min, max))
         return {
             "grid": list(query.shape),
             "row": row,
             "match": found[0].other_row,
-            "low": low,
-            "high": high,
-            "query": encode_heat(query - low, high - low),
-            "other": encode_heat(other - low, high - low),
+            "low": 0.0,
+            "high": _HIGHEST,
+            "query": encode_heat(query, _HIGHEST),
+            "other": encode_heat(other, _HIGHEST),
         }
 
     def _match(self, subject: Subject, case_id: str) -> Match:
@@ -85,31 +81,12 @@ class Comparer:
         key = (str(subject.cache.path), subject.case_id, case_id)
 
         def make() -> Match:
-            query = self._reader(subject).read(subject.case_id)
-            return match_slices(query, self._reader(other).read(case_id))
+            index = self._cohort.index
+            query, theirs = (open_slices(index, each.cache).read(each.case_id) for each in (subject, other))
+            return match_slices(query, theirs, order="ordered")
 
         found: Match = self._store.get(key, make, _measure)
         return found
-
-    def _reader(self, subject: Subject) -> SliceReader:
-        """Reads the slices of a subject, centred as those of the cohort."""
-        cache = self._cohort.cache
-        rows = cache.stacks.select("view", "plane").unique().sort("view", "plane").iter_rows()
-        views = [f"{view}/{plane}" for view, plane in rows]
-        with self._lock:
-            if self._centres is None:
-                self._centres = measure_centres(cache, self.embedding, views)
-        return SliceReader(subject.cache, self.embedding, views, self._centres)
-
-
-def slice_embedding(cohort: Cohort) -> Embedding:
-    """By what slices are compared: patches in their places where the cache holds them, else class tokens."""
-    kinds = {kept.kind: str(kept) for kept in cohort.cache.recipe.parsed_token_sets()}
-    if "patch" in kinds:
-        return Embedding("grid", kinds["patch"])
-    if "cls" in kinds:
-        return Embedding("mean", kinds["cls"])
-    raise SearchError(f"cache {cohort.cache.path} holds neither class nor patch tokens to match slices by")
 
 
 def _describe(pair: SlicePair) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class _Answers:
         projection = request.query_params.get("projection", "pca")
 
         def make() -> Any:
-            return project_vectors(np.asarray(self._cohort.index.read_vectors()), projection)
+            return project_vectors(self._cohort.index.read_vectors(), projection)
 
         places = self._maps.get(projection, make, lambda found: int(found.nbytes))
         return JSONResponse({"x": places[:, 0].tolist(), "y": places[:, 1].tolist()})
