@@ -293,3 +293,48 @@ def test_every_control_has_a_name_for_those_who_cannot_see_it(page: Page) -> Non
             || each.textContent.trim()))
         .map(each => each.id || each.outerHTML)"""
     assert page.evaluate(script) == []
+
+
+MAP_OF_MANY = """
+async () => {
+  const { CohortMap } = await import("/static/map.js");
+  const canvas = document.createElement("canvas");
+  canvas.style = "position:fixed;left:0;top:0;width:900px;height:700px;z-index:9999";
+  document.body.append(canvas);
+  const count = 10000;
+  const draw = (seed) => Array.from({ length: count }, (_, i) => Math.sin(seed * (i + 1)) );
+  const chosen = [];
+  const map = new CohortMap(canvas, { onSelect: (number) => chosen.push(number), onHover: () => {} });
+  const points = { x: draw(12.9898), y: draw(78.233) };
+  map.setColours(points.x.map((_, i) => ["#1b9e77", "#d95f02", "#7570b3"][i % 3]));
+  map.setPoints(points);
+  const frame = () => new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  const times = [];
+  for (let step = 0; step < 30; step += 1) {
+    const before = performance.now();
+    const event = { deltaY: step % 2 ? 60 : -60, offsetX: 450, offsetY: 350, cancelable: true };
+    canvas.dispatchEvent(new WheelEvent("wheel", event));
+    canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: 300 + step, clientY: 300 }));
+    await frame();
+    times.push(performance.now() - before);
+  }
+  const place = map.place(1234);
+  for (const type of ["pointerdown", "pointerup"]) {
+    const event = new PointerEvent(type, { clientX: place.x, clientY: place.y, pointerId: 1 });
+    canvas.setPointerCapture = () => {};
+    canvas.dispatchEvent(event);
+  }
+  const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  let inked = 0;
+  for (let i = 3; i < data.length; i += 4) if (data[i] > 0) inked += 1;
+  const near = chosen.map((n) => Math.hypot(map.place(n).x - place.x, map.place(n).y - place.y));
+  canvas.remove();
+  return { median: times.sort((a, b) => a - b)[15], inked, near };
+}
+"""
+
+
+def test_a_map_of_ten_thousand_cases_follows_the_hand(page: Page) -> None:
+    told = page.evaluate(MAP_OF_MANY)
+    assert told["inked"] > 20_000 and told["near"] and told["near"][0] < 2
+    assert told["median"] < 100, f"{told['median']:.0f} ms for a step of zoom, expected some 16"

@@ -344,10 +344,14 @@ def test_matched_slices_are_those_most_alike(client: TestClient, explored: Explo
     assert view["rows"] == [0, 1, 2, 3] and set(view["matches"]) <= {0, 1, 2, 3}
     assert told["embedding"] == "grid:patch@4:2" and told["patches"]
     assert told["similarity"] == pytest.approx(np.mean(view["similarities"]), abs=1e-3)
+    near = ask(client, "/api/neighbours", case="phantom_003")["neighbours"]
+    (similar,) = [row["similarity"] for row in near if row["case_id"] == "phantom_004"]
+    assert told["similarity"] == pytest.approx(similar, abs=2e-3)
     itself = ask(client, "/api/compare", case="phantom_003", **{"with": "phantom_003"})["views"]["ct/axial"]
     assert itself["matches"] == [0, 1, 2, 3] and itself["similarities"] == pytest.approx([1] * 4, abs=1e-3)
     heat = ask(client, "/api/heat", case="phantom_003", **{"with": "phantom_003", "view": "ct/axial", "row": 1})
-    assert (heat["match"], heat["grid"]) == (1, [4, 4]) and heat["high"] == pytest.approx(1, abs=1e-3)
+    assert (heat["match"], heat["grid"], heat["low"], heat["high"]) == (1, [4, 4], 0, 1)
+    assert set(base64.b64decode(heat["query"])) == {255}
     assert len(base64.b64decode(heat["query"])) == 16
     assert (
         "no slice 9"
@@ -387,6 +391,31 @@ def test_two_groups_stay_apart_on_the_map_and_the_map_is_the_same_every_time(pro
     np.testing.assert_array_equal(places, project_vectors(vectors, projection))
     inner = np.linalg.norm(places[:20] - places[:20].mean(0), axis=1).max()
     assert np.linalg.norm(places[:20].mean(0) - places[20:].mean(0)) > 2 * inner
+
+
+def test_a_map_reads_a_memory_map_of_many_cases_in_batches(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    vectors = np.lib.format.open_memmap(tmp_path / "vectors.npy", "w+", np.float16, (3000, 8))
+    vectors[:] = np.repeat(np.eye(2, 8), 1500, axis=0) + 0.05 * draw.normal(size=(3000, 8))
+    asked: list[int] = []
+
+    class Watched:
+        """Tells how many rows are asked for at once."""
+
+        shape = vectors.shape
+
+        def __len__(self) -> int:
+            return len(vectors)
+
+        def __getitem__(self, rows: Any) -> Any:
+            asked.append(len(vectors[rows]))
+            return vectors[rows]
+
+    places = project_vectors(Watched())  # type: ignore[arg-type]
+    assert max(asked) == 1024 and places.shape == (3000, 2)
+    np.testing.assert_array_equal(places, project_vectors(vectors))
+    first, second = places[:1500, 0], places[1500:, 0]
+    assert first.max() < second.min() or second.max() < first.min()
 
 
 @pytest.mark.parametrize("cases", [1, 2, 3])
