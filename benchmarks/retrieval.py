@@ -12,7 +12,7 @@ fewer per axis, and compares by cosine after centring; `whitened` as embedkit wh
 fitted on all cases without labels, in all lines of the tables.
 
 The honest choice splits the patients in two halves, at random, once per seed. Level and rerank are chosen on the first
-half alone (most often right at place 1), all that is fitted is fitted there; the other half are the queries among all
+half alone (most often right at place 1; of equals the first), all that is fitted is fitted there; the other half are the queries among all
 cases. Whitened pixels go through the same. Each query's scores are averaged over the seeds that it was judged in.
 
 Caches stay in --cache-dir, so that a second call resumes. The last line is `ratio N.NN`: top-1 of the honest choice
@@ -318,13 +318,16 @@ def print_choice(
     seeds: int,
 ) -> float:
     """The honest choice of every backbone beside pixels, over the seeds; the ratio of top-1 of the best to pixels."""
-    print("\n| Chosen on one half of the patients, scored on the other | top-1 | top-5 | MRR | top-1 less pixels |")
+    print(
+        "\n| Chosen on one half of the patients, scored on the other | top-1 | top-5 | MRR | top-1 less the better pixels |"
+    )
     print("|---|---|---|---|---|")
     halves = [split_patients(labels, seed) for seed in range(seeds)]
     bare = average_firsts(judge_pixels(truth, pixels, labels, half, None) for half in halves)
     whitened = average_firsts(judge_pixels(truth, pixels, labels, half, count_components(len(half))) for half in halves)
-    print_scores("pixels", bare, whitened)
-    print_scores("pixels, whitened", whitened, whitened)
+    better = max((bare, whitened), key=lambda each: float(each["top-1"].mean()))  # type: ignore[arg-type]
+    print_scores("pixels", bare, better)
+    print_scores("pixels, whitened", whitened, better)
     best = 0.0
     for name, backbone in backbones.items():
         parts, chosen = [], []
@@ -333,10 +336,10 @@ def print_choice(
             chosen.append(f"{level.label} x {rerank}")
             parts.append(firsts)
         found = average_firsts(parts)
-        print_scores(name, found, whitened)
+        print_scores(name, found, better)
         print(f"  chosen: {'; '.join(chosen)}", flush=True)
         best = max(best, float(found["top-1"].mean()))  # type: ignore[arg-type]
-    return best / max(float(each["top-1"].mean()) for each in (bare, whitened))  # type: ignore[arg-type]
+    return best / float(better["top-1"].mean())  # type: ignore[arg-type]
 
 
 def split_patients(labels: pl.DataFrame, seed: int) -> list[str]:
