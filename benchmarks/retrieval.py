@@ -12,8 +12,9 @@ fewer per axis, and compares by cosine after centring; `whitened` as embedkit wh
 fitted on all cases without labels, in all lines of the tables.
 
 The honest choice splits the patients in two halves, at random, once per seed. Level and rerank are chosen on the first
-half alone (most often right at place 1; of equals the first), all that is fitted is fitted there; the other half are the queries among all
-cases. Whitened pixels go through the same. Each query's scores are averaged over the seeds that it was judged in.
+half alone (most often right at place 1, of equals the first listed), all that is fitted is fitted there; the other half
+are the queries among all cases. Pixels go through the same. Each query's scores are averaged over the seeds that it was
+judged in.
 
 Caches stay in --cache-dir, so that a second call resumes. The last line is `ratio N.NN`: top-1 of the honest choice
 over that of the better pixels, other side of the hippocampus.
@@ -318,9 +319,7 @@ def print_choice(
     seeds: int,
 ) -> float:
     """The honest choice of every backbone beside pixels, over the seeds; the ratio of top-1 of the best to pixels."""
-    print(
-        "\n| Chosen on one half of the patients, scored on the other | top-1 | top-5 | MRR | top-1 less the better pixels |"
-    )
+    print("\n| Chosen on one half of the patients, scored on the other | top-1 | top-5 | MRR | top-1 less pixels |")
     print("|---|---|---|---|---|")
     halves = [split_patients(labels, seed) for seed in range(seeds)]
     bare = average_firsts(judge_pixels(truth, pixels, labels, half, None) for half in halves)
