@@ -7,6 +7,7 @@ import sys
 import typer
 from embedkit.cli import (
     backbones,
+    bench,
     compare,
     demo,
     evaluate,
@@ -53,6 +54,7 @@ for command in (
     compare,
     shots,
     neighbours,
+    bench,
     explain,
     export,
     index,

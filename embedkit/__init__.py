@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from embedkit.backbones import list_backbones as list_backbones
     from embedkit.backbones import load_backbone as load_backbone
+    from embedkit.benching import bench as bench
+    from embedkit.benchpage import write_bench as write_bench
     from embedkit.cache import open_cache as open_cache
     from embedkit.comparison import compare_runs as compare_runs
     from embedkit.comparisonpage import write_comparison as write_comparison
@@ -45,11 +47,15 @@ if TYPE_CHECKING:
     from embedkit.searchevaluation import evaluate_search as evaluate_search
     from embedkit.serving import serve as serve
     from embedkit.shots import few_shot as few_shot
+    from embedkit.suitefile import list_suites as list_suites
+    from embedkit.suitefile import read_suite as read_suite
     from embedkit.training import train as train
     from embedkit.volumes import read_volume as read_volume
 
 _HOMES = {
     "backbones": ("list_backbones", "load_backbone"),
+    "benching": ("bench",),
+    "benchpage": ("write_bench",),
     "cache": ("open_cache",),
     "comparison": ("compare_runs",),
     "comparisonpage": ("write_comparison",),
@@ -75,6 +81,7 @@ _HOMES = {
     "serving": ("serve",),
     "shots": ("few_shot",),
     "training": ("train",),
+    "suitefile": ("list_suites", "read_suite"),
     "volumes": ("read_volume",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -11,6 +11,7 @@
     ├── TaskError               a target cannot be learned as it stands (constant, one-member class, no label)
     ├── HeadError               unknown head, duplicate name, head that cannot read the tokens asked for
     ├── RunError                a run folder is incomplete or does not fit the cache
+    ├── SuiteError              a suite of tasks is unreadable, contradicts itself, or is not the one of its results
     ├── SearchError             an index is damaged, does not fit, or a query or filter is wrong
     └── RequestError            what the explore page asks for is not there, is too large, or must wait its turn
 
@@ -31,6 +32,7 @@ __all__ = [
     "RequestError",
     "RunError",
     "SearchError",
+    "SuiteError",
     "TaskError",
     "VolumeError",
 ]
@@ -78,6 +80,10 @@ class HeadError(EmbedkitError):
 
 class RunError(EmbedkitError):
     """A run folder is incomplete or does not fit the cache."""
+
+
+class SuiteError(EmbedkitError):
+    """A suite of tasks is unreadable, contradicts itself, or is not the one whose results are in a folder."""
 
 
 class SearchError(EmbedkitError):

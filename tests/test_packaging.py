@@ -15,6 +15,8 @@ HEAVY = {"torch", "timm", "faiss", "polars", "SimpleITK", "h5py", "sklearn", "ma
 STAGES = {"manifest", "volumes", "slices", "backbones", "tokens", "cache", "tasks", "bags", "metrics", "index"}
 ABOVE = {
     "account",
+    "benching",
+    "benchpage",
     "casework",
     "cohort",
     "comparison",
@@ -47,6 +49,8 @@ ABOVE = {
     "slicepairs",
     "sources",
     "stream",
+    "suitedata",
+    "suitesearch",
     "training",
     "webapp",
     "worker",
@@ -136,6 +140,7 @@ def test_the_wheel_holds_embedkit_alone(tmp_path: Path) -> None:
         "embedkit/cli/main.py",
         "embedkit/py.typed",
         "embedkit/static/index.html",
+        "embedkit/suites/real.toml",
     ):
         assert wanted in names
 
