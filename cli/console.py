@@ -16,6 +16,7 @@ __all__ = [
     "Meter",
     "format_bytes",
     "format_seconds",
+    "parse_number",
     "parse_size",
     "print_json",
     "print_table",
@@ -49,6 +50,14 @@ def parse_size(text: str, option: str = "--shard-size") -> int:
             param_hint=option,
         )
     return size
+
+
+def parse_number(text: str, option: str) -> float:
+    """The number in ``text``, given with ``option``."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number", param_hint=option) from None
 
 
 def format_seconds(seconds: float) -> str:

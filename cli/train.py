@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from embedkit.cli.console import print_json, print_table, show_progress, split_list
+from embedkit.cli.console import parse_number, print_json, print_table, show_progress, split_list
 
 if TYPE_CHECKING:
     import polars as pl
 
 __all__ = ["run"]
 
-_SHOWN = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy", "spearman": "Spearman", "r2": "R2"}
+_SHOWN = {
+    "c_index": "C-index",
+    "integrated_brier": "integrated Brier",
+    "auroc": "AUROC",
+    "balanced_accuracy": "balanced accuracy",
+    "spearman": "Spearman",
+    "r2": "R2",
+}
 
 
 def train_command(
@@ -30,11 +37,16 @@ def train_command(
         str, typer.Option(help="Token sets to train on, as cls:12 or patch@4:8; default: the head's own choice.")
     ] = "",
     kind: Annotated[
-        str | None, typer.Option(help="binary, multiclass, multilabel or regression; default: inferred.")
+        str | None, typer.Option(help="binary, multiclass, multilabel, regression or survival; default: inferred.")
     ] = None,
     classes: Annotated[
         str, typer.Option(help="Classes to learn, the last one positive: 1,3. Cases of others are left out.")
     ] = "",
+    event: Annotated[
+        list[str] | None,
+        typer.Option(help="Column that is 1 where the time in --target ended with the event; or TARGET=COLUMN, again."),
+    ] = None,
+    times: Annotated[str, typer.Option(help="Times to state survival at: 12,24,60; default: deciles of events.")] = "",
     folds: Annotated[int, typer.Option(help="Patient-grouped folds.")] = 5,
     split: Annotated[str | None, typer.Option(help="Label column that holds the folds instead.")] = None,
     sweep: Annotated[
@@ -73,6 +85,8 @@ def train_command(
                 token_sets=split_list(tokens) or None,
                 kind=kind,  # type: ignore[arg-type]  # refused with the known kinds by make_task
                 classes=split_list(classes) or None,
+                event=_parse_events(event or []),
+                times=[parse_number(each, "--times") for each in split_list(times)] or None,
                 folds=folds,
                 split=split,
                 sweep=sweep,
@@ -97,6 +111,19 @@ def train_command(
 
 
 run = train_command
+
+
+def _parse_events(given: Sequence[str]) -> str | dict[str, str] | None:
+    """One column for all targets, or ``TARGET=COLUMN`` for some."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    pairs = [each.partition("=") for each in given]
+    if bad := [each for each, (target, _, column) in zip(given, pairs, strict=True) if not (target and column)]:
+        raise typer.BadParameter(
+            f"{bad[0]!r} among several event columns; give one column, or TARGET=COLUMN for each survival target",
+            param_hint="--event",
+        )
+    return {target: column for target, _, column in pairs} or None
 
 
 def _print_left_aside(cases_by_target: Mapping[str, Mapping[str, Any]]) -> None:

@@ -68,9 +68,10 @@ def word_answer(
     *,
     times: Sequence[float] = (),
 ) -> str:
-    """What scores [columns] say of the class at ``place``, in words; of survival, the chances at the stated times."""
+    """What scores [columns] say of the class at ``place``, in words; of survival, the chances at some stated times."""
     if kind == "survival":
-        chances = ", ".join(f"{time:g}: {chance:.2f}" for time, chance in zip(times, scores[1:], strict=True))
+        shown = range(len(times)) if len(times) <= 4 else (len(times) // 4, len(times) // 2, 3 * len(times) // 4)
+        chances = ", ".join(f"{times[place]:g}: {scores[1 + place]:.2f}" for place in shown)
         return f"{target}: risk {scores[0]:.2f}, chance to be without the event at {chances}"
     if kind == "regression":
         return f"{target} = {scores[0]:.4g}"

@@ -1,4 +1,4 @@
-"""Owns the charts that judge a run: precision and recall, reliability, confusion, agreement, maps and learning curves.
+"""Owns the charts that judge a run: precision and recall, reliability, confusion, agreement, survival, maps, learning.
 
 Each takes plain arrays and gives PNG bytes in the common style of `embedkit.canvas`. Knows no case and no run.
 """
@@ -31,15 +31,19 @@ from embedkit.canvas import (
     show_plainly,
     style_axes,
 )
+from embedkit.survival import KaplanMeier
 
 __all__ = [
+    "BrierLine",
     "PrecisionLine",
     "plot_agreement",
+    "plot_brier",
     "plot_confusion",
     "plot_map",
     "plot_precision",
     "plot_reliability",
     "plot_shots",
+    "plot_survival",
 ]
 
 _SQUARE = (4.75, 4.75)
@@ -62,6 +66,22 @@ class PrecisionLine:
     precision: Floats
     auprc: Interval | None = None
     prevalence: float = math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class BrierLine:
+    """A named Brier score over time.
+
+    Attributes:
+        label: For the legend.
+        times, values: float64 [times].
+        intervals: One per time, drawn as a band; none where there is no band.
+    """
+
+    label: str
+    times: Floats
+    values: Floats
+    intervals: tuple[Interval, ...] = ()
 
 
 def plot_precision(lines: Sequence[PrecisionLine], *, title: str = "") -> bytes:
@@ -143,6 +163,40 @@ def plot_agreement(truth: Floats, predicted: Floats, *, title: str = "", name: s
     axes.plot([low, high], [low, high], color=QUIET, linewidth=0.8, linestyle=(0, (1, 3)))
     axes.scatter(truth, predicted, s=16, color=COLOURS[0], alpha=0.6, linewidths=0)
     axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
+    return encode_png(canvas)
+
+
+def plot_survival(curves: Mapping[str, KaplanMeier], *, title: str = "", name: str = "time") -> bytes:
+    """Kaplan-Meier curves of some groups, stepwise, each with its pointwise 95% band.
+
+    Args:
+        curves: By name, drawn in order.
+        title: Above.
+        name: Of the time axis.
+    """
+    canvas, axes = _square(title, name, "Share without the event")
+    for number, (label, curve) in enumerate(curves.items()):
+        how = {"color": COLOURS[number % len(COLOURS)]}
+        axes.fill_between(curve.times, curve.low, curve.high, step="post", alpha=0.15, linewidth=0, **how)
+        dash = DASHES[number % len(DASHES)]
+        axes.step(curve.times, curve.survival, where="post", linewidth=1.7, linestyle=dash, label=label, **how)
+    axes.set(xlim=(0, None), ylim=(-0.01, 1.01))
+    _legend(axes, "lower left")
+    return encode_png(canvas)
+
+
+def plot_brier(lines: Sequence[BrierLine], *, title: str = "", name: str = "time") -> bytes:
+    """Brier scores over time; ``name`` is that of the time axis."""
+    canvas, axes = _square(title, name, "Brier score (0 is best)")
+    for number, line in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
+        if line.intervals:
+            low, high = [each.low for each in line.intervals], [each.high for each in line.intervals]
+            axes.fill_between(line.times, low, high, color=colour, alpha=0.15, linewidth=0)
+        dash = DASHES[number % len(DASHES)]
+        axes.plot(line.times, line.values, color=colour, linewidth=1.7, linestyle=dash, label=line.label)
+    axes.set_ylim(bottom=0)
+    _legend(axes, "upper left")
     return encode_png(canvas)
 
 

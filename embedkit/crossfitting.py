@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embedkit.answers import score_columns
 from embedkit.bags import BagShape, bag_shape
 from embedkit.fitting import FitReport, fit_closed_form
 from embedkit.foldjobs import FoldedTask, FoldJob, make_job, rank
@@ -39,7 +40,7 @@ class InnerScores:
         fold: Whose training cases they are.
         split: Number of the inner split within the fold.
         cases: int64 [held], numbers of the held-out cases in the task.
-        scores: float64 [held outputs].
+        scores: float64 [held columns].
     """
 
     fold: int
@@ -57,7 +58,7 @@ class CrossFit:
         folds: Of each member.
         members: One per fold and seed.
         reports: One per member.
-        scores: float64 [cases outputs], each case by the mean of the members that were not trained on it; NaN where in
+        scores: float64 [cases columns], each case by the mean of the members that were not trained on it; NaN where in
             no fold.
         inner: Of every fold and inner split.
         notes: What the user should know of how they were trained.
@@ -160,7 +161,14 @@ def _features(preparation: Preparation, job: FoldJob, candidate: Candidate) -> T
 
 def _build(preparation: Preparation, job: FoldJob, candidate: Candidate) -> Member:
     shape, task = bag_shape(preparation.source, candidate.token_sets), job.task
-    return build_member(job.plan.head, shape, outputs=task.outputs, kind=task.kind, options=candidate.options)
+    return build_member(
+        job.plan.head,
+        shape,
+        outputs=job.plan.outputs(task),
+        kind=task.kind,
+        options=candidate.options,
+        times=task.times,
+    )
 
 
 def _collect(
@@ -168,7 +176,7 @@ def _collect(
 ) -> CrossFit:
     """The members of all folds and their scores."""
     plan, task = jobs[0].plan, jobs[0].task
-    scores = np.full((len(task.case_ids), task.outputs), np.nan)
+    scores = np.full((len(task.case_ids), len(score_columns(task.kind, task.classes, task.times))), np.nan)
     inner: list[InnerScores] = []
     for job, found in zip(jobs, answers, strict=True):
         members = [member for member, _ in job.fitted]
@@ -192,7 +200,7 @@ def _collect(
 
 
 def _score(member: Member, logits: Tensor) -> NDArray[np.float64]:
-    """Scores [cases outputs] of logits [cases outputs]."""
+    """Scores [cases columns] of logits [cases outputs]."""
     scores: NDArray[np.float64] = member.scores(logits).reshape(len(logits), -1).double().cpu().numpy()
     return scores
 

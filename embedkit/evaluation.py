@@ -199,7 +199,15 @@ def _score_new_cases(run: Run, cache: Cache, labels: pl.DataFrame, device: str) 
     """The scores of all labelled cases of the cache, none of whose patients the run may have seen."""
     record = run.record
     cases = cache.stacks.select("case_id", "patient_id").unique(maintain_order=True)
-    task, _ = encode_targets(labels, record.target, cases, kind=record.kind, classes=record.classes or None)
+    task, _ = encode_targets(
+        labels,
+        record.target,
+        cases,
+        kind=record.kind,
+        classes=record.classes or None,
+        event=record.event or None,
+        times=record.times or None,
+    )
     known = run.training_patients
     pairs = zip(task.case_ids, task.patient_ids, strict=True)
     if seen := [case for case, patient in pairs if patient in known]:
@@ -215,7 +223,9 @@ def _score_new_cases(run: Run, cache: Cache, labels: pl.DataFrame, device: str) 
         )
     values = record.score_array(scores.to_numpy())
     folds = np.full((1, len(task.case_ids)), -1)
-    return Outcomes(record.kind, record.classes, task.case_ids, task.patient_ids, task.targets, values[None], folds)
+    return Outcomes(
+        record.kind, record.classes, task.case_ids, task.patient_ids, task.targets, values[None], folds, record.times
+    )
 
 
 def _delong(outcomes: Outcomes) -> Interval | None:

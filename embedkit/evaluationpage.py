@@ -24,6 +24,7 @@ from embedkit.plots import RocLine, Score, plot_roc, plot_scores
 from embedkit.report import Cell, Figure, Report, Section, Table, metric_title, write_report
 from embedkit.runs import check_cache
 from embedkit.subgroups import shown_metrics
+from embedkit.survivalsection import survival_section
 
 __all__ = ["roc_line", "write_evaluation"]
 
@@ -58,6 +59,7 @@ def write_evaluation(
         *_curve_section(evaluation, seed),
         *_calibration_section(evaluation),
         *_answer_section(outcomes, record.target),
+        *((survival_section(outcomes, record.target, seed=seed),) if outcomes.kind == "survival" else ()),
         *_point_section(evaluation),
         *_subgroup_section(evaluation),
         *(() if cache is None else (_map_section(evaluation, cache, seed),)),

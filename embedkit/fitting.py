@@ -123,5 +123,7 @@ def fit_closed_form(
         partner = copy.deepcopy(unfitted)
         partner.fit(features[torch.from_numpy(~held)], targets[~held], holdouts=(), **how, **choices)
         inner.append(partner.read_out(features[torch.from_numpy(held)]))
+    if member.curve is not None:
+        member.curve.fit(head.read_out(features), targets)
     member.eval()
     return FitReport(choices=choices, inner=tuple(inner))

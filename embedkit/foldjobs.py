@@ -17,6 +17,7 @@ from embedkit.fitting import FitReport
 from embedkit.headplans import HeadPlan
 from embedkit.losses import TaskLoss
 from embedkit.members import Member
+from embedkit.plugins import survival_likelihood
 from embedkit.tasks import Task, inner_split
 
 __all__ = ["FoldJob", "FoldedTask", "make_job", "rank"]
@@ -90,7 +91,14 @@ def make_job(plan: HeadPlan, target: FoldedTask, fold: int, *, seed: int, device
         for number in range(several if plan.by_gradient else _CLOSED_FORM_SPLITS)
     )
     on = device if plan.by_gradient else "cpu"
-    loss = TaskLoss(task.kind, task.targets, training, class_weights=plan.fit.class_weights, device=on)
+    loss = TaskLoss(
+        task.kind,
+        task.targets,
+        training,
+        class_weights=plan.fit.class_weights,
+        likelihood=survival_likelihood(plan.head),
+        device=on,
+    )
     return FoldJob(plan, target, fold, seed, splits, loss)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from embedkit.errors import OptionError, TaskError
 from embedkit.targets import count_noun, encode_numbers, list_some
 
-__all__ = ["choose_times", "encode_followup"]
+__all__ = ["choose_times", "encode_followup", "require_within_followup"]
 
 Floats = NDArray[np.float64]
 
@@ -60,6 +60,20 @@ def encode_followup(
     return np.stack([numbers, events], axis=1)
 
 
+def require_within_followup(target: str, times: Sequence[float], followup: Floats) -> None:
+    """Stops where survival is stated at a time beyond which no case was followed.
+
+    Raises:
+        OptionError: the last time is that late.
+    """
+    longest = float(followup[:, 0].max())
+    if times[-1] >= longest:
+        raise OptionError(
+            f"survival of target {target} is to be stated at {times[-1]:g}, but no case was followed longer than"
+            f" {longest:g}; expected times below that"
+        )
+
+
 def choose_times(target: str, followup: Floats, times: Sequence[float] | None) -> tuple[float, ...]:
     """The times at which the survival of each case is stated: the given ones, else deciles of the times of events.
 
@@ -68,12 +82,11 @@ def choose_times(target: str, followup: Floats, times: Sequence[float] | None) -
     Args:
         target: For messages.
         followup: As `encode_followup` gives it.
-        times: Above 0, rising, below the longest time of follow-up; None for the deciles.
+        times: Above 0 and rising; None for the deciles.
 
     Raises:
         OptionError: times that are not so.
     """
-    longest = float(followup[:, 0].max())
     if times is not None:
         chosen = [float(time) for time in times]
         if not chosen or chosen[0] <= 0 or not all(np.isfinite(chosen)) or sorted(set(chosen)) != chosen:
@@ -82,12 +95,8 @@ def choose_times(target: str, followup: Floats, times: Sequence[float] | None) -
                 f"survival of target {target} is to be stated at the times {listed}; expected one or more above 0,"
                 " each later than the one before"
             )
-        if chosen[-1] >= longest:
-            raise OptionError(
-                f"survival of target {target} is to be stated at {chosen[-1]:g}, but no case was followed longer than"
-                f" {longest:g}; expected times below that"
-            )
         return tuple(chosen)
+    longest = float(followup[:, 0].max())
     deciles = np.quantile(followup[followup[:, 1] == 1, 0], _STATED_QUANTILES)
     rounded = {float(f"{time:.3g}") for time in deciles.tolist()}
     return tuple(sorted(time for time in rounded if 0 < time < longest)) or (float(deciles[0]),)

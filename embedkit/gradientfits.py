@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,28 +86,44 @@ class GradientFitter:
                 on_done(job)
 
         run_passes(list(last), self.obstacles, finish)
+        self._fit_curves([job for job in jobs if job.task.kind == "survival"])
 
     def answer(self, jobs: Sequence[FoldJob]) -> list[list[Tensor]]:
         """Logits [tested outputs] of the tested cases of each job by each of its members."""
+        return self._compute_logits(jobs, {job: job.tested for job in jobs})
+
+    def _fit_curves(self, jobs: Sequence[FoldJob]) -> None:
+        """Takes from the training cases what turns logits of survival heads into chances."""
+        training = {job: np.flatnonzero(job.training) for job in jobs}
+        for job, found in zip(jobs, self._compute_logits(jobs, training), strict=True):
+            for (member, _), logits in zip(job.fitted, found, strict=True):
+                cast(Any, member.curve).fit(logits, job.task.targets[training[job]])
+
+    def _compute_logits(
+        self, jobs: Sequence[FoldJob], cases: Mapping[FoldJob, NDArray[np.int64]]
+    ) -> list[list[Tensor]]:
+        """Logits [cases outputs] of the cases of each job, in rising order, by each of its members."""
         asked: dict[Hashable, list[FoldJob]] = {}
         for job in jobs:
             candidate = self._chosen(job)
             asked.setdefault((job.plan.head, candidate.token_sets, job.target), []).append(job)
         found: dict[FoldJob, list[Tensor]] = {}
         for each in asked.values():
-            found |= self._answer_together(each)
+            found |= self._compute_together(each, cases)
         return [found[job] for job in jobs]
 
-    def _answer_together(self, jobs: Sequence[FoldJob]) -> dict[FoldJob, list[Tensor]]:
+    def _compute_together(
+        self, jobs: Sequence[FoldJob], cases: Mapping[FoldJob, NDArray[np.int64]]
+    ) -> dict[FoldJob, list[Tensor]]:
         """Of jobs that read the same tokens of the same task."""
         candidate = self._chosen(jobs[0])
         deck, store = self._deck(jobs[0], candidate), self.preparation.store(jobs[0].plan, candidate)
-        blocks = np.array_split(np.unique(np.concatenate([job.tested for job in jobs])), deck.blocks)
+        blocks = np.array_split(np.unique(np.concatenate([cases[job] for job in jobs])), deck.blocks)
         parts: dict[FoldJob, list[list[Tensor]]] = {job: [[] for _ in job.fitted] for job in jobs}
         visits = store.visit([deck.places[block] for block in blocks], candidate.token_sets)
         for block, _ in zip(blocks, visits, strict=True):
             for job in jobs:
-                places = deck.places[np.intersect1d(job.tested, block)]
+                places = deck.places[np.intersect1d(cases[job], block)]
                 for start in range(0, len(places), _SCORED_AT_ONCE):
                     bag = store.batch(places[start : start + _SCORED_AT_ONCE], candidate.token_sets).to("cpu")
                     for (member, _), logits in zip(job.fitted, parts[job], strict=True):
@@ -145,7 +162,7 @@ class GradientFitter:
     def _build_head(self, job: FoldJob, candidate: Candidate, number: int) -> nn.Module:
         """A head with its initial weights, which depend on nothing but its shape and the seed."""
         seed = job.seed + _MEMBERS_APART * number
-        key = (job.plan.head, candidate.token_sets, str(candidate.options), job.task.outputs, seed)
+        key = (job.plan.head, candidate.token_sets, str(candidate.options), job.plan.outputs(job.task), seed)
         if key not in self._heads:
             torch.manual_seed(seed)
             self._heads[key] = self._build(job, candidate).head
@@ -154,7 +171,14 @@ class GradientFitter:
     def _build(self, job: FoldJob, candidate: Candidate) -> Member:
         shape = bag_shape(self.preparation.source, candidate.token_sets)
         task = job.task
-        return build_member(job.plan.head, shape, outputs=task.outputs, kind=task.kind, options=candidate.options)
+        return build_member(
+            job.plan.head,
+            shape,
+            outputs=job.plan.outputs(task),
+            kind=task.kind,
+            options=candidate.options,
+            times=task.times,
+        )
 
     def _deck(self, job: FoldJob, candidate: Candidate) -> Deck:
         key = (job.plan.head, job.target, candidate.token_sets)
@@ -171,14 +195,15 @@ class GradientFitter:
 
     def _check(self, job: FoldJob, candidate: Candidate) -> None:
         """Checks once that a head keeps its contract, and whether it can be run for several fits at once."""
-        key = (job.plan.head, candidate.token_sets, str(candidate.options), job.task.outputs)
+        outputs = job.plan.outputs(job.task)
+        key = (job.plan.head, candidate.token_sets, str(candidate.options), outputs)
         if key in self._checked:
             return
         self._checked.add(key)
         whole, read = self.preparation.samples(job.plan, candidate)
         head = self._build(job, candidate).head.to(self.preparation.device)
         with torch.no_grad():
-            check_output(job.plan.head, head(whole), whole, job.task.outputs)
+            check_output(job.plan.head, head(whole), whole, outputs)
         if obstacle := getattr(head, "one_by_one", "") or find_obstacle(head, read):
             self.obstacles[job.plan.head] = obstacle
 

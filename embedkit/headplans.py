@@ -12,16 +12,20 @@ from embedkit.bags import bag_shape
 from embedkit.cache import Cache
 from embedkit.errors import CacheError, HeadError
 from embedkit.fitting import FitOptions
+from embedkit.losses import count_outputs
 from embedkit.members import build_member, complete_options
-from embedkit.plugins import choose_token_set, load_head
+from embedkit.plugins import choose_token_set, learned_kinds, list_heads, load_head, survival_likelihood
 from embedkit.recipe import TokenSet
 from embedkit.sweeps import Candidate, list_candidates, require_sweep
+from embedkit.targets import KINDS
+from embedkit.tasks import Task
 
-__all__ = ["BASELINES", "DEFAULT_HEADS", "HeadPlan", "plan_heads"]
+__all__ = ["BASELINES", "DEFAULT_HEADS", "HeadPlan", "match_heads", "plan_heads"]
 
 BASELINES = ("logistic", "raptor")
 """Always trained and always in the table: what any head must beat."""
-DEFAULT_HEADS = ("linear", "query", "abmil", "grid")
+DEFAULT_HEADS = ("linear", "query", "abmil", "grid", "cox", "mtlr")
+"""Each on the targets of the kinds that it learns."""
 
 TokenChoice = Sequence[str] | Mapping[str, Sequence[str]] | None
 
@@ -51,6 +55,10 @@ class HeadPlan:
     @property
     def by_gradient(self) -> bool:
         return load_head(self.head).fit_by == "gradient"
+
+    def outputs(self, task: Task) -> int:
+        """Width of the head's logits on a task."""
+        return count_outputs(task.kind, task.outputs, task.targets, likelihood=survival_likelihood(self.head))
 
 
 def plan_heads(
@@ -92,7 +100,8 @@ def plan_heads(
             continue
         options = complete_options(name, head_options.get(name, {}))
         with torch.random.fork_rng(devices=[]):
-            build_member(name, bag_shape(cache, sets), outputs=1, kind="binary", options=options)
+            kind = next(kind for kind in KINDS if kind in learned_kinds(name))
+            build_member(name, bag_shape(cache, sets), outputs=1, kind=kind, options=options, times=(1.0,))
         defaults = getattr(load_head(name), "fit_defaults", {})
         base = Candidate(sets, options, FitOptions().replace(**{**defaults, **fit_options}))
         candidates: tuple[Candidate, ...] = (base,)
@@ -102,6 +111,37 @@ def plan_heads(
             candidates = list_candidates(sweep, base, readings, by_gradient=by_gradient, seed=seed)
         plans.append(HeadPlan(name, candidates))
     return tuple(plans)
+
+
+def match_heads(
+    plans: Sequence[HeadPlan], tasks: Sequence[Task], heads: Sequence[str] | None
+) -> dict[str, tuple[HeadPlan, ...]]:
+    """The plans of each target by name: those of the heads that learn its kind of task.
+
+    Args:
+        plans: As `plan_heads` gives them.
+        tasks: Of one training.
+        heads: Those that were asked for by name; None for the default ones.
+
+    Raises:
+        HeadError: a head was asked for that learns none of the targets, or a target that none of them learns.
+    """
+    for name in heads or ():
+        if not any(task.kind in learned_kinds(name) for task in tasks):
+            raise _unfit(name, tasks[0])
+    matched = {task.name: tuple(plan for plan in plans if task.kind in learned_kinds(plan.head)) for task in tasks}
+    for task in tasks:
+        if heads and not any(plan.head in heads for plan in matched[task.name]):
+            raise _unfit(heads[0], task)
+    return matched
+
+
+def _unfit(name: str, task: Task) -> HeadError:
+    fit = [head for head in list_heads() if task.kind in learned_kinds(head)]
+    return HeadError(
+        f"head {name!r} learns {', '.join(kind for kind in KINDS if kind in learned_kinds(name))}, but target"
+        f" {task.name} is a {task.kind} task; heads that learn it: {', '.join(fit)}"
+    )
 
 
 def _choose(cache: Cache, name: str, token_sets: TokenChoice, *, required: bool) -> tuple[str, ...]:

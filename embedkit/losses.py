@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from embedkit.curves import choose_edges, count_edges, interval_logits
 from embedkit.targets import TaskKind
 
-__all__ = ["StackedLoss", "TaskLoss", "target_unit"]
+__all__ = ["StackedLoss", "TaskLoss", "count_outputs", "target_unit"]
 
 
 class TaskLoss:
@@ -23,7 +24,9 @@ class TaskLoss:
         kind: Of the task.
         unit: Mean and deviation of a regression's training targets, in which its logits count; (0, 1) otherwise.
         weights: Binary and multilabel: weight of the positives [outputs]; multiclass: weights [classes]; None for
-            equal weights and for a regression.
+            equal weights, for a regression and for survival.
+        targets: [cases ...], what `compare` takes; of survival float64 [cases 2+intervals]: time, event, and for
+            ``mtlr`` 1 for each interval in which the event may lie.
     """
 
     def __init__(
@@ -33,17 +36,23 @@ class TaskLoss:
         training: NDArray[np.bool_],
         *,
         class_weights: bool = True,
+        likelihood: str = "cox",
         device: torch.device | str = "cpu",
     ) -> None:
-        """Takes targets as `Task.targets` and which of the cases train, bool [cases]."""
+        """Takes targets as `Task.targets` and which of the cases train, bool [cases]; how a head learns survival."""
         self.kind = kind
+        self.likelihood = likelihood
         self.unit = target_unit(kind, targets[training])
         self.weights: Tensor | None = None
         if kind == "regression":
             targets = (targets - self.unit[0]) / self.unit[1]
+        elif kind == "survival":
+            if likelihood == "mtlr":
+                edges = choose_edges(targets[training], count_edges(targets))
+                targets = np.hstack([targets, _open_intervals(targets, edges)])
         elif class_weights:
             self.weights = _class_weights(kind, targets[training]).to(device)
-        dtype = torch.int64 if kind == "multiclass" else torch.float32
+        dtype = {"multiclass": torch.int64, "survival": torch.float64}.get(kind, torch.float32)
         self.targets = torch.as_tensor(targets, dtype=dtype, device=device)
 
     def __call__(self, logits: Tensor, cases: Tensor) -> Tensor:
@@ -57,8 +66,14 @@ class TaskLoss:
     def compare(self, logits: Tensor, truth: Tensor, weights: Tensor | None) -> Tensor:
         """Losses [... batch] of logits [... batch outputs] for rows of ``targets`` and for ``weights``.
 
-        It depends on nothing but its arguments and the kind of task, so that losses of one kind can be stacked.
+        It depends on nothing but its arguments, the kind of task and the likelihood, so that losses of one kind can be
+        stacked. By ``cox`` risk sets are those among the cases given, so that the loss of one depends on the others.
         """
+        if self.kind == "survival":
+            if self.likelihood == "mtlr":
+                chances = interval_logits(logits.double()).log_softmax(-1)
+                return -chances.masked_fill(truth[..., 2:] == 0, -torch.inf).logsumexp(-1)
+            return _partial_losses(logits[..., 0].double(), truth[:, 0], truth[:, 1])
         truth = truth.expand(logits.shape if truth.ndim == 2 else logits.shape[:-1])
         if self.kind == "regression":
             return F.smooth_l1_loss(logits[..., 0], truth, reduction="none")
@@ -89,12 +104,16 @@ class StackedLoss:
             weights = [loss.weights for loss in losses if loss.weights is not None]
             self._weights = torch.stack(weights) if weights else None
 
-    def each(self, logits: Tensor, cases: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+    def each(
+        self, logits: Tensor, cases: Tensor, rows: Sequence[int] | None = None, *, real: Tensor | None = None
+    ) -> Tensor:
         """Losses [fits ... batch] of logits [fits ... batch outputs] for cases [fits batch] of each fit's task.
 
         Args:
             logits, cases: Of some fits.
             rows: Which fits these are; None for all.
+            real: bool [fits batch], which cases are no padding; None for all. Padding may have any loss, but must not
+                stand in a risk set.
         """
         weights = self._weights
         if self._same:
@@ -104,9 +123,19 @@ class StackedLoss:
             asked = asked.to(cases.device)
             truth = self._targets[asked[:, None], cases]
             weights = None if weights is None else weights[asked]
+        if self.kind == "survival" and self._first.likelihood == "cox":
+            return self._each_alone(logits, truth, torch.ones_like(cases, dtype=torch.bool) if real is None else real)
         axes = (0, 0, None if self._same or weights is None else 0)
         found: Tensor = torch.vmap(self._first.compare, in_dims=axes)(logits, truth, weights)
         return found
+
+    def _each_alone(self, logits: Tensor, truth: Tensor, real: Tensor) -> Tensor:
+        """Fit after fit, since each sorts its own cases by time; padding has loss 0."""
+        losses = []
+        for own, rows, there in zip(logits, truth, real, strict=True):
+            found = self._first.compare(own[..., there, :], rows[there], None)
+            losses.append(found.new_zeros(own.shape[:-1]).masked_scatter(there, found))
+        return torch.stack(losses)
 
 
 def _lengthen(values: Tensor, length: int) -> Tensor:
@@ -126,3 +155,40 @@ def _class_weights(kind: TaskKind, targets: NDArray[Any]) -> Tensor:
         return torch.as_tensor(len(targets) / (np.count_nonzero(counts) * counts.clip(min=1)), dtype=torch.float32)
     positives = targets.reshape(len(targets), -1).sum(0)
     return torch.as_tensor((len(targets) - positives).clip(min=1) / positives.clip(min=1), dtype=torch.float32)
+
+
+def count_outputs(kind: TaskKind, outputs: int, targets: NDArray[Any], *, likelihood: str) -> int:
+    """Width of a head's logits: that of the task, but of a survival head by ``mtlr`` the number of its edges."""
+    return count_edges(targets) if kind == "survival" and likelihood == "mtlr" else outputs
+
+
+def _partial_losses(logits: Tensor, times: Tensor, events: Tensor) -> Tensor:
+    """Each event's share [... batch] of minus the log partial likelihood, ties as Efron; 0 for censored cases.
+
+    Of d events at one time the r-th sees the hazard at risk less r/d of that of all d: with s the share of the d in
+    the hazard at risk, its log is that of the hazard at risk plus log(1 - r/d s).
+
+    Args:
+        logits: [... batch], log hazards.
+        times, events: [batch].
+    """
+    order = times.argsort(descending=True, stable=True)
+    logits, falling, happened = logits[..., order], -times[order], events[order]
+    first = torch.searchsorted(falling, falling)
+    last = torch.searchsorted(falling, falling, right=True)
+    at_risk = logits.logcumsumexp(-1)[..., last - 1]
+    counts = F.pad(happened.cumsum(0), (1, 0))
+    ties = counts[last] - counts[first]
+    rank = counts[:-1] - counts[first]
+    shares = F.pad(((logits - at_risk).exp() * happened).cumsum(-1), (1, 0))
+    share = shares[..., last] - shares[..., first]
+    losses = happened * (at_risk + torch.log1p(-rank / ties.clamp(min=1) * share) - logits)
+    return losses[..., order.argsort()]
+
+
+def _open_intervals(targets: NDArray[Any], edges: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """bool [cases edges+1]: in which intervals the event of each case may lie; its own, or all not yet over."""
+    times, happened = targets[:, 0], targets[:, 1] == 1
+    place = np.where(happened, np.searchsorted(edges, times, "left"), np.searchsorted(edges, times, "right"))
+    intervals = np.arange(len(edges) + 1)
+    return np.where(happened[:, None], intervals == place[:, None], intervals >= place[:, None])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
-from embedkit.plugins import HeadOutput, check_output, create_head, list_options, load_head
+from embedkit.curves import CoxCurve, MtlrCurve, make_curve
+from embedkit.plugins import HeadOutput, check_output, create_head, list_options, load_head, survival_likelihood
 from embedkit.recipe import TokenSet
 from embedkit.standardisation import Standardiser
 from embedkit.targets import TaskKind
@@ -29,12 +30,21 @@ class Member(nn.Module):
     Tokens are standardised first where the head is trained by gradient; a head in closed form does that itself.
     """
 
-    def __init__(self, name: str, head: nn.Module, standardiser: Standardiser | None, kind: TaskKind) -> None:
+    def __init__(
+        self,
+        name: str,
+        head: nn.Module,
+        standardiser: Standardiser | None,
+        kind: TaskKind,
+        curve: CoxCurve | MtlrCurve | None = None,
+    ) -> None:
+        """Takes a curve for a survival task alone."""
         super().__init__()
         self.name = name
         self.kind = kind
         self.head = head
         self.standardiser = standardiser
+        self.curve = curve
         self.sharpness: Tensor
         self.unit: Tensor
         self.register_buffer("sharpness", torch.tensor(1.0))
@@ -57,8 +67,12 @@ class Member(nn.Module):
         """Probabilities, or predictions of a regression in the target's unit.
 
         Returns:
-            [batch] for binary and regression, [batch classes] for multiclass and multilabel.
+            [batch] for binary and regression, [batch classes] for multiclass and multilabel, [batch 1+times] for
+            survival: the risk and the chance to be without the event at each stated time.
         """
+        if self.curve is not None:
+            chances: Tensor = self.curve(logits)
+            return chances
         if self.kind == "regression":
             return logits[:, 0].float() * self.unit[1] + self.unit[0]
         if self.kind == "multiclass":
@@ -69,19 +83,33 @@ class Member(nn.Module):
     def evidence(self, bag: Bag, output: int) -> Tensor:
         """What each token adds to one logit: exact where the head can say so, else gradient times token.
 
+        Of survival to the mean of all logits, each of which speaks for an earlier event.
+
         Returns:
             [batch views slices patches]; 0 on masked slices.
         """
         prepared = self.prepare(bag)
+        outputs = [output] if self.curve is None else range(self.curve.outputs)
         if hasattr(self.head, "evidence"):
-            found: Tensor = cast(Any, self.head).evidence(prepared, output)
+            each = [cast(Any, self.head).evidence(prepared, place) for place in outputs]
         else:
-            found = _gradient_times_token(self.head, prepared, output)
-        return found.detach().float() * self.sharpness
+            each = [_gradient_times_token(self.head, prepared, place) for place in outputs]
+        found: Tensor = torch.stack(each).mean(0).detach().float()
+        return found * self.sharpness
 
 
-def build_member(name: str, shape: BagShape, *, outputs: int, kind: TaskKind, options: Mapping[str, Any]) -> Member:
+def build_member(
+    name: str,
+    shape: BagShape,
+    *,
+    outputs: int,
+    kind: TaskKind,
+    options: Mapping[str, Any],
+    times: Sequence[float] = (),
+) -> Member:
     """A member that is yet to be fitted or loaded; it reads all token sets of ``shape``.
+
+    ``times`` are those at which the survival of a survival task is stated.
 
     Raises:
         HeadError: as `create_head`.
@@ -89,7 +117,8 @@ def build_member(name: str, shape: BagShape, *, outputs: int, kind: TaskKind, op
     token_sets = tuple(shape.token_sets)
     head = create_head(name, shape, token_sets, outputs, options=options)
     by_gradient = load_head(name).fit_by == "gradient"
-    return Member(name, head, Standardiser(shape, token_sets) if by_gradient else None, kind)
+    curve = make_curve(survival_likelihood(name), outputs, times) if kind == "survival" else None
+    return Member(name, head, Standardiser(shape, token_sets) if by_gradient else None, kind, curve)
 
 
 def mean_evidence(parts: Sequence[Tensor]) -> Tensor:

@@ -105,7 +105,8 @@ def compute_metrics(
     - multilabel: each of these per label as if binary, then their mean; ``accuracy`` is thus 1 - Hamming loss.
     - ``mae``, ``r2``, ``spearman`` for regression.
     - survival: ``c_index`` (Harrell's), ``c_index_ipcw`` (Uno's, for events before the last stated time), and
-      ``integrated_brier``, the mean of the Brier score under IPCW from the first to the last stated time.
+      ``integrated_brier``, the mean of the Brier score under IPCW from the first to the last stated time. Stated times
+      beyond which none of these cases was followed are left out; without any left both are undefined.
 
     Classes that the targets lack are left out of the means of ``auroc``, ``auprc``, ``balanced_accuracy`` and ``f1``.
     Resamples that lack a class which the targets have are left out for these four, and counted in the interval.
@@ -293,12 +294,7 @@ def _statistics(
     task_kind: TaskKind, targets: NDArray[Any], scores: Floats, times: Sequence[float] = ()
 ) -> dict[str, Statistic]:
     if task_kind == "survival":
-        followed, happened, at = targets[:, 0], targets[:, 1] == 1, np.asarray(times, dtype=np.float64)
-        return {
-            "c_index": weigh_concordance(followed, happened, scores[:, 0]),
-            "c_index_ipcw": weigh_ipcw_concordance(followed, happened, scores[:, 0], until=at[-1]),
-            "integrated_brier": weigh_integrated_brier(followed, happened, scores[:, 1:], at),
-        }
+        return _survival_statistics(targets[:, 0], targets[:, 1] == 1, scores, np.asarray(times, dtype=np.float64))
     if task_kind == "regression":
         return {
             "mae": weigh_mean(np.abs(targets - scores)),
@@ -315,6 +311,21 @@ def _statistics(
     return {
         name: average_statistics([label[name] for label in (labels if name in whole else varying)])
         for name in METRICS[task_kind]
+    }
+
+
+def _survival_statistics(
+    followed: Floats, happened: NDArray[np.bool_], scores: Floats, times: Floats
+) -> dict[str, Statistic]:
+    concordance = weigh_concordance(followed, happened, scores[:, 0])
+    known = times < followed.max()
+    if not known.any():
+        return {"c_index": concordance} | dict.fromkeys(("c_index_ipcw", "integrated_brier"), average_statistics([]))
+    at, chances = times[known], scores[:, 1:][:, known]
+    return {
+        "c_index": concordance,
+        "c_index_ipcw": weigh_ipcw_concordance(followed, happened, scores[:, 0], until=float(at[-1])),
+        "integrated_brier": weigh_integrated_brier(followed, happened, chances, at),
     }
 
 

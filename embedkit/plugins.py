@@ -8,6 +8,8 @@ A head is a class derived from ``torch.nn.Module``::
         prefers = TokenPreference("cls")      # optional: which token set to take when the user names none
         fit_defaults = {"learning_rate": 1e-3}  # optional: see embedkit.fitting.FitOptions
         slice_order = "free"                  # optional: what it makes of the order of slices, see SliceOrder
+        kinds = frozenset({"survival"})       # optional: kinds of task it learns; unless said, all but survival
+        likelihood = "cox"                    # optional: how it learns survival, "cox" (1 logit) or "mtlr" (1 per edge)
 
         def __init__(self, shape: BagShape, token_sets: tuple[str, ...], outputs: int, *, width: int = 64): ...
         def forward(self, bag: Bag) -> HeadOutput: ...
@@ -49,6 +51,7 @@ from torch import Tensor, nn
 from embedkit.bags import Bag, BagShape
 from embedkit.errors import HeadError
 from embedkit.recipe import TokenKind, TokenSet
+from embedkit.targets import KINDS
 
 __all__ = [
     "GROUP",
@@ -60,13 +63,17 @@ __all__ = [
     "check_output",
     "choose_token_set",
     "create_head",
+    "learned_kinds",
     "list_heads",
     "list_options",
     "load_head",
+    "survival_likelihood",
 ]
 
 GROUP = "embedkit.heads"
 FIT_WAYS = ("gradient", "closed form")
+LIKELIHOODS = ("cox", "mtlr")
+_EVERY_KIND: frozenset[str] = frozenset(KINDS)
 
 SliceOrder = Literal["free", "positions", "sequence"]
 """What a head makes of the order of slices. ``free``: nothing, slices may be shuffled. ``positions``: it reads
@@ -176,6 +183,26 @@ def list_options(name: str) -> dict[str, Any]:
     """
     parameters = inspect.signature(load_head(name)).parameters.values()
     return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def learned_kinds(name: str) -> frozenset[str]:
+    """The kinds of task that a head learns.
+
+    Raises:
+        HeadError: as `load_head`.
+    """
+    kinds: frozenset[str] = getattr(load_head(name), "kinds", _EVERY_KIND - {"survival"})
+    return kinds
+
+
+def survival_likelihood(name: str) -> str:
+    """By which likelihood a head learns survival: ``cox`` or ``mtlr``.
+
+    Raises:
+        HeadError: as `load_head`.
+    """
+    likelihood: str = getattr(load_head(name), "likelihood", "cox")
+    return likelihood
 
 
 def choose_token_set(name: str, available: Sequence[TokenSet]) -> TokenSet:
@@ -295,6 +322,10 @@ def _check_class(loaded: object, entry: HeadEntry) -> None:
         problem = f"its `fit_by` is {fit_by!r}, expected one of {', '.join(FIT_WAYS)}"
     elif (order := getattr(loaded, "slice_order", None)) not in (None, *get_args(SliceOrder)):
         problem = f"its `slice_order` is {order!r}, expected one of {', '.join(get_args(SliceOrder))}"
+    elif not (isinstance(learned := getattr(loaded, "kinds", _EVERY_KIND), frozenset) and learned <= _EVERY_KIND):
+        problem = f"its `kinds` is {learned!r}, expected a frozenset of kinds among {', '.join(KINDS)}"
+    elif (likelihood := getattr(loaded, "likelihood", "cox")) not in LIKELIHOODS:
+        problem = f"its `likelihood` is {likelihood!r}, expected one of {', '.join(LIKELIHOODS)}"
     elif fit_by == "closed form" and not all(hasattr(loaded, name) for name in ("features", "fit", "read_out")):
         problem = "it is fitted in closed form but lacks `features`, `fit` or `read_out`"
     if problem:

@@ -52,6 +52,9 @@ _TITLES = {
     "mae": "MAE",
     "r2": "R²",
     "spearman": "Spearman",
+    "c_index": "C-index",
+    "c_index_ipcw": "C-index (IPCW)",
+    "integrated_brier": "Integrated Brier",
 }
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -48,7 +48,8 @@ class RunRecord:
         name: ``TARGET.HEAD``.
         target: Column that was learned.
         kind: Of the task.
-        classes: In the order of the scores; empty for a regression.
+        classes: In the order of the scores; empty for a regression and for survival.
+        event, times: As `Task.event` and `Task.times`.
         head: Registered name.
         head_options: All options of the head, where a member does not say otherwise.
         outputs: Width of the logits.
@@ -88,6 +89,8 @@ class RunRecord:
     seed: int
     parameters: int
     seconds: float
+    event: str = ""
+    times: tuple[float, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     cases: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None
@@ -111,8 +114,8 @@ class RunRecord:
 
     @property
     def score_columns(self) -> tuple[str, ...]:
-        """Columns of predictions: ``score`` for binary and regression, else ``score_CLASS`` for each class."""
-        return score_columns(self.kind, self.classes)
+        """Columns of predictions, as `embedkit.answers.score_columns` names them."""
+        return score_columns(self.kind, self.classes, self.times)
 
     def score_array(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """Scores [cases outputs] as `compute_metrics` takes them."""
@@ -227,6 +230,7 @@ def _read_members(path: Path, record: RunRecord) -> tuple[Member, ...]:
                 outputs=record.outputs,
                 kind=record.kind,
                 options=each["head_options"],
+                times=record.times,
             )
             for each in record.members
         )
@@ -302,6 +306,7 @@ def _from_json(fields: dict[str, Any]) -> RunRecord:
         **plain
         | {
             "classes": tuple(fields["classes"]),
+            "times": tuple(float(time) for time in fields.get("times", ())),
             "shape": BagShape(
                 {name: (int(size[0]), int(size[1])) for name, size in shape["token_sets"].items()},
                 {name: (int(size[0]), int(size[1])) for name, size in shape["grids"].items()},

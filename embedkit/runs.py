@@ -178,7 +178,7 @@ class Run:
         if class_name is not None and class_name not in record.classes:
             raise RunError(
                 f"run {self.name} has no class {class_name!r}; it has"
-                f" {', '.join(record.classes) or 'none, being a regression: leave it away'}"
+                f" {', '.join(record.classes) or f'none, being a {record.kind} task: leave it away'}"
             )
         place = choose_class(record.kind, record.classes, prediction, class_name)
         output, sign = (0, 2.0 * place - 1) if record.kind == "binary" else (place, 1.0)
@@ -190,7 +190,7 @@ class Run:
             view: _fit_slices(added[self.views.index(view)], count).reshape(count, *grid)
             for view, count in counts.items()
         }
-        answer = word_answer(record.kind, record.classes, record.target, prediction, place)
+        answer = word_answer(record.kind, record.classes, record.target, prediction, place, times=record.times)
         return Evidence(answer, scores, self._slice_attention(members, bag, counts))
 
     def _slice_attention(
@@ -237,7 +237,8 @@ def predict(
 
     Returns:
         ``case_id``, ``patient_id``, score columns (``score``: probability of the positive class, or the value; else
-        ``score_CLASS`` each) and ``predicted`` (class; labels between ``;`` for multilabel; absent for a regression).
+        ``score_CLASS`` each; of survival ``score``, the risk, and ``survival_TIME`` each) and ``predicted`` (class;
+        labels between ``;`` for multilabel; absent for a regression and for survival).
         All null for a case without a usable slice in the run's views.
 
     Raises:
@@ -263,7 +264,7 @@ def predict(
         {"case_id": wanted, "patient_id": [patients[case] for case in wanted]},
         schema={"case_id": pl.String, "patient_id": pl.String},
     ).with_columns(pl.Series(name, values[:, place]) for place, name in enumerate(names))
-    if opened.record.kind != "regression":
+    if opened.record.classes:
         table = table.with_columns(
             pl.Series("predicted", name_classes(opened.record.kind, opened.record.classes, values), dtype=pl.String)
         )

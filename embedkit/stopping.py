@@ -51,7 +51,7 @@ class Watch:
         if self.logits.shape != logits.shape:
             self.logits = torch.zeros_like(logits)
         factors = (torch.ones(1) if loss.kind == "regression" else _SHARPNESS).to(logits.device)
-        losses = loss.each(logits[:, None] * factors[:, None, None], self.cases)
+        losses = loss.each(logits[:, None] * factors[:, None, None], self.cases, real=self.real)
         means = self._mean(losses)
         finite = means.isfinite().all(1)
         lowest = losses[torch.arange(len(losses)), means.nan_to_num(torch.inf).argmin(1)]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from embedkit.errors import OptionError, TaskError
 from embedkit.folds import folds_from_column, folds_from_groups, inner_split, make_folds, repeat_folds
-from embedkit.followup import choose_times, encode_followup
+from embedkit.followup import choose_times, encode_followup, require_within_followup
 from embedkit.targets import (
     KINDS,
     TaskKind,
@@ -158,6 +158,8 @@ def make_task(
     task, report = encode_targets(labels, target, cases, kind=kind, classes=classes, event=event, times=times)
     if task.kind == "regression" and len(np.unique(task.targets)) < 2:
         raise constant_target(target, f"{task.targets[0]:g}", len(task.case_ids))
+    if task.kind == "survival" and times is not None:
+        require_within_followup(target, task.times, task.targets)
     for state, patients, inside in zip(task.states, task.patients_per_state, task.membership.T, strict=True):
         if patients < 2:
             found = [task.case_ids[case] for case in np.flatnonzero(inside)]

@@ -22,7 +22,7 @@ from embedkit.crossfitting import CrossFit, InnerScores, cross_fit
 from embedkit.errors import OptionError
 from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldedTask
-from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, plan_heads
+from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, match_heads, plan_heads
 from embedkit.manifest import read_labels
 from embedkit.members import count_parameters
 from embedkit.metrics import compute_metrics
@@ -99,6 +99,8 @@ def train(
     token_sets: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     kind: TaskKind | None = None,
     classes: Sequence[str] | None = None,
+    event: str | Mapping[str, str] | None = None,
+    times: Sequence[float] | None = None,
     folds: int = 5,
     split: str | None = None,
     sweep: str | None = None,
@@ -127,6 +129,9 @@ def train(
         token_sets: What all heads read (each those that it can), or per head; None for what each head prefers.
         kind: Of all targets; None infers it per target.
         classes: Values to learn, as in `make_task`.
+        event: Column that says whether the time in the target ended with the event (1) or was censored (0): all targets
+            are survival tasks. Or target -> column, which makes those survival tasks.
+        times: At which the survival of those is stated, as in `make_task`.
         folds: Number of patient-grouped, stratified folds.
         split: Column of ``labels`` that holds the folds instead, as in `folds_from_column`.
         sweep: ``small`` (dozens) or ``large`` (hundreds of candidates): learning rate, weight decay, dropout, size and
@@ -156,6 +161,7 @@ def train(
     names = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
     if not names:
         raise OptionError("no target was given, expected one or more columns of the label table")
+    _check_events(names, event)
     chosen = choose_device(device)
     if resume and overwrite:
         raise OptionError("resume keeps the runs that exist and overwrite replaces them; choose one of the two")
@@ -166,16 +172,20 @@ def train(
     usable, blank = _split_usable(source)
     prepared = []
     for name in names:
-        task, report = make_task(table, name, usable, kind=kind, classes=classes)
+        means = _task_options(name, kind=kind, classes=classes, event=event, times=times)
+        task, report = make_task(table, name, usable, **means)
         dealt = make_folds(task, folds, seed=seed) if split is None else folds_from_column(task, table, split)
         prepared.append(_Target(FoldedTask(task, dealt), split or folds, report, blank))
     case_ids = sorted({case for target in prepared for case in target.task.case_ids})
-    account = _Account(sum(len(target.folded.tested) for target in prepared) * len(plans), on_progress)
+    matched = match_heads(plans, [target.task for target in prepared], heads)
+    fit_count = sum(len(target.folded.tested) * len(matched[target.task.name]) for target in prepared)
+    account = _Account(fit_count, on_progress)
     given = {"folds": split or folds, "sweep": sweep, "seed": seed}
     pending = [
         (plan, target)
         for plan in plans
         for target in prepared
+        if plan in matched[target.task.name]
         if not resume
         or not _is_done(folders[target.task.name, plan.head], source, plan, target, given=given, seeds=seeds)
     ]
@@ -194,7 +204,7 @@ def train(
             scored, inner = _tabulate_scores(target, fitted.scores), _tabulate_inner(target.task, fitted.inner)
             folder = folders[target.task.name, plan.head]
             write_run(folder, record, fitted.members, scored, inner, overwrite=overwrite)
-    runs = [open_run(folders[target.task.name, plan.head]) for target in prepared for plan in plans]
+    runs = [open_run(folders[target.task.name, plan.head]) for target in prepared for plan in matched[target.task.name]]
     return Training(tuple(runs), _tabulate_runs(runs))
 
 
@@ -236,11 +246,13 @@ def _is_done(
         "seed": given["seed"],
         "sweep": _describe_sweep(plan, given["sweep"]),
         "fingerprint": source.recipe.fingerprint,
+        "event": task.event,
+        "times": task.times,
         "member_count": members,
     }
     if given["sweep"] is None:
         fields["token_sets"] = plan.token_sets
-    nothing = np.zeros((len(task.case_ids), task.outputs))
+    nothing = np.zeros((len(task.case_ids), len(score_columns(task.kind, task.classes, task.times))))
     return is_finished(folder, fields, _tabulate_scores(target, nothing).select("case_id", "fold", "target"))
 
 
@@ -258,6 +270,27 @@ def _plan_folders(
             require_absent(path, overwrite=overwrite)
             folders[target, plan.head] = path
     return folders
+
+
+def _check_events(targets: Sequence[str], event: str | Mapping[str, str] | None) -> None:
+    if isinstance(event, Mapping) and (strangers := sorted(set(event) - set(targets))):
+        raise OptionError(f"event columns were given for {', '.join(strangers)}, but targets are {', '.join(targets)}")
+
+
+def _task_options(
+    target: str,
+    *,
+    kind: TaskKind | None,
+    classes: Sequence[str] | None,
+    event: str | Mapping[str, str] | None,
+    times: Sequence[float] | None,
+) -> dict[str, Any]:
+    """The options of `make_task` for one of several targets: a mapping of events parts them into two sorts."""
+    if not isinstance(event, Mapping):
+        return {"kind": kind, "classes": classes, "event": event, "times": times}
+    if target in event:
+        return {"event": event[target], "times": times}
+    return {"kind": kind, "classes": classes}
 
 
 def _split_usable(source: Cache) -> tuple[pl.DataFrame, tuple[str, ...]]:
@@ -291,10 +324,14 @@ def _make_record(
         classes=task.classes,
         head=plan.head,
         head_options=plan.options,
-        outputs=task.outputs,
+        outputs=plan.outputs(task),
         shape=fitted.shape,
         recipe=source.recipe,
-        metrics=compute_metrics(task.kind, task.targets[tested], scores, patients, resamples=resamples, seed=seed),
+        event=task.event,
+        times=task.times,
+        metrics=compute_metrics(
+            task.kind, task.targets[tested], scores, patients, times=task.times, resamples=resamples, seed=seed
+        ),
         members=tuple(
             _describe_member(plan, int((target.folds == fold).sum()), fold, report)
             for fold, report in zip(fitted.folds, fitted.reports, strict=True)
@@ -393,9 +430,11 @@ def _tabulate_inner(task: Task, inner: Sequence[InnerScores]) -> pl.DataFrame:
 
 
 def _tabulate_cases(task: Task, cases: NDArray[np.int64], scores: NDArray[np.float64]) -> pl.DataFrame:
-    """``case_id``, ``patient_id``, ``target`` and the score columns of some cases, scores [cases outputs]."""
-    if task.kind == "regression":
-        truth: list[Any] = task.targets.tolist()
+    """``case_id``, ``patient_id``, ``target``, for survival ``event``, and the scores [cases columns] of some cases."""
+    if task.kind == "survival":
+        truth: list[Any] = task.targets[:, 0].tolist()
+    elif task.kind == "regression":
+        truth = task.targets.tolist()
     elif task.kind == "multilabel":
         truth = [";".join(name for name, has in zip(task.classes, row, strict=True) if has) for row in task.targets]
     else:
@@ -405,7 +444,8 @@ def _tabulate_cases(task: Task, cases: NDArray[np.int64], scores: NDArray[np.flo
             "case_id": [task.case_ids[case] for case in cases],
             "patient_id": [task.patient_ids[case] for case in cases],
             "target": [truth[case] for case in cases],
-            **dict(zip(score_columns(task.kind, task.classes), scores.T, strict=True)),
+            **({"event": task.targets[cases, 1].astype(np.int64)} if task.kind == "survival" else {}),
+            **dict(zip(score_columns(task.kind, task.classes, task.times), scores.T, strict=True)),
         }
     )
 

@@ -1,7 +1,8 @@
-"""Owns the head ``logistic``: the baseline of mean pooling and L2 logistic regression (ridge for a regression).
+"""Owns the head ``logistic``: the baseline of mean pooling and L2 logistic regression.
 
 The linear probe that any trained head must beat: the mean of the tokens over the slices of each view, views side by
-side, a missing one at the training mean.
+side, a missing one at the training mean. A regression is fitted by ridge regression, survival by Cox regression with a
+ridge penalty.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from embedkit.bags import Bag, BagShape
 from embedkit.closed_form import LinearReadout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import join_tokens, joined_size, masked_mean
+from embedkit.targets import KINDS
 
 __all__ = ["LogisticHead"]
 
 
 class LogisticHead(nn.Module):
-    """Baseline: mean over slices and patches per view, then L2 logistic (or ridge) regression in closed form."""
+    """Baseline: mean over slices and patches per view, then L2 logistic (ridge, Cox) regression in closed form."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "closed form"
+    kinds: ClassVar[frozenset[str]] = frozenset(KINDS)
     slice_order: ClassVar[SliceOrder] = "free"
 
     def __init__(self, shape: BagShape, token_sets: Sequence[str], outputs: int) -> None:

@@ -18,15 +18,17 @@ from embedkit.bags import Bag, BagShape
 from embedkit.closed_form import LinearReadout
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import join_tokens, joined_size, masked_mean
+from embedkit.targets import KINDS
 
 __all__ = ["RaptorHead"]
 
 
 class RaptorHead(nn.Module):
-    """Baseline: mean patch tokens over slices at every place, random projection, logistic regression in closed form."""
+    """Baseline: mean patch tokens over slices per place, random projection, L2 logistic (ridge, Cox) in closed form."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "closed form"
+    kinds: ClassVar[frozenset[str]] = frozenset(KINDS)
     slice_order: ClassVar[SliceOrder] = "free"
     prefers: ClassVar[TokenPreference] = TokenPreference("patch")
 

@@ -51,6 +51,7 @@ ABOVE = {
     "stream",
     "suitedata",
     "suitesearch",
+    "survivalsection",
     "training",
     "webapp",
     "worker",
