@@ -176,10 +176,9 @@ def plot_survival(curves: Mapping[str, KaplanMeier], *, title: str = "", name: s
     """
     canvas, axes = _square(title, name, "Share without the event")
     for number, (label, curve) in enumerate(curves.items()):
-        how = {"color": COLOURS[number % len(COLOURS)]}
-        axes.fill_between(curve.times, curve.low, curve.high, step="post", alpha=0.15, linewidth=0, **how)
-        dash = DASHES[number % len(DASHES)]
-        axes.step(curve.times, curve.survival, where="post", linewidth=1.7, linestyle=dash, label=label, **how)
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+        axes.fill_between(curve.times, curve.low, curve.high, step="post", color=colour, alpha=0.15, linewidth=0)
+        axes.step(curve.times, curve.survival, where="post", color=colour, linewidth=1.7, linestyle=dash, label=label)
     axes.set(xlim=(0, None), ylim=(-0.01, 1.01))
     _legend(axes, "lower left")
     return encode_png(canvas)

@@ -25,8 +25,8 @@ from embedkit.plugins import (
 from embedkit.recipe import TokenSet
 
 BUILT_IN = (
-    "abmil", "conv", "dsmil", "fusion", "grid", "gridattention", "gru", "linear", "logistic", "mha", "mlp", "query",
-    "raptor", "text", "transformer", "transmil",
+    "abmil", "conv", "cox", "dsmil", "fusion", "grid", "gridattention", "gru", "linear", "logistic", "mha", "mlp",
+    "mtlr", "query", "raptor", "tail", "text", "transformer", "transmil",
 )  # fmt: skip
 
 
