@@ -171,11 +171,11 @@ def train_reference(
     how = FitOptions(learning_rate=2e-3, epochs=epochs, patience=epochs, precision="bf16")
     plan = HeadPlan("tail", (Candidate((TOKENS,), options, how),))
     started = time.perf_counter()
-    found = cross_fit(source, [(plan, FoldedTask(task, folds))], seed=seed)[0]  # type: ignore[arg-type]
+    found = cross_fit(source, [(plan, FoldedTask(task, folds[None]))], seed=seed)[0]  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
     run = sum(epochs + report.epochs for report in found.reports)
     return Reference(
-        tuple(task.case_ids), tuple(task.patient_ids), task.targets, found.scores[:, 0], seconds, seconds / run
+        tuple(task.case_ids), tuple(task.patient_ids), task.targets, found.scores[0, :, 0], seconds, seconds / run
     )
 
 

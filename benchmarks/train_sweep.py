@@ -74,7 +74,7 @@ def make_tasks(source: RandomTokens, number: int) -> list[FoldedTask]:
             {"case_id": ids, f"task{seed}": [int(place % 2 ^ flip) for place, flip in enumerate(flips)]}
         )
         task, _ = make_task(labels, f"task{seed}", source.stacks.select("case_id", "patient_id"))
-        found.append(FoldedTask(task, make_folds(task, 5, seed=seed)))
+        found.append(FoldedTask(task, make_folds(task, 5, seed=seed)[None]))
     return found
 
 

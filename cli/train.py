@@ -48,7 +48,18 @@ def train_command(
     ] = None,
     times: Annotated[str, typer.Option(help="Times to state survival at: 12,24,60; default: deciles of events.")] = "",
     folds: Annotated[int, typer.Option(help="Patient-grouped folds.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(help="Times the folds are dealt anew; each metric is the mean over them.")
+    ] = 1,
     split: Annotated[str | None, typer.Option(help="Label column that holds the folds instead.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="Label column, each value of which is left out in turn: a site, a scanner.")
+    ] = None,
+    loss: Annotated[str, typer.Option(help="cross_entropy or focal, of heads trained by gradient.")] = "cross_entropy",
+    gamma: Annotated[float, typer.Option(help="Of the focal loss: how little well answered cases count.")] = 2.0,
+    sampling: Annotated[
+        str, typer.Option(help="shuffled, or balanced: batches hold each class alike, instead of class weights.")
+    ] = "shuffled",
     sweep: Annotated[
         str | None,
         typer.Option(
@@ -88,7 +99,10 @@ def train_command(
                 event=_parse_events(event or []),
                 times=[parse_number(each, "--times") for each in split_list(times)] or None,
                 folds=folds,
+                repeats=repeats,
                 split=split,
+                group_by=group_by,
+                fit_options={"loss": loss, "gamma": gamma, "sampling": sampling},
                 sweep=sweep,
                 seed=seed,
                 seeds=seeds,

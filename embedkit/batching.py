@@ -55,7 +55,16 @@ class Deck:
             self._blocks = (epoch, [np.asarray(part, np.int64) for part in np.array_split(order, self.blocks)])
         return self._blocks[1]
 
-    def batches(self, key: Hashable, training: NDArray[np.bool_], epoch: int, block: int, count: int) -> list[_Ints]:
+    def batches(
+        self,
+        key: Hashable,
+        training: NDArray[np.bool_],
+        epoch: int,
+        block: int,
+        count: int,
+        *,
+        classes: _Ints | None = None,
+    ) -> list[_Ints]:
         """The batches of one training set in one block, alike in size.
 
         Args:
@@ -64,6 +73,7 @@ class Deck:
             epoch: From 0.
             block: From 0.
             count: Number of batches, from `steps`.
+            classes: Class of each case, [cases], where the batches are to hold each alike; None for every case once.
 
         Returns:
             ``count`` arrays of case numbers. Cases are sorted by length among every eight batches; then the batches
@@ -73,6 +83,8 @@ class Deck:
         if asked not in self._dealt:
             cases = self.deal(epoch)[block]
             cases = cases[training[cases]]
+            if classes is not None:
+                cases = _balance(cases, classes[cases], np.random.default_rng([self.seed, epoch, block, len(cases)]))
             ends = np.linspace(0, len(cases), count + 1).round().astype(np.int64)
             found: list[_Ints] = []
             for start in range(0, count, _POOL):
@@ -84,3 +96,13 @@ class Deck:
             self._dealt = {each: dealt for each, dealt in self._dealt.items() if each[1:3] == asked[1:3]}
             self._dealt[asked] = [found[place] for place in shuffled]
         return self._dealt[asked]
+
+
+def _balance(cases: _Ints, classes: _Ints, rng: np.random.Generator) -> _Ints:
+    """As many cases, shuffled, of each class alike or one more; within a class each as often as any or once more."""
+    names = rng.permutation(np.unique(classes))
+    wanted = [part.size for part in np.array_split(cases, max(1, len(names)))]
+    drawn = [
+        np.resize(rng.permutation(cases[classes == name]), count) for name, count in zip(names, wanted, strict=False)
+    ]
+    return rng.permutation(np.concatenate([cases[:0], *drawn]))

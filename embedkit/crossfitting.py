@@ -23,7 +23,7 @@ from embedkit.fitting import FitReport, fit_closed_form
 from embedkit.foldjobs import FoldedTask, FoldJob, make_job, rank
 from embedkit.gradientfits import GradientFitter
 from embedkit.headplans import HeadPlan
-from embedkit.members import Member, build_member
+from embedkit.members import Member
 from embedkit.preparation import Preparation
 from embedkit.sweeps import Candidate
 
@@ -58,8 +58,8 @@ class CrossFit:
         folds: Of each member.
         members: One per fold and seed.
         reports: One per member.
-        scores: float64 [cases columns], each case by the mean of the members that were not trained on it; NaN where in
-            no fold.
+        scores: float64 [repeats cases columns], each case in each deal of the folds by the mean of the members of the
+            fold that tested it; NaN where in no fold.
         inner: Of every fold and inner split.
         notes: What the user should know of how they were trained.
     """
@@ -127,7 +127,7 @@ def _fit_closed_form(preparation: Preparation, job: FoldJob) -> None:
     found: list[tuple[Member, FitReport]] = []
     for candidate in job.plan.candidates:
         torch.manual_seed(job.seed)
-        member = _build(preparation, job, candidate)
+        member = job.build_member(preparation.source, candidate)
         features = _features(preparation, job, candidate)[torch.from_numpy(training)]
         report = fit_closed_form(member, features, job.task.targets[training], held, class_weights=weights)
         found.append((member, report))
@@ -142,7 +142,9 @@ def _inner_loss(job: FoldJob, report: FitReport) -> float:
     """Mean over the inner splits of the loss on the cases held out."""
     pairs = zip(job.splits, report.inner, strict=True)
     return float(
-        np.mean([float(job.loss(logits.float(), torch.from_numpy(np.flatnonzero(held)))) for held, logits in pairs])
+        np.mean(
+            [float(job.loss.judge(logits.float(), torch.from_numpy(np.flatnonzero(held)))) for held, logits in pairs]
+        )
     )
 
 
@@ -159,28 +161,19 @@ def _features(preparation: Preparation, job: FoldJob, candidate: Candidate) -> T
     return preparation.features(job.plan, candidate)[torch.from_numpy(preparation.places(job.task))]
 
 
-def _build(preparation: Preparation, job: FoldJob, candidate: Candidate) -> Member:
-    shape, task = bag_shape(preparation.source, candidate.token_sets), job.task
-    return build_member(
-        job.plan.head,
-        shape,
-        outputs=job.plan.outputs(task),
-        kind=task.kind,
-        options=candidate.options,
-        times=task.times,
-    )
-
-
 def _collect(
     preparation: Preparation, jobs: Sequence[FoldJob], answers: Sequence[Sequence[Tensor]], obstacles: dict[str, str]
 ) -> CrossFit:
     """The members of all folds and their scores."""
     plan, task = jobs[0].plan, jobs[0].task
-    scores = np.full((len(task.case_ids), len(score_columns(task.kind, task.classes, task.times))), np.nan)
+    target, columns = jobs[0].target, score_columns(task.kind, task.classes, task.times)
+    scores = np.full((*target.folds.shape, len(columns)), np.nan)
     inner: list[InnerScores] = []
     for job, found in zip(jobs, answers, strict=True):
         members = [member for member, _ in job.fitted]
-        scores[job.tested] = np.mean([_score(*pair) for pair in zip(members, found, strict=True)], axis=0)
+        scores[target.find_repeat(job.fold), job.tested] = np.mean(
+            [_score(*pair) for pair in zip(members, found, strict=True)], axis=0
+        )
         inner += [
             InnerScores(job.fold, split, np.flatnonzero(held), _score(members[0], logits))
             for split, (held, logits) in enumerate(zip(job.splits, job.fitted[0][1].inner, strict=True))

@@ -23,7 +23,7 @@ from embedkit.members import Member
 
 __all__ = ["FitOptions", "FitReport", "fit_closed_form"]
 
-_PRECISIONS = ("fp32", "bf16")
+_NAMED = {"precision": ("fp32", "bf16"), "loss": ("cross_entropy", "focal"), "sampling": ("shuffled", "balanced")}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class FitOptions:
         batch_size: Cases per step.
         patience: Epochs without a better held-out loss after which the first fit stops.
         holdout: Part of the training patients held out in the first fit.
-        class_weights: Weigh classes by the inverse of their frequency in the training set.
+        class_weights: Weigh classes by the inverse of their frequency in the training set; of balanced batches, which
+            need none, only to judge by held-out cases.
+        loss: Of a classification: ``cross_entropy``, or ``focal`` (Lin et al. 2017, arXiv 1708.02002), which makes
+            little of cases that are answered well; class weights are its alpha. Held-out cases judge without it.
+        gamma: Of the focal loss, how little; 0 is cross entropy.
+        sampling: ``shuffled``, every training case once an epoch; or ``balanced``, as many cases in all, but of each
+            class alike: a rare one's come several times, a common one's not all.
         precision: Of the head's arithmetic, ``fp32`` or ``bf16``; parameters are float32 always.
     """
 
@@ -48,16 +54,21 @@ class FitOptions:
     patience: int = 12
     holdout: float = 0.2
     class_weights: bool = True
+    loss: str = "cross_entropy"
+    gamma: float = 2.0
+    sampling: str = "shuffled"
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        if self.precision not in _PRECISIONS:
-            raise OptionError(f"fit option precision is {self.precision!r}, expected {' or '.join(_PRECISIONS)}")
+        for name, values in _NAMED.items():
+            if (found := getattr(self, name)) not in values:
+                raise OptionError(f"fit option {name} is {found!r}, expected {' or '.join(values)}")
         for name in ("learning_rate", "epochs", "batch_size", "patience"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"fit option {name} is {getattr(self, name)}, expected above 0")
-        if self.weight_decay < 0:
-            raise OptionError(f"fit option weight_decay is {self.weight_decay}, expected 0 or above")
+        for name in ("weight_decay", "gamma"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"fit option {name} is {getattr(self, name)}, expected 0 or above")
 
     def replace(self, **changes: Any) -> FitOptions:
         """These options with some fields changed.

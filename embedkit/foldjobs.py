@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from embedkit.bags import TokenSource, bag_shape
 from embedkit.fitting import FitReport
 from embedkit.headplans import HeadPlan
 from embedkit.losses import TaskLoss
-from embedkit.members import Member
+from embedkit.members import Member, build_member
 from embedkit.plugins import survival_likelihood
+from embedkit.sweeps import Candidate
 from embedkit.tasks import Task, inner_split
 
 __all__ = ["FoldJob", "FoldedTask", "make_job", "rank"]
@@ -28,7 +30,12 @@ _SWEEP_SPLITS = 3
 
 @dataclass(frozen=True, eq=False)
 class FoldedTask:
-    """A task and the fold of each of its cases, int64 [cases], -1 for those that are never tested."""
+    """A task and how its cases are dealt into folds.
+
+    Attributes:
+        task: The task.
+        folds: int64 [repeats cases], a row per deal, -1 for cases that are never tested; no two deals share a number.
+    """
 
     task: Task
     folds: NDArray[np.int64]
@@ -36,7 +43,15 @@ class FoldedTask:
     @property
     def tested(self) -> list[int]:
         """The folds that are tested, sorted."""
-        return sorted(set(self.folds.tolist()) - {-1})
+        return sorted(set(self.folds.flatten().tolist()) - {-1})
+
+    def find_tested(self, fold: int) -> NDArray[np.bool_]:
+        """bool [cases], which cases a fold tests; the others train."""
+        return np.asarray((self.folds == fold).any(axis=0))
+
+    def find_repeat(self, fold: int) -> int:
+        """The deal that a fold belongs to."""
+        return int(np.flatnonzero((self.folds == fold).any(axis=1))[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +83,23 @@ class FoldJob:
     @property
     def training(self) -> NDArray[np.bool_]:
         """bool [cases]."""
-        training: NDArray[np.bool_] = self.target.folds != self.fold
-        return training
+        return ~self.target.find_tested(self.fold)
 
     @property
     def tested(self) -> NDArray[np.int64]:
         """Numbers of the tested cases."""
-        return np.flatnonzero(self.target.folds == self.fold)
+        return np.flatnonzero(self.target.find_tested(self.fold))
+
+    def build_member(self, source: TokenSource, candidate: Candidate) -> Member:
+        """A member that is yet to be fitted."""
+        return build_member(
+            self.plan.head,
+            bag_shape(source, candidate.token_sets),
+            outputs=self.plan.outputs(self.task),
+            kind=self.task.kind,
+            options=candidate.options,
+            times=self.task.times,
+        )
 
 
 def make_job(plan: HeadPlan, target: FoldedTask, fold: int, *, seed: int, device: torch.device) -> FoldJob:
@@ -84,7 +109,7 @@ def make_job(plan: HeadPlan, target: FoldedTask, fold: int, *, seed: int, device
         TaskError: they cannot be split.
     """
     seed += 1000 * (fold + 1)
-    training, task = target.folds != fold, target.task
+    training, task = ~target.find_tested(fold), target.task
     several = _SWEEP_SPLITS if len(plan.candidates) > 1 else 1
     splits = tuple(
         inner_split(task, training, fraction=plan.fit.holdout, seed=seed + number)
@@ -97,6 +122,8 @@ def make_job(plan: HeadPlan, target: FoldedTask, fold: int, *, seed: int, device
         training,
         class_weights=plan.fit.class_weights,
         likelihood=survival_likelihood(plan.head),
+        gamma=plan.fit.gamma if plan.fit.loss == "focal" else 0.0,
+        balanced=plan.fit.sampling == "balanced",
         device=on,
     )
     return FoldJob(plan, target, fold, seed, splits, loss)

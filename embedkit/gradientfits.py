@@ -15,12 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from embedkit.bags import bag_shape
 from embedkit.batching import Deck
 from embedkit.errors import HeadError
 from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldJob, rank
-from embedkit.members import Member, build_member
+from embedkit.members import Member
 from embedkit.passes import find_obstacle, run_passes
 from embedkit.plugins import check_output
 from embedkit.preparation import Preparation
@@ -157,6 +156,7 @@ class GradientFitter:
             held_out=held_out,
             noise=self.seed + number,
             epochs=epochs,
+            classes=job.task.targets if candidate.fit.sampling == "balanced" else None,
         )
 
     def _build_head(self, job: FoldJob, candidate: Candidate, number: int) -> nn.Module:
@@ -165,20 +165,8 @@ class GradientFitter:
         key = (job.plan.head, candidate.token_sets, str(candidate.options), job.plan.outputs(job.task), seed)
         if key not in self._heads:
             torch.manual_seed(seed)
-            self._heads[key] = self._build(job, candidate).head
+            self._heads[key] = job.build_member(self.preparation.source, candidate).head
         return self._heads[key]
-
-    def _build(self, job: FoldJob, candidate: Candidate) -> Member:
-        shape = bag_shape(self.preparation.source, candidate.token_sets)
-        task = job.task
-        return build_member(
-            job.plan.head,
-            shape,
-            outputs=job.plan.outputs(task),
-            kind=task.kind,
-            options=candidate.options,
-            times=task.times,
-        )
 
     def _deck(self, job: FoldJob, candidate: Candidate) -> Deck:
         key = (job.plan.head, job.target, candidate.token_sets)
@@ -201,7 +189,7 @@ class GradientFitter:
             return
         self._checked.add(key)
         whole, read = self.preparation.samples(job.plan, candidate)
-        head = self._build(job, candidate).head.to(self.preparation.device)
+        head = job.build_member(self.preparation.source, candidate).head.to(self.preparation.device)
         with torch.no_grad():
             check_output(job.plan.head, head(whole), whole, outputs)
         if obstacle := getattr(head, "one_by_one", "") or find_obstacle(head, read):
@@ -209,7 +197,7 @@ class GradientFitter:
 
     def _finish(self, job: FoldJob, fit: Fit, report: FitReport, outcome: Outcome) -> Member:
         """The member of a last fit."""
-        member = self._build(job, job.plan.candidates[report.candidate])
+        member = job.build_member(self.preparation.source, job.plan.candidates[report.candidate])
         member.head.load_state_dict(outcome.state)
         member.standardiser = copy.deepcopy(fit.standardiser)
         member.unit.copy_(torch.tensor(job.loss.unit))

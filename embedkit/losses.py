@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class TaskLoss:
         unit: Mean and deviation of a regression's training targets, in which its logits count; (0, 1) otherwise.
         weights: Binary and multilabel: weight of the positives [outputs]; multiclass: weights [classes]; None for
             equal weights, for a regression and for survival.
+        judge: The loss of held-out cases: cross entropy with class weights, whatever is descended on.
         targets: [cases ...], what `compare` takes; of survival float64 [cases 2+intervals]: time, event, and for
             ``mtlr`` 1 for each interval in which the event may lie.
     """
@@ -37,11 +39,25 @@ class TaskLoss:
         *,
         class_weights: bool = True,
         likelihood: str = "cox",
+        gamma: float = 0.0,
+        balanced: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Takes targets as `Task.targets` and which of the cases train, bool [cases]; how a head learns survival."""
+        """Takes what a task is and how it is learned.
+
+        Args:
+            kind: Of the task.
+            targets: As `Task.targets`.
+            training: bool [cases], which of them train.
+            class_weights: As in `FitOptions`.
+            likelihood: How a head learns survival.
+            gamma: Of the focal loss; 0 for cross entropy.
+            balanced: Batches hold each class alike, so that weights would count it twice.
+            device: Where logits are.
+        """
         self.kind = kind
         self.likelihood = likelihood
+        self.gamma = gamma
         self.unit = target_unit(kind, targets[training])
         self.weights: Tensor | None = None
         if kind == "regression":
@@ -54,6 +70,12 @@ class TaskLoss:
             self.weights = _class_weights(kind, targets[training]).to(device)
         dtype = {"multiclass": torch.int64, "survival": torch.float64}.get(kind, torch.float32)
         self.targets = torch.as_tensor(targets, dtype=dtype, device=device)
+        self.judge = self
+        if gamma or balanced:
+            self.judge = copy.copy(self)
+            self.judge.judge, self.judge.gamma = self.judge, 0.0
+        if balanced:
+            self.weights = None
 
     def __call__(self, logits: Tensor, cases: Tensor) -> Tensor:
         """Mean loss of logits [batch outputs] for cases [batch]."""
@@ -79,10 +101,19 @@ class TaskLoss:
             return F.smooth_l1_loss(logits[..., 0], truth, reduction="none")
         if self.kind == "multiclass":
             losses = F.cross_entropy(logits.flatten(0, -2), truth.flatten(), weights, reduction="none")
-            return losses.view(truth.shape)
+            losses = losses.view(truth.shape)
+            if self.gamma:
+                losses = losses * self._focus(1 - logits.softmax(-1).gather(-1, truth[..., None])[..., 0])
+            return losses
         truth = truth[..., None] if self.kind == "binary" else truth
         losses = F.binary_cross_entropy_with_logits(logits, truth, pos_weight=weights, reduction="none")
+        if self.gamma:
+            losses = losses * self._focus((logits * (1 - 2 * truth)).sigmoid())
         return losses.mean(-1)
+
+    def _focus(self, missing: Tensor) -> Tensor:
+        """Weight of a case whose true class has all probability but this (Lin et al. 2017, equation 4)."""
+        return missing.clamp(min=torch.finfo(missing.dtype).tiny) ** self.gamma
 
 
 class StackedLoss:

@@ -89,6 +89,7 @@ class RunRecord:
     seed: int
     parameters: int
     seconds: float
+    repeats: int = 1
     event: str = ""
     times: tuple[float, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)

@@ -353,9 +353,9 @@ def _held_out_members(run: Run, case_id: str) -> tuple[Member, ...]:
     found = run.predictions.filter(pl.col("case_id") == case_id)
     if found.is_empty():
         raise RunError(f"case {case_id!r} was not tested in the training of run {run.name}, so no member holds it out")
-    fold = found["fold"][0]
+    folds = found["fold"].to_list()
     described = zip(run.record.members, run.members, strict=True)
-    return tuple(member for each, member in described if each["fold"] == fold)
+    return tuple(member for each, member in described if each["fold"] in folds)
 
 
 def _grid(record: RunRecord, patches: int) -> tuple[int, int]:

@@ -61,6 +61,7 @@ class Fit:
         held_out: bool [cases], what to judge by; none where ``epochs`` is to be run without judging.
         noise: Seed of the dropout.
         epochs: How many of the schedule to run at most.
+        classes: int64 [cases], where batches are to hold each class alike.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Fit:
     held_out: NDArray[np.bool_]
     noise: int
     epochs: int
+    classes: _Ints | None = None
 
     @property
     def steps(self) -> int:
@@ -171,7 +173,10 @@ class Stack:
         self.head.train()
         first = self.fits[0]
         steps = first.steps
-        dealt = {fit.key: fit.deck.batches(fit.key, fit.training, self.epoch, block, steps) for fit in self.fits}
+        dealt = {
+            fit.key: fit.deck.batches(fit.key, fit.training, self.epoch, block, steps, classes=fit.classes)
+            for fit in self.fits
+        }
         for step in range(steps):
             slopes = torch.zeros_like(self._adam.values)
             for call in self._calls([dealt[fit.key][step] for fit in self.fits]):
@@ -199,7 +204,7 @@ class Stack:
         self.epoch += 1
         going = torch.tensor([self.epoch < fit.epochs for fit in self.fits])
         if self._watch is not None:
-            going &= self._watch.judge(self._logits, self._loss)
+            going &= self._watch.judge(self._logits, self._judge)
         done = [(self.fits[row], self._outcome(row)) for row in (~going).nonzero()[:, 0].tolist()]
         if done:
             self._keep(going.nonzero()[:, 0])
@@ -209,6 +214,7 @@ class Stack:
         """What follows from which fits there are."""
         if self.fits:
             self._loss = StackedLoss([fit.loss for fit in self.fits])
+            self._judge = StackedLoss([fit.loss.judge for fit in self.fits])
         self._sharing: dict[Hashable, list[int]] = {}
         for row, fit in enumerate(self.fits):
             self._sharing.setdefault((fit.noise, fit.key), []).append(row)

@@ -37,7 +37,7 @@ from embedkit.slices import PLANES
 from embedkit.storage import Storage
 from embedkit.sweeps import Candidate
 from embedkit.targets import TaskKind
-from embedkit.tasks import Task, TaskReport, folds_from_column, make_folds, make_task
+from embedkit.tasks import Task, TaskReport, folds_from_column, folds_from_groups, make_task, repeat_folds
 
 __all__ = ["BASELINES", "DEFAULT_HEADS", "Training", "TrainingProgress", "train"]
 
@@ -102,7 +102,9 @@ def train(
     event: str | Mapping[str, str] | None = None,
     times: Sequence[float] | None = None,
     folds: int = 5,
+    repeats: int = 1,
     split: str | None = None,
+    group_by: str | None = None,
     sweep: str | None = None,
     seed: int = 0,
     seeds: int = 1,
@@ -133,7 +135,11 @@ def train(
             are survival tasks. Or target -> column, which makes those survival tasks.
         times: At which the survival of those is stated, as in `make_task`.
         folds: Number of patient-grouped, stratified folds.
-        split: Column of ``labels`` that holds the folds instead, as in `folds_from_column`.
+        repeats: Times that the folds are dealt anew. Each metric is the mean of what it is in each deal: mean scores
+            over deals would be those of an ensemble that nobody gets, and better than what is told of one training.
+            The interval draws patients, each with all its scores. New cases are predicted by the mean of all members.
+        split: Column of ``labels`` that holds the folds instead, as in `folds_from_column`: a published split.
+        group_by: Column of ``labels``, each value of which is left out in turn, as in `folds_from_groups`: a site.
         sweep: ``small`` (dozens) or ``large`` (hundreds of candidates): learning rate, weight decay, dropout, size and
             token set of every head are chosen anew in each fold, by three inner splits of its training cases alone;
             baselines are tried on every token set.
@@ -165,6 +171,7 @@ def train(
     chosen = choose_device(device)
     if resume and overwrite:
         raise OptionError("resume keeps the runs that exist and overwrite replaces them; choose one of the two")
+    _check_folds(repeats=repeats, split=split, group_by=group_by)
     if seeds < 1:
         raise OptionError(f"seeds is {seeds}, expected 1 or more members per fold")
     plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {}, sweep=sweep, seed=seed)
@@ -174,13 +181,19 @@ def train(
     for name in names:
         means = _task_options(name, kind=kind, classes=classes, event=event, times=times)
         task, report = make_task(table, name, usable, **means)
-        dealt = make_folds(task, folds, seed=seed) if split is None else folds_from_column(task, table, split)
-        prepared.append(_Target(FoldedTask(task, dealt), split or folds, report, blank))
+        if split is not None:
+            dealt = folds_from_column(task, table, split)[None]
+        elif group_by is not None:
+            dealt = folds_from_groups(task, table, group_by)[None]
+        else:
+            dealt = repeat_folds(task, folds, repeats=repeats, seed=seed)
+        prepared.append(_Target(FoldedTask(task, dealt), split or group_by or folds, report, blank))
     case_ids = sorted({case for target in prepared for case in target.task.case_ids})
+    _check_imbalance(plans, [target.task for target in prepared])
     matched = match_heads(plans, [target.task for target in prepared], heads)
     fit_count = sum(len(target.folded.tested) * len(matched[target.task.name]) for target in prepared)
     account = _Account(fit_count, on_progress)
-    given = {"folds": split or folds, "sweep": sweep, "seed": seed}
+    given = {"folds": split or group_by or folds, "repeats": repeats, "sweep": sweep, "seed": seed}
     pending = [
         (plan, target)
         for plan in plans
@@ -243,6 +256,7 @@ def _is_done(
         "head_options": plan.options,
         "fit_options": _fit_options(plan, plan.candidates[0]),
         "folds": given["folds"],
+        "repeats": given["repeats"],
         "seed": given["seed"],
         "sweep": _describe_sweep(plan, given["sweep"]),
         "fingerprint": source.recipe.fingerprint,
@@ -252,7 +266,7 @@ def _is_done(
     }
     if given["sweep"] is None:
         fields["token_sets"] = plan.token_sets
-    nothing = np.zeros((len(task.case_ids), len(score_columns(task.kind, task.classes, task.times))))
+    nothing = np.zeros((*target.folds.shape, len(score_columns(task.kind, task.classes, task.times))))
     return is_finished(folder, fields, _tabulate_scores(target, nothing).select("case_id", "fold", "target"))
 
 
@@ -270,6 +284,30 @@ def _plan_folders(
             require_absent(path, overwrite=overwrite)
             folders[target, plan.head] = path
     return folders
+
+
+def _check_folds(*, repeats: int, split: str | None, group_by: str | None) -> None:
+    if split is not None and group_by is not None:
+        raise OptionError(
+            f"folds from both split {split} and group_by {group_by} were asked for; choose one of the two"
+        )
+    if repeats > 1 and (column := split or group_by) is not None:
+        raise OptionError(
+            f"{repeats} repeats were asked for with the folds of column {column}, which are the same every time;"
+            " leave one of the two away"
+        )
+
+
+def _check_imbalance(plans: Sequence[HeadPlan], tasks: Sequence[Task]) -> None:
+    for fit in (plan.fit for plan in plans if plan.by_gradient):
+        for task in tasks:
+            if fit.loss == "focal" and not task.classes:
+                raise OptionError(f"focal loss belongs to classes, but target {task.name} is a {task.kind} task")
+            if fit.sampling == "balanced" and task.kind not in ("binary", "multiclass"):
+                raise OptionError(
+                    f"balanced sampling belongs to a binary or multiclass task, but target {task.name} is {task.kind};"
+                    " train it in a call of its own, with sampling shuffled"
+                )
 
 
 def _check_events(targets: Sequence[str], event: str | Mapping[str, str] | None) -> None:
@@ -314,9 +352,10 @@ def _make_record(
     resamples: int,
 ) -> RunRecord:
     task = target.task
-    tested = np.flatnonzero(target.folds >= 0)
+    tested = np.flatnonzero(target.folds[0] >= 0)
     patients = [task.patient_ids[case] for case in tested]
-    scores = score_array(task.kind, fitted.scores[tested])
+    scores = np.stack([score_array(task.kind, each[tested]) for each in fitted.scores])
+    judged: dict[str, Any] = {"repeated": True, "times": task.times, "resamples": resamples, "seed": seed}
     return RunRecord(
         name=f"{task.name}.{plan.head}",
         target=task.name,
@@ -329,15 +368,14 @@ def _make_record(
         recipe=source.recipe,
         event=task.event,
         times=task.times,
-        metrics=compute_metrics(
-            task.kind, task.targets[tested], scores, patients, times=task.times, resamples=resamples, seed=seed
-        ),
+        metrics=compute_metrics(task.kind, task.targets[tested], scores, patients, **judged),
         members=tuple(
             _describe_member(plan, int((target.folds == fold).sum()), fold, report)
             for fold, report in zip(fitted.folds, fitted.reports, strict=True)
         ),
         fit_options=_fit_options(plan, plan.candidates[0]),
         folds=target.split,
+        repeats=len(target.folds),
         seed=seed,
         parameters=max(count_parameters(member) for member in fitted.members),
         seconds=round(seconds, 3),
@@ -345,7 +383,7 @@ def _make_record(
         cases={
             "trained": len(task.case_ids),
             "patients": len(set(task.patient_ids)),
-            "untested_patients": sorted({task.patient_ids[case] for case in np.flatnonzero(target.folds < 0)}),
+            "untested_patients": sorted({task.patient_ids[case] for case in np.flatnonzero(target.folds[0] < 0)}),
             "unlabelled": list(target.report.unlabelled),
             "unknown": list(target.report.unknown),
             "left_out": list(target.report.left_out),
@@ -412,10 +450,13 @@ def _notes(plan: HeadPlan, views: Sequence[str]) -> tuple[str, ...]:
 
 
 def _tabulate_scores(target: _Target, scores: NDArray[np.float64]) -> pl.DataFrame:
-    """Out-of-fold predictions of the cases that are in a fold."""
-    tested = np.flatnonzero(target.folds >= 0)
-    table = _tabulate_cases(target.task, tested, scores[tested])
-    return table.insert_column(2, pl.Series("fold", target.folds[tested]))
+    """Out-of-fold predictions [repeats cases columns] of the cases that are in a fold, one deal after the other."""
+    tested = np.flatnonzero(target.folds[0] >= 0)
+    tables = [
+        _tabulate_cases(target.task, tested, each[tested]).insert_column(2, pl.Series("fold", folds[tested]))
+        for folds, each in zip(target.folds, scores, strict=True)
+    ]
+    return pl.concat(tables)
 
 
 def _tabulate_inner(task: Task, inner: Sequence[InnerScores]) -> pl.DataFrame:

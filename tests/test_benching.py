@@ -67,9 +67,13 @@ def make_scans(folder: Path, cases: int = 12) -> None:
         image[:, 4 : 10 + size, 4 : 10 + size : 1 + case % 2] += 200
         np.save(folder / f"c{case:02}.npy", image.astype(np.float32))
         rows.append((f"c{case:02}", f"p{case // 2:02}" if case < 4 else f"q{case:02}", f"c{case:02}.npy"))
-        labels.append((f"c{case:02}", "striped" if case % 2 else "plain", size, "x"))
+        labels.append(
+            (f"c{case:02}", "striped" if case % 2 else "plain", size, "x", 20.0 - size - case / 9, int(case % 4 > 0))
+        )
     pl.DataFrame(rows, orient="row", schema=["case_id", "patient_id", "path"]).write_csv(folder / "manifest.csv")
-    pl.DataFrame(labels, orient="row", schema=["case_id", "kind", "size", "constant"]).write_csv(folder / "labels.csv")
+    pl.DataFrame(labels, orient="row", schema=["case_id", "kind", "size", "constant", "months", "died"]).write_csv(
+        folder / "labels.csv"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,17 @@ def test_a_suite_that_changed_is_refused_by_the_key_that_did(work: Path, found: 
         changed.write_text(SUITE.replace(old, new))
         with pytest.raises(SuiteError, match=message):
             bench(changed, work / "out", device="cpu")
+
+
+def test_a_survival_task_is_scored_by_its_c_index(work: Path, found: Bench) -> None:
+    suite = work / "survival.toml"
+    task = '[[tasks]]\nname = "time"\ndataset = "scans"\nkind = "survival"\ntarget = "months"\nevent = "died"\n'
+    suite.write_text(SUITE + task + 'heads = ["cox"]\n')
+    scores = bench(suite, work / "out", device="cpu", tasks=["time"]).scores
+    assert [(each.task, each.head, each.metric) for each in scores] == [
+        ("time", head, "c_index") for head in ("logistic", "raptor", "cox")
+    ]
+    assert all(0 <= each.value <= 1 for each in scores)
 
 
 def test_another_task_or_metric_joins_the_results_that_are_there(work: Path, found: Bench) -> None:

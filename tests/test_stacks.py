@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
 from embedkit.bags import Bag, BagShape, BagStore
 from embedkit.batching import Deck
@@ -275,6 +276,51 @@ def test_a_deck_deals_every_case_once_and_each_set_its_own() -> None:
     again = Deck(np.arange(CASES), lengths, longest=7, blocks=3, seed=0)
     assert all((a == b).all() for a, b in zip(again.batches("b", training, 4, 0, count), batches[0], strict=True))
     assert not np.array_equal(np.concatenate(deck.deal(5)), np.concatenate(blocks))
+
+
+def test_balanced_batches_hold_each_class_alike_and_spread_a_rare_class_evenly() -> None:
+    training, classes = np.arange(60) % 6 > 0, (np.arange(60) % 10 == 1).astype(np.int64)  # 44 common, 6 rare
+    deck = Deck(np.arange(60), np.ones(60, np.int64), longest=1, blocks=1, seed=0)
+    dealt = [np.concatenate(deck.batches("a", training, epoch, 0, 5, classes=classes)) for epoch in range(2)]
+    for cases in dealt:
+        counts = np.bincount(cases, minlength=60)
+        assert len(cases) == 50 and not counts[~training].any()
+        assert counts[classes == 1].sum() == 25 and set(counts[training & (classes == 1)]) == {4, 5}
+        assert set(counts[training & (classes == 0)]) == {0, 1}
+    assert set(dealt[0]) != set(dealt[1])
+    plain = np.concatenate(deck.batches("b", training, 0, 0, 5))
+    assert sorted(plain) == np.flatnonzero(training).tolist()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_focal_loss_is_that_of_torchvision_and_of_the_paper(weighted: bool) -> None:
+    truth = np.array([0, 1, 1, 0, 0, 0, 0, 0])
+    logits = torch.tensor([-3.0, 2.0, -0.5, 0.3, 1.0, -9.0, 60.0, -200.0])[:, None].requires_grad_()
+    cases, everyone = torch.arange(8), np.ones(8, bool)
+    loss = TaskLoss("binary", truth, everyone, class_weights=weighted, gamma=2.0)
+    expected = sigmoid_focal_loss(logits[:, 0], torch.from_numpy(truth).float(), alpha=-1, gamma=2.0)
+    expected = expected * torch.where(torch.from_numpy(truth) == 1, 3.0 if weighted else 1.0, 1.0)
+    torch.testing.assert_close(loss.each(logits, cases), expected)
+    wide = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.2, 0.1], [90.0, 0.0, 0.0]], requires_grad=True)
+    codes = np.array([0, 2, 0])
+    for gamma in (0.5, 2.0):
+        several = TaskLoss("multiclass", codes, everyone[:3], class_weights=weighted, gamma=gamma)
+        chances = wide.detach().double().softmax(1)[torch.arange(3), codes]
+        by_hand = -((1 - chances) ** gamma) * chances.log() * (torch.tensor([0.75, 1.5, 0.75]) if weighted else 1)
+        found = several.each(wide, torch.arange(3))
+        torch.testing.assert_close(found.double(), by_hand, atol=1e-6, rtol=1e-4)
+        (slope,) = torch.autograd.grad(found.sum(), wide)
+        assert slope.isfinite().all()
+        plain = TaskLoss("multiclass", codes, everyone[:3], class_weights=weighted)
+        torch.testing.assert_close(several.judge.each(wide, torch.arange(3)), plain.each(wide, torch.arange(3)))
+
+
+def test_balanced_batches_are_not_weighted_too_but_judged_with_weights() -> None:
+    truth, everyone = np.array([0, 0, 0, 1]), np.ones(4, bool)
+    logits, cases = torch.zeros(4, 1), torch.arange(4)
+    loss = TaskLoss("binary", truth, everyone, balanced=True)
+    np.testing.assert_allclose(loss.each(logits, cases), np.log(2) * np.ones(4), rtol=1e-6)
+    np.testing.assert_allclose(loss.judge.each(logits, cases), np.log(2) * np.array([1, 1, 1, 3]), rtol=1e-6)
 
 
 def test_batches_differ_by_one_case_at_most_and_are_alike_in_length() -> None:

@@ -66,7 +66,7 @@ def fit(cache: Cache, where: Storage, block_bytes: int, head: str = "query") -> 
     task, _ = make_task(labels, "odd", cache.stacks.select("case_id", "patient_id"))
     plan = HeadPlan(head, (Candidate(("cls:2",), {"dropout": 0.2}, FitOptions(epochs=4, batch_size=4)),))
     preparation = Preparation(cache, [plan], ids, CPU, storage=where, block_bytes=block_bytes)
-    return cross_fit(preparation, [(plan, FoldedTask(task, make_folds(task, 3, seed=0)))], seed=0)[0]
+    return cross_fit(preparation, [(plan, FoldedTask(task, make_folds(task, 3, seed=0)[None]))], seed=0)[0]
 
 
 def test_streamed_tokens_give_the_numbers_of_tokens_in_memory(cache: Cache) -> None:

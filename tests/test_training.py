@@ -11,12 +11,15 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from embedkit.cli.main import main
+from embedkit.cli.main import app, main
+from sklearn.metrics import roc_auc_score
+from typer.testing import CliRunner
 
 from embedkit.bags import BagStore, load_bags
 from embedkit.cache import Cache, StackTokens, open_cache
 from embedkit.closed_form import LinearReadout
 from embedkit.errors import CacheError, HeadError, OptionError, RunError, TaskError
+from embedkit.evaluation import evaluate
 from embedkit.fitting import FitOptions
 from embedkit.folder import create_cache, write_shard
 from embedkit.recipe import Recipe
@@ -228,6 +231,57 @@ def test_a_fold_that_comes_from_a_column_is_tested_alone(cache: Cache, tmp_path:
     assert run.record.folds == "site"
 
 
+def test_repeated_folds_test_every_case_anew_and_metrics_are_means_over_repeats(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(LABELS.select("case_id", "disease", "group").write_csv())
+    command = [
+        "train", str(cache.path), "--labels", str(tmp_path / "labels.csv"), "--target", "disease", "--head", "linear",
+        "--folds", "2", "--repeats", "3", "-o", str(tmp_path / "runs"), "--device", "cpu",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    once = run_training(cache, tmp_path / "once", heads=("linear",), folds=2, seed=0, fit_options={})
+    for name in ("logistic", "linear"):
+        run = open_run(tmp_path / "runs" / f"disease.{name}")
+        assert run.record.repeats == 3 and len(run.members) == 6
+        assert run.predictions.height == 120 and set(run.predictions["fold"]) == set(range(6))
+        deals = [run.predictions.filter(pl.col("fold") // 2 == repeat).sort("case_id") for repeat in range(3)]
+        assert all(deal["case_id"].to_list() == LABELS["case_id"].to_list() for deal in deals)
+        assert not (deals[1]["fold"] - 2).equals(deals[0]["fold"])
+        assert all(len(set(deal.group_by("patient_id").agg(pl.col("fold").n_unique())["fold"])) == 1 for deal in deals)
+        found = [roc_auc_score(deal["target"] == "yes", deal["score"]) for deal in deals]
+        assert run.metrics["auroc"].value == pytest.approx(np.mean(found))
+        alone = next(each for each in once.runs if each.head == name)
+        np.testing.assert_allclose(alone.predictions.sort("case_id")["score"], deals[0]["score"], atol=1e-5)
+        assert evaluate(run, resamples=10).metrics["auroc"].value == pytest.approx(np.mean(found))
+    assert CliRunner().invoke(app, [*command, "--resume"]).exit_code == 0
+    with pytest.raises(RunError, match="was trained with repeats 3, but this training asks for 1"):
+        train(cache, LABELS, targets="disease", out=tmp_path / "runs", heads=("linear",), folds=2, resume=True)
+
+
+def test_every_value_of_a_column_is_left_out_in_turn(cache: Cache, tmp_path: Path) -> None:
+    sites = LABELS.with_columns(site=pl.Series(["test", "train", "north"][case // 2 % 3] for case in range(40)))
+    how: dict[str, Any] = {"targets": "disease", "heads": ("linear",), "group_by": "site", "fit_options": QUICK}
+    run = train(cache, sites, out=tmp_path, **how).runs[-1]
+    together = run.predictions.join(sites.select("case_id", "site"), on="case_id")
+    assert set(together.select("site", "fold").unique().rows()) == {("north", 0), ("test", 1), ("train", 2)}
+    assert run.record.folds == "site" and len(run.members) == 3 and run.predictions.height == 40
+
+
+def test_focal_loss_and_balanced_batches_are_reached_from_the_command_line(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(LABELS.select("case_id", "disease").write_csv())
+    command = [
+        "train", str(cache.path), "--labels", str(tmp_path / "labels.csv"), "--target", "disease", "--head", "linear",
+        "--folds", "2", "-o", str(tmp_path), "--device", "cpu", "--loss", "focal", "--gamma", "1.5",
+        "--sampling", "balanced",
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    run = open_run(tmp_path / "disease.linear")
+    options = run.record.fit_options
+    assert (options["loss"], options["gamma"], options["sampling"]) == ("focal", 1.5, "balanced")
+    assert run.metrics["auroc"].value > 0.75  # as with cross entropy at so slow a rate
+
+
 def test_standardisation_never_sees_a_test_case(cache: Cache) -> None:
     ids = [f"c{case:02}" for case in range(40)]
     store = load_bags(cache, ids, ["cls:2"])
@@ -325,6 +379,22 @@ def test_token_sets_can_be_chosen_for_all_heads_or_for_one(cache: Cache, tmp_pat
         ({"head_options": {"grid": {}}}, HeadError, "given for grid, but heads are logistic, raptor"),
         ({"head_options": {"raptor": {"depth": 2}}}, HeadError, "it has projections, seed"),
         ({"folds": 30}, TaskError, "folds"),
+        ({"repeats": 0}, OptionError, "0 repeats of the folds asked for, expected 1 or more"),
+        ({"repeats": 2, "split": "group"}, OptionError, "2 repeats were asked for with the folds of column group"),
+        ({"split": "group", "group_by": "group"}, OptionError, "from both split group and group_by group"),
+        ({"fit_options": {"loss": "hinge"}}, OptionError, "loss is 'hinge', expected cross_entropy or focal"),
+        ({"fit_options": {"gamma": -1}}, OptionError, "gamma is -1, expected 0 or above"),
+        ({"fit_options": {"sampling": "most"}}, OptionError, "sampling is 'most', expected shuffled or balanced"),
+        (
+            {"target": "size", "heads": ("linear",), "fit_options": {"loss": "focal"}},
+            OptionError,
+            "focal loss belongs to classes, but target size is a regression task",
+        ),
+        (
+            {"target": "size", "heads": ("linear",), "fit_options": {"sampling": "balanced"}},
+            OptionError,
+            "balanced sampling belongs to a binary or multiclass task, but target size is regression",
+        ),
         ({"device": "abacus"}, OptionError, "abacus"),
     ],
 )
