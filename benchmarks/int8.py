@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from embedkit.cache import Cache, StackTokens, create_cache, open_cache, write_shard
-from embedkit.errors import EmbedkitError
+from embedkit.errors import EmbedkitError, HeadError
+from embedkit.members import complete_options
 from embedkit.metrics import Interval, paired_difference
 from embedkit.plots import describe_interval
 from embedkit.plugins import list_heads, load_head
@@ -154,11 +155,31 @@ def compare_heads(task: Task, pair: tuple[Cache, Cache], options: argparse.Names
 
 
 def choose_heads(cache: Cache, asked: str) -> list[str]:
-    """The heads to compare: those named, none, or every one installed that reads tokens of this cache."""
+    """The heads to compare: those named, none, or every one installed that can be trained here without further options.
+
+    That is: which reads tokens of this cache, takes a binary task, and asks for no option that only the user can give.
+    """
     if asked != "all":
         return [name for name in asked.split(",") if name not in {"", "none"}]
     kinds = {TokenSet.parse(name).kind for name in cache.token_sets}
-    return [name for name in list_heads() if name not in BASELINES and load_head(name).reads & kinds]
+    return [
+        name
+        for name in list_heads()
+        if name not in BASELINES
+        and load_head(name).reads & kinds
+        and "binary" in getattr(load_head(name), "kinds", {"binary"})
+        and needs_no_options(name)
+    ]
+
+
+def needs_no_options(name: str) -> bool:
+    """Whether a head can be trained as it comes; says why where it cannot."""
+    try:
+        complete_options(name, {})
+    except HeadError as error:
+        print(f"{name} is left out: {error}", flush=True)
+        return False
+    return True
 
 
 def train_on(
