@@ -4,7 +4,8 @@ Katzman et al., "DeepSurv: personalized treatment recommender system using a Cox
 network" (BMC Medical Research Methodology 18:24, 2018, arXiv 1606.00931), with pooled tokens in place of covariates.
 
 The partial likelihood compares each event with all who are then at risk, so a small batch is biased: by default a step
-takes all training cases, up to 1,024 at once. Beyond that a risk set is the batch's part of it.
+takes all training cases, up to 1,024 at once. Beyond that, or where tokens are streamed in blocks, a risk set is the
+batch's part of it. The level of the logit means nothing: the baseline hazard of the training cases takes it up.
 """
 
 from __future__ import annotations
