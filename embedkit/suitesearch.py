@@ -15,10 +15,10 @@ from embedkit.benchtable import Score
 from embedkit.bootstrap import Interval
 from embedkit.cache import Cache
 from embedkit.errors import SuiteError
-from embedkit.files import explain_os_error, temporary_path
 from embedkit.indexbuilding import build_index
 from embedkit.searchevaluation import evaluate_search
 from embedkit.suitefile import Suite, SuiteTask
+from embedkit.suitestate import write_json
 
 __all__ = ["judge_search"]
 
@@ -66,7 +66,7 @@ def judge_search(
             "seconds": time.perf_counter() - started,
             "measures": measures,
         }
-        _write_kept(kept, found)
+        write_json(kept, found)
     metrics = {name: Interval(*values) for name, values in found["measures"].items()}
     if task.metric not in metrics:
         raise SuiteError(f"task {task.name}: its searches have no {task.metric}; they have {', '.join(metrics)}")
@@ -109,15 +109,3 @@ def _read_kept(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not {"key", "embedding", "seconds", "measures"} <= set(found):
         raise SuiteError(f"{path} is damaged (keys are missing); delete it, and the search is judged again")
     return found
-
-
-def _write_kept(path: Path, found: dict[str, Any]) -> None:
-    temporary = temporary_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise SuiteError(f"results are not written: {explain_os_error(error, path)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

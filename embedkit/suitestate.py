@@ -15,7 +15,7 @@ from embedkit.errors import SuiteError
 from embedkit.files import explain_os_error, temporary_path
 from embedkit.suitefile import Suite
 
-__all__ = ["SuiteState", "open_state"]
+__all__ = ["SuiteState", "open_state", "write_json"]
 
 _FILE = "suite.json"
 _FORMAT = 1
@@ -45,14 +45,25 @@ class SuiteState:
             SuiteError: it cannot be written.
         """
         fields = {"format": _FORMAT, "settings": self.settings, "extract_seconds": self.extract_seconds}
-        temporary = temporary_path(self.path)
-        try:
-            temporary.write_text(json.dumps(fields, indent=1, sort_keys=True), encoding="utf-8")
-            temporary.replace(self.path)
-        except OSError as error:
-            raise SuiteError(f"results are not written: {explain_os_error(error, self.path)}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(self.path, fields)
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Writes or replaces a file of results, in one step.
+
+    Raises:
+        SuiteError: it cannot be written.
+    """
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise SuiteError(f"results are not written: {explain_os_error(error, path)}") from error
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
 
 
 def open_state(out: Path, suite: Suite) -> SuiteState:
