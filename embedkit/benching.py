@@ -20,6 +20,7 @@ from embedkit.errors import HeadError, SearchError, SuiteError, TaskError
 from embedkit.extraction import extract
 from embedkit.headplans import BASELINES
 from embedkit.metrics import HIGHER_IS_BETTER
+from embedkit.plugins import learned_kinds
 from embedkit.runs import Run
 from embedkit.suitedata import SuiteTables, read_tables, require_columns
 from embedkit.suitefile import Suite, SuiteBackbone, SuiteTask, read_suite
@@ -230,7 +231,7 @@ class _Work:
                 self.tables[tasks[0].dataset].labels,
                 targets=targets,
                 out=self.folder / "runs" / cache.path.name / _as_file(sort),
-                heads=tasks[0].heads or suite.heads or None,
+                heads=_choose_heads(suite, tasks[0], options["kind"]),
                 folds=suite.folds,
                 seed=suite.seed,
                 seeds=suite.seeds,
@@ -292,6 +293,13 @@ def _resolve_kind(task: SuiteTask, labels: pl.DataFrame) -> str:
         return "binary" if len(task.classes) == 2 else "multiclass"
     kind: TaskKind = infer_kind(labels[task.target], task.target)
     return "multiclass" if kind == "regression" else kind
+
+
+def _choose_heads(suite: Suite, task: SuiteTask, kind: str) -> Sequence[str] | None:
+    """The task's own heads, else those of the suite that learn its kind; None where neither names any."""
+    if task.heads or not suite.heads:
+        return task.heads or None
+    return [head for head in suite.heads if kind in learned_kinds(head)]
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """Owns the suite file: which data sets, tasks, heads and backbones it names, checked; opens no image and no table.
 
     name = "brains"                      # all of this section is optional
-    heads = ["linear", "abmil"]          # baselines are always there
+    heads = ["linear", "abmil", "cox"]   # each on tasks of the kinds that it learns; baselines are always there
     folds = 5
     seed = 0
     seeds = 1
@@ -27,6 +27,7 @@
     target = "grade"                     # of survival the time, of retrieval the column whose value is shared
     classes = ["1", "3"]                 # optional; `event` of survival; `exclude_same` and `where` of retrieval
     metric = "auroc"                     # optional
+    heads = ["linear"]                   # optional, instead of those above
 
 Paths begin at the folder of the file, or at the one given with it.
 """
