@@ -19,6 +19,8 @@ from embedkit.benchtable import Score, rank_methods, tabulate_scores
 from embedkit.errors import SuiteError
 from embedkit.medmnistfiles import unpack_medmnist
 from embedkit.runs import open_run
+from embedkit.suitedata import read_tables
+from embedkit.suitefile import read_suite
 
 SUITE = """
 heads = ["linear"]
@@ -146,6 +148,15 @@ def test_a_survival_task_is_scored_by_its_c_index(work: Path, found: Bench) -> N
         ("time", head, "c_index") for head in ("logistic", "raptor", "cox")
     ]
     assert all(0 <= each.value <= 1 for each in scores)
+
+
+def test_heads_of_a_suite_are_trained_where_they_learn_the_kind(work: Path, found: Bench) -> None:
+    task = '[[tasks]]\nname = "later"\ndataset = "scans"\nkind = "survival"\ntarget = "months"\nevent = "died"\n'
+    (work / "mixed.toml").write_text(SUITE.replace('heads = ["linear"]', 'heads = ["linear", "cox"]') + task)
+    again = bench(work / "mixed.toml", work / "out", device="cpu", tasks=["later", "kind"])
+    heads = {name: {each.head for each in again.scores if each.task == name} for name in ("later", "kind")}
+    assert heads == {"later": {"logistic", "raptor", "cox"}, "kind": {"logistic", "raptor", "linear"}}
+    assert not again.failures
 
 
 def test_another_task_or_metric_joins_the_results_that_are_there(work: Path, found: Bench) -> None:
@@ -344,3 +355,16 @@ def test_auc_and_acc_of_medmnist_are_auroc_and_accuracy(classes: int) -> None:
     metrics = compute_metrics(kind, truth, scores, [f"{case}" for case in range(60)], resamples=0)
     assert metrics["auroc"].value == pytest.approx(auc)
     assert metrics["accuracy"].value == pytest.approx(acc)
+
+
+def test_a_scanned_folder_tells_what_it_left_out(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    np.save(tmp_path / "scans" / "a.npy", np.zeros((2, 4, 4), np.float32))
+    (tmp_path / "scans" / "b.nii").write_bytes(b"no image")
+    (tmp_path / "suite.toml").write_text(
+        '[[backbones]]\nname = "embedkit/scattering"\n[datasets.s]\nscan = "scans"\n'
+        '[[tasks]]\nname = "v"\ndataset = "s"\nkind = "retrieval"\ntarget = "case_id"\n'
+    )
+    tables = read_tables(read_suite(tmp_path / "suite.toml").datasets["s"], tmp_path / "out")
+    assert tables.manifest["case_id"].to_list() == tables.labels["case_id"].to_list() == ["a"]
+    assert len(tables.skipped) == 1 and "b.nii" in tables.skipped[0]
