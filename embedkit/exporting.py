@@ -85,6 +85,11 @@ def export_run(run: Run | Path | str, out: Path | str, *, format: ExportFormat, 
     if path.exists() and not overwrite:
         raise OptionError(f"{path} exists already; choose another --out, or pass --overwrite to replace it")
     opened = run if isinstance(run, Run) else open_run(run)
+    if opened.record.shape.tail is not None:
+        raise HeadError(
+            f"head {opened.head!r} cannot be exported: it runs blocks of the backbone, which lie with the cache;"
+            " predict with embedkit, or export a head on cls or patch tokens"
+        )
     description = _describe(opened)
     ensemble = _Ensemble(opened.members, opened.record.shape)
     temporary = temporary_path(path)

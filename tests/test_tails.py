@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from embedkit.backbones import load_backbone
 from embedkit.cache import Cache, open_cache
 from embedkit.errors import CacheError, HeadError
+from embedkit.exporting import export_run
 from embedkit.extraction import extract
 from embedkit.features import Backbone
 from embedkit.inspection import verify_cache
@@ -243,6 +244,8 @@ def test_a_tail_is_trained_predicts_and_explains(extracted: tuple[Cache, pl.Data
     weights = load_file(tmp_path / "bright.tail" / "weights.safetensors")
     assert not any("blocks" in name or "norm" in name for name in weights)
     assert any(value.abs().max() > 0 for name, value in weights.items() if ".up." in name)
+    with pytest.raises(HeadError, match="head 'tail' cannot be exported: it runs blocks of the backbone"):
+        export_run(run, tmp_path / "tail.pt2", format="torch")
     found = predict(run, cache).join(labels, on="case_id")
     scores, truth = found["score"].to_numpy(), found["bright"].to_numpy()
     assert scores[truth == 1].mean() > scores[truth == 0].mean() + 0.2
