@@ -159,6 +159,8 @@ class _Ranking:
     def __post_init__(self) -> None:
         if self.rerank not in RERANKS:
             raise OptionError(f"rerank {self.rerank!r} is unknown; give {', '.join(RERANKS)}")
+        if self.k < 1:
+            raise SearchError(f"k is {self.k}, expected at least 1 case")
         if self.candidates < 1:
             raise OptionError(f"candidates is {self.candidates}, expected at least 1 case")
 

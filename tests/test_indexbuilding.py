@@ -253,6 +253,9 @@ def test_options_that_mean_nothing_are_refused(cache: Path, tmp_path: Path) -> N
         search(index, case_id="c00", rerank="some")
     with pytest.raises(OptionError, match="candidates is 0, expected at least 1"):
         search(index, case_id="c00", candidates=0)
+    for count in (0, -2):
+        with pytest.raises(SearchError, match=f"k is {count}, expected at least 1 case"):
+            search(index, case_id="c00", k=count)
     with pytest.raises(SearchError, match="a vector has no slices to rank by"):
         search(index, vector=np.ones(index.dim, np.float32), rerank="free")
     with pytest.raises(OptionError, match="level 'row' is unknown; give case or slice"):
