@@ -24,7 +24,7 @@ from embedkit.planning import DEFAULT_TOKENS, DEFAULT_WINDOW, choose_device, req
 from embedkit.processes import ProcessTransport, split_devices
 from embedkit.rayengine import RayTransport
 from embedkit.recipe import Recipe
-from embedkit.sources import CachedSources, Case, group_cases
+from embedkit.sources import CachedSources, Case, group_cases, tell_absent_channels
 from embedkit.stream import extract_stream
 from embedkit.worker import ExtractionJob
 
@@ -104,7 +104,8 @@ def extract(
         shard_bytes: A shard is closed once it holds this many bytes of tokens.
         shard_seconds: A shard is closed at the latest after this many seconds, so that a kill costs little.
         on_progress: Called after every case.
-        on_notice: Called with a line of text when a worker is lost, replaced, or long in starting.
+        on_notice: Called with a line of text when no case has one of the ``channels``, and when a worker is lost,
+            replaced, or long in starting.
         stop: Once set, the finished cases are written and the call returns with ``interrupted``.
 
     Raises:
@@ -118,6 +119,9 @@ def extract(
     """
     require_counts(batch_size, workers)
     cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
+    if on_notice is not None:
+        for notice in tell_absent_channels(cases, channels, fill):
+            on_notice(notice)
     if part is not None:
         cases = take_part(cases, part)
     job = ExtractionJob(

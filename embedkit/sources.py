@@ -18,7 +18,7 @@ from embedkit.nrrd import ITK_READERS, payload_file
 from embedkit.recipe import Recipe
 from embedkit.volumes import Volume, read_volume
 
-__all__ = ["CachedSources", "Case", "CaseImages", "group_cases", "read_case"]
+__all__ = ["CachedSources", "Case", "CaseImages", "group_cases", "read_case", "tell_absent_channels"]
 
 _ONE_OF_A_SERIES = (".dcm", ".dicom", ".ima", "")
 
@@ -55,6 +55,16 @@ def group_cases(manifest: pl.DataFrame) -> list[Case]:
         patients.setdefault(case_id, patient_id)
         images.setdefault(case_id, {})[view] = Path(path)
     return [Case(case_id, patients[case_id], paths) for case_id, paths in images.items()]
+
+
+def tell_absent_channels(cases: Sequence[Case], channels: Sequence[str], fill: str) -> list[str]:
+    """A line for every channel that is a view of none of the cases, so that ``fill`` stands for it in all."""
+    known = sorted({view for case in cases for view in case.images})
+    return [
+        f"no case has a view {view!r} (there are {', '.join(known)}): {fill!r} stands for it in all {len(cases)} cases"
+        for view in channels
+        if fill and view not in known
+    ]
 
 
 def read_case(case: Case) -> CaseImages:

@@ -207,13 +207,24 @@ def test_all_planes_and_three_channels_make_their_stacks(tmp_path: Path) -> None
     ]
     pl.DataFrame(rows).write_csv(tmp_path / "cases.csv")
     planes = ("axial", "coronal", "sagittal")
-    run(tmp_path / "cases.csv", tmp_path / "cache", channels=views, fill="flair", planes=planes)
+    notices: list[str] = []
+    options = {"fill": "flair", "planes": planes, "on_notice": notices.append}
+    run(tmp_path / "cases.csv", tmp_path / "cache", channels=views, **options)
+    assert notices == []
     with open_cache(tmp_path / "cache") as cache:
         assert cache.stacks.select("case_id", "view", "plane").rows() == [
             (case, "pre+flair+post", plane) for case in ("a", "b") for plane in planes
         ]
         assert cache.stacks["count"].to_list() == [5, 20, 24] * 2
         assert cache.stacks["sources"].to_list()[3] == ["flair", "flair", "flair"]
+
+
+def test_a_channel_that_no_case_has_is_reported(manifest: Path, tmp_path: Path) -> None:
+    """A cohort may lack a sequence altogether; a name that was misspelt looks the same."""
+    notices: list[str] = []
+    channels = ("image", "flare", "image")
+    run(manifest, tmp_path / "cache", channels=channels, fill="image", part="1/2", on_notice=notices.append)
+    assert notices == ["no case has a view 'flare' (there are image): 'image' stands for it in all 4 cases"]
 
 
 def test_progress_counts_every_case_once(manifest: Path, tmp_path: Path) -> None:
