@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
 import embedkit
 from embedkit.phantoms import make_phantoms
+from embedkit.volumes import write_volume
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = """
@@ -36,6 +38,9 @@ def test_the_example_on_an_own_folder_goes_from_scans_to_similar_cases(
 ) -> None:
     make_phantoms(tmp_path / "phantoms", cases=16, seed=2)
     scans, labels = tmp_path / "phantoms", tmp_path / "labels.csv"
+    for scan in sorted((scans / "volumes").glob("*.nii.gz")):  # every fourth slice will do
+        volume = embedkit.read_volume(scan)
+        write_volume(scan, volume.array[::4], volume.affine @ np.diag([4.0, 1, 1, 1]))
     pl.read_csv(scans / "labels.csv").drop("patient_id").write_csv(labels)
     arguments = [str(scans), str(labels), "lesion", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["own_folder.py", *arguments])
@@ -57,7 +62,7 @@ def test_a_head_of_another_package_is_installed_found_and_trained(tmp_path: Path
     subprocess.run([sys.executable, "-m", "pip", "install", *how, str(package)], check=True)
     scans, cache, runs = tmp_path / "scans", tmp_path / "cache", tmp_path / "runs"
     make_phantoms(scans, cases=12, seed=2)
-    embedkit.extract(scans / "manifest.csv", cache, backbone="embedkit/scattering", image_size=64)
+    embedkit.extract(scans / "manifest.csv", cache, backbone="embedkit/scattering", image_size=64, slices="count:6")
     options = ["--head", "smoothmax", "--head-option", "smoothmax.sharp=3", "--folds", 2, "--device", "cpu", "--json"]
     command = ["train", cache, "--labels", scans / "labels.csv", "--target", "lesion", *options, "-o", runs]
     program = [sys.executable, "-c", "from embedkit.cli.main import main; main()", *map(str, command)]

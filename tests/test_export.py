@@ -30,6 +30,12 @@ RECIPE = Recipe("tiny", "builtin:1", ("cls:2",), 32, (0.5,), (0.5,), preview=0)
 OPTIONS = {"text": {"vectors": write_vectors(np.ones((2, 3), np.float32))}}
 
 
+@pytest.fixture(autouse=True)
+def one_step_of_the_pseudo_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of transmil's are alike, and each takes a second to trace and translate."""
+    monkeypatch.setattr("embedkit.heads.transmil._INVERSE_STEPS", 1)
+
+
 def make_run(head: str, members: int = 1) -> Run:
     """An untrained run with random standardisation."""
     torch.manual_seed(0)
