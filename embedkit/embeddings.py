@@ -61,7 +61,7 @@ class Embedding:
             OptionError: ``text`` does not have that form.
         """
         statistic, _, token_set = text.partition(":")
-        if statistic not in _STATISTICS:
+        if statistic not in _STATISTICS or not token_set:
             raise OptionError(
                 f"embedding {text!r} is not mean:TOKEN_SET, grid:TOKEN_SET or aligned:TOKEN_SET; for example"
                 " mean:cls:12 or grid:patch@4:8"
@@ -253,7 +253,7 @@ def require_token_set(cache: Cache, embedding: Embedding) -> None:
 def name_layer(embedding: str, cache: Cache) -> str:
     """``mean:cls`` with the last cached layer of that token set; anything else as it is."""
     statistic, _, name = embedding.partition(":")
-    if ":" in name:
+    if statistic not in _STATISTICS or not name or ":" in name:
         return embedding
     layers = [kept.layer for kept in cache.recipe.parsed_token_sets() if str(kept).rpartition(":")[0] == name]
     if not layers:

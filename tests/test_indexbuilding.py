@@ -258,6 +258,9 @@ def test_options_that_mean_nothing_are_refused(cache: Path, tmp_path: Path) -> N
             search(index, case_id="c00", k=count)
     with pytest.raises(SearchError, match="a vector has no slices to rank by"):
         search(index, vector=np.ones(index.dim, np.float32), rerank="free")
+    for name in ("cls", "middle:cls", "aligned", "mean:"):
+        with pytest.raises(OptionError, match=f"embedding '{name}' is not mean:TOKEN_SET"):
+            build_index(cache, tmp_path / "other", embedding=name)
     with pytest.raises(OptionError, match="level 'row' is unknown; give case or slice"):
         build_index(cache, tmp_path / "x", level="row")
     with pytest.raises(OptionError, match="an index of slices takes one embedding, mean or grid, and no run"):
