@@ -10,6 +10,7 @@ follows from that stack alone.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,9 @@ _LARGEST = 65504.0  # of float16
 _SMALLEST = 2.0**-24  # above zero in float16
 _SPREADS = 16
 """A token is at most so many channel scales from the centre: bounds what a rare, huge value costs its own token."""
-_BLOCK = 1 << 18
-"""Values restored at a time, so that what lies between int8 and float16 stays in the processor's cache."""
+_BLOCK = 1 << 17
+"""Values worked on at a time, so that what lies between int8 and float16 stays in the processor's cache."""
+_HELD = threading.local()
 
 
 @dataclass(frozen=True)
@@ -163,22 +165,47 @@ def dequantise_tokens(
     Raises:
         CacheError: a scale is no number, infinite or negative, or a channel's is zero.
     """
-    import torch
-
     wide = channels.astype(np.float32)
     reach = _check_scales(scales, wide, what=what)
     dim = values.shape[-1]
-    rows, token_scales = values.reshape(-1, dim), torch.from_numpy(np.array(scales).reshape(-1, 1))
+    rows, token_scales = values.reshape(-1, dim), scales.reshape(-1, 1)
     restored = np.empty(rows.shape, np.float16)
-    target, centre, spread = map(torch.from_numpy, (restored, wide[0], wide[1]))
     block = max(1, _BLOCK // dim)
     for start in range(0, len(rows), block):
         some = slice(start, start + block)
-        part = _as_float(rows[some]).mul_(token_scales[some]).mul_(spread).add_(centre)
-        if reach > _LARGEST:
-            part.clamp_(-_LARGEST, _LARGEST)
-        target[some] = part
+        _restore(rows[some], token_scales[some], wide, restored[some], clamped=reach > _LARGEST)
     return restored.reshape(values.shape)
+
+
+def _restore(
+    values: NDArray[np.int8],
+    scales: NDArray[np.float32],
+    channels: NDArray[np.float32],
+    target: NDArray[np.float16],
+    *,
+    clamped: bool,
+) -> None:
+    """Restores one block [rows dim] into its place, by way of memory that stays in the processor's cache."""
+    import torch
+
+    wide = _workspace(values.size).reshape(values.shape)
+    np.copyto(wide, values)  # by numpy, which takes what may not be written to
+    part = torch.from_numpy(wide)
+    centre, spread = torch.from_numpy(channels[0]), torch.from_numpy(channels[1])
+    part.mul_(torch.from_numpy(scales.copy())).mul_(spread).add_(centre)  # one by one: a fused step rounds once less
+    if clamped:
+        part.clamp_(-_LARGEST, _LARGEST)
+    torch.from_numpy(target).copy_(part)
+
+
+def _workspace(size: int) -> NDArray[np.float32]:
+    """Float32 [size] of this thread's own that the next call takes again: fresh memory costs as much as the sums."""
+    if size > _BLOCK:
+        return np.empty(size, np.float32)
+    held: NDArray[np.float32] | None = getattr(_HELD, "workspace", None)
+    if held is None:
+        held = _HELD.workspace = np.empty(_BLOCK, np.float32)
+    return held[:size]
 
 
 def _check_scales(scales: NDArray[np.float32], channels: NDArray[np.float32], *, what: str) -> float:
@@ -190,8 +217,8 @@ def _check_scales(scales: NDArray[np.float32], channels: NDArray[np.float32], *,
     smallest, largest = float(scales.min()), float(scales.max())
     if not 0 <= smallest <= largest < math.inf:
         raise CacheError(f"{what} is damaged: a token scale is NaN, infinite or negative; run embedkit verify")
-    low, narrow = map(float, channels.min(1))
-    high, broad = map(float, channels.max(1))
+    low, narrow = channels.min(1).tolist()
+    high, broad = channels.max(1).tolist()
     if not (-math.inf < low <= high < math.inf and 0 < narrow <= broad < math.inf):
         raise CacheError(
             f"{what} is damaged: a channel's centre or scale is NaN or infinite, or its scale not above 0;"
