@@ -20,9 +20,10 @@ from embedkit.errors import OptionError, SearchError
 from embedkit.index import Index, open_index, rewrite_index, write_index
 from embedkit.indextypes import IndexOptions
 from embedkit.manifest import read_labels
-from embedkit.matching import SliceReader, measure_centres, pack_slices, sample_slices
 from embedkit.queries import embed_run, open_index_run, open_source
 from embedkit.runs import open_run
+from embedkit.slicereading import SliceReader, measure_centres, sample_slices
+from embedkit.slicestore import pack_slices
 from embedkit.whitening import fit_whitening
 
 __all__ = ["LEVELS", "add_cases", "build_index", "join_labels", "remove_cases"]

@@ -9,21 +9,14 @@ slice of the best cosine in the other. Knows no index and no picture.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from embedkit.cache import Cache
-from embedkit.embeddings import Embedding, require_token_set
 from embedkit.errors import SearchError
-from embedkit.regions import Region
 
 __all__ = [
     "ORDERS",
@@ -31,24 +24,17 @@ __all__ = [
     "Match",
     "Order",
     "SlicePair",
-    "SliceReader",
-    "SliceStore",
     "StackSlices",
+    "compare_patches",
     "has_votes",
     "match_slices",
-    "measure_centres",
-    "pack_slices",
-    "sample_slices",
-    "score_slices",
+    "slice_votes",
 ]
 
 FloatArray = NDArray[np.float32]
 Order = Literal["free", "ordered"]
 ORDERS: tuple[Order, ...] = ("free", "ordered")
 """How the slices of a query may choose."""
-
-_SAMPLE = 8_000
-_SEED = 11
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,213 +143,6 @@ class Match:
         ]
 
 
-class SliceReader:
-    """Reads the slices of cases from a cache's memory map, centred and scaled to length 1.
-
-    Attributes:
-        embedding: What a slice is compared by.
-        views: ``view/plane`` names, in the order of ``centres``; others are not read.
-    """
-
-    def __init__(
-        self,
-        cache: Cache,
-        embedding: Embedding,
-        views: Sequence[str],
-        centres: FloatArray,
-        whitening: FloatArray | None = None,
-    ) -> None:
-        """Takes what was fitted on the cache that was indexed.
-
-        Args:
-            cache: Where tokens are read.
-            embedding: What slices are compared by.
-            views: ``view/plane`` names.
-            centres: float32 [views patches dim], the mean token of each view, of `measure_centres`.
-            whitening: float32 [dim kept], what the vectors of slices are multiplied with; None leaves them.
-
-        Raises:
-            SearchError: the cache lacks the token set.
-        """
-        require_token_set(cache, embedding)
-        self.embedding = embedding
-        self.views = tuple(views)
-        self._cache = cache
-        self._whitening = whitening
-        self._centres = dict(zip(views, centres, strict=True))
-        self._stacks: dict[str, dict[str, int]] = {}
-        for stack, case, view, plane in cache.stacks.select("stack", "case_id", "view", "plane").iter_rows():
-            if f"{view}/{plane}" in self._centres:
-                self._stacks.setdefault(case, {})[f"{view}/{plane}"] = stack
-
-    def holds(self, case_id: str) -> bool:
-        """Whether the cache has the case in one of the views."""
-        return case_id in self._stacks
-
-    def read(self, case_id: str, *, region: Region | None = None) -> CaseSlices:
-        """The slices of a case; with a region those that it touches, each patch voting by its share in it.
-
-        Raises:
-            SearchError: the cache has no such case in the views compared, or the region touches none of its patches.
-        """
-        if case_id not in self._stacks:
-            raise SearchError(
-                f"cache {self._cache.path} has no case {case_id} in {', '.join(self.views)}; give the cache that was"
-                " indexed (--cache)"
-            )
-        found = {view: self._read_stack(view, stack) for view, stack in self._stacks[case_id].items()}
-        if region is None:
-            return found
-        chosen = {view: self._keep_region(found[view], stack, region) for view, stack in self._stacks[case_id].items()}
-        if not any(len(stack.rows) for stack in chosen.values()):
-            raise SearchError(
-                f"the region touches no patch of {case_id}: it lies outside of what the backbone saw; give a box or"
-                " mask in the coordinates of the query's own image"
-            )
-        return {view: stack for view, stack in chosen.items() if len(stack.rows)}
-
-    def _keep_region(self, slices: StackSlices, stack: int, region: Region) -> StackSlices:
-        votes = region.measure_cover(self._cache.record(stack), slices.indices, slices.patches.shape[1])
-        kept = votes.sum(1) > 0
-        return StackSlices(
-            slices.rows[kept], slices.indices[kept], slices.vectors[kept], slices.patches[kept], votes[kept]
-        )
-
-    def _read_stack(self, view: str, stack: int) -> StackSlices:
-        table = self._cache.slices(stack)
-        rows = np.flatnonzero(~table.blank)
-        tokens = self._cache.read(stack, self.embedding.token_set)[rows].reshape(len(rows), *self._centres[view].shape)
-        centred = np.subtract(tokens, self._centres[view], dtype=np.float32)
-        vectors = self.embedding.slice_vectors(centred)
-        return StackSlices(
-            rows=rows,
-            indices=table.indices[rows],
-            vectors=_unit(vectors if self._whitening is None else vectors @ self._whitening),
-            patches=_unit(centred),
-        )
-
-
-class SliceStore:
-    """The vectors of all slices of many cases, as `SliceReader` gives them, packed; patches are not kept."""
-
-    def __init__(self, vectors: NDArray[Any], places: NDArray[np.int32], views: Sequence[str]) -> None:
-        """Takes what `pack_slices` gives.
-
-        Args:
-            vectors: float16 [slices dim]; may be a memory map.
-            places: int32 [slices 4]: case, view, row in the stack, index along the plane's axis; cases in order.
-            views: ``view/plane`` names that the second column counts.
-        """
-        self.vectors, self.places = vectors, places
-        self._views = tuple(views)
-
-    def read(self, case: int) -> CaseSlices:
-        """The slices of the case of that number; empty where it has none."""
-        return self.read_many([case])[0]
-
-    def read_many(self, cases: Sequence[int]) -> list[CaseSlices]:
-        """The slices of the cases of these numbers, in their order: one pass over the map, one block of float32."""
-        bounds = [(self._find_start(case), self._find_start(case + 1)) for case in cases]
-        blocks = [self.vectors[start:stop] for start, stop in bounds]
-        gathered = np.concatenate([self.vectors[:0], *blocks])
-        vectors = torch.from_numpy(gathered).float().numpy()  # four times as fast as numpy's conversion
-        stops = np.cumsum([stop - start for start, stop in bounds], dtype=np.int64).tolist()
-        return [
-            self._split_views(self.places[start:stop], vectors[end - (stop - start) : end])
-            for (start, stop), end in zip(bounds, stops, strict=True)
-        ]
-
-    def _find_start(self, case: int) -> int:
-        """The first row of a case, by a few reads however many there are: np.searchsorted would copy the column."""
-        return bisect_left(cast(Sequence[int], self.places[:, 0]), case)
-
-    def _split_views(self, places: NDArray[np.int32], vectors: FloatArray) -> CaseSlices:
-        """The rows of one case, view by view."""
-        edges = [0, *(np.flatnonzero(np.diff(places[:, 1])) + 1).tolist(), len(places)]
-        return {
-            self._views[places[first, 1]]: StackSlices(
-                places[first:last, 2].astype(np.int64),
-                places[first:last, 3],
-                vectors[first:last],
-                vectors[first:last, :0, None],
-            )
-            for first, last in pairwise(edges)
-            if last > first
-        }
-
-
-def pack_slices(
-    reader: SliceReader, case_ids: Sequence[str], count: int, file: Path
-) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
-    """Vectors and places of all slices of some cases, as `SliceStore` takes them; the vectors are mapped from a file.
-
-    Args:
-        reader: Reads them.
-        case_ids: In the order of their numbers; a case without slices in the reader's views has none.
-        count: At least as many as there are slices.
-        file: To write.
-    """
-    vectors: NDArray[np.float16] | None = None
-    places = np.zeros((count, 4), np.int32)
-    stop = 0
-    for number, case_id in enumerate(case_ids):
-        if not reader.holds(case_id):
-            continue
-        stacks = reader.read(case_id)
-        for place, view in enumerate(reader.views):
-            if view not in stacks:
-                continue
-            stack = stacks[view]
-            if vectors is None:
-                vectors = np.lib.format.open_memmap(file, "w+", np.float16, (count, stack.vectors.shape[1]))
-            start, stop = stop, stop + len(stack.rows)
-            vectors[start:stop] = stack.vectors
-            places[start:stop, :2] = number, place
-            places[start:stop, 2], places[start:stop, 3] = stack.rows, stack.indices
-    if vectors is None or not stop:
-        raise SearchError("every slice of the cases is blank; there is nothing to compare")
-    return vectors[:stop], places[:stop]
-
-
-def sample_slices(reader: SliceReader, case_ids: Sequence[str]) -> FloatArray:
-    """Vectors of slices of evenly chosen cases, some 8,000 at most, float32 [slices dim]: to fit a whitening on."""
-    found: list[FloatArray] = []
-    known = [case_id for case_id in case_ids if reader.holds(case_id)]
-    random = np.random.default_rng(_SEED)
-    for place in random.permutation(len(known)):
-        found += [stack.vectors for stack in reader.read(known[place]).values()]
-        if sum(map(len, found)) >= _SAMPLE:
-            break
-    return np.concatenate(found)[:_SAMPLE]
-
-
-def measure_centres(cache: Cache, embedding: Embedding, views: Sequence[str]) -> FloatArray:
-    """The mean token of each view and patch place over all slices that are not blank, float32 [views patches dim].
-
-    What all slices share says nothing of which are alike (Mu and Viswanath 2018, arXiv 1702.01417). A view of a single
-    case takes the mean over all views: less its own, nothing of it would be left to compare.
-
-    Raises:
-        SearchError: the cache lacks the token set.
-    """
-    require_token_set(cache, embedding)
-    shape = cache.token_sets[embedding.token_set].shape
-    sums = np.zeros((len(views), *((1, *shape) if len(shape) == 1 else shape)), np.float64)
-    slices, cases = np.zeros(len(views)), np.zeros(len(views), np.int64)
-    places = {view: place for place, view in enumerate(views)}
-    for stack, view, plane in cache.stacks.select("stack", "view", "plane").iter_rows():
-        place = places.get(f"{view}/{plane}")
-        if place is not None:
-            kept = ~cache.slices(stack).blank
-            tokens = cache.read(stack, embedding.token_set)[kept]
-            sums[place] += tokens.sum(0, dtype=np.float64)
-            slices[place] += kept.sum()
-            cases[place] += 1
-    means = sums / np.maximum(slices, 1)[:, None, None]
-    means[cases < 2] = sums.sum(0) / max(slices.sum(), 1) if cases.sum() > 1 else 0.0
-    return cast(FloatArray, means.astype(np.float32))
-
-
 def match_slices(query: CaseSlices, other: CaseSlices, *, order: Order = "free", by_patch: bool = False) -> Match:
     """Matches every slice of a query with a slice of another case, view by view.
 
@@ -378,8 +157,8 @@ def match_slices(query: CaseSlices, other: CaseSlices, *, order: Order = "free",
     pairs: list[SlicePair] = []
     for view in _common_views(query, other):
         mine, theirs = query[view], other[view]
-        cosines = _compare_patches(mine, theirs) if by_patch else mine.vectors @ theirs.vectors.T
-        columns = cosines.argmax(1) if order == "free" else _ordered_columns(cosines * _slice_votes(mine)[:, None])
+        cosines = compare_patches(mine, theirs) if by_patch else mine.vectors @ theirs.vectors.T
+        columns = cosines.argmax(1) if order == "free" else _ordered_columns(cosines * slice_votes(mine)[:, None])
         pairs += [
             SlicePair(
                 view,
@@ -390,7 +169,7 @@ def match_slices(query: CaseSlices, other: CaseSlices, *, order: Order = "free",
                 float(cosines[row, column]),
                 float(vote),
             )
-            for row, (column, vote) in enumerate(zip(columns, _slice_votes(mine), strict=True))
+            for row, (column, vote) in enumerate(zip(columns, slice_votes(mine), strict=True))
         ]
     if not pairs:
         raise SearchError(
@@ -400,46 +179,19 @@ def match_slices(query: CaseSlices, other: CaseSlices, *, order: Order = "free",
     return Match(float(similarity), tuple(pairs), query, other)
 
 
-def score_slices(
-    query: CaseSlices, others: Sequence[CaseSlices], *, order: Order = "free", by_patch: bool = False
-) -> FloatArray:
-    """The similarity that `match_slices` gives with each of many cases, all at once, float32 [cases].
-
-    A case without any view of the query gets -1.
-    """
-    totals, votes = np.zeros(len(others)), np.zeros(len(others))
-    for view, mine in query.items():
-        have = [number for number, other in enumerate(others) if view in other and len(other[view].rows)]
-        if not have or not len(mine.rows):
-            continue
-        stacks = [others[number][view] for number in have]
-        if by_patch:
-            cosines = np.concatenate([_compare_patches(mine, stack) for stack in stacks], axis=1)
-        else:
-            cosines = mine.vectors @ np.concatenate([stack.vectors for stack in stacks]).T
-        mine_votes = _slice_votes(mine)
-        if mine.votes is not None:
-            cosines *= mine_votes[:, None]
-        lengths = np.array([len(stack.rows) for stack in stacks])
-        sums = _free_sums(cosines, lengths) if order == "free" else _ordered_sums(cosines, lengths)
-        totals[have] += sums
-        votes[have] += mine_votes.sum()
-    return np.where(votes > 0, totals / np.maximum(votes, np.finfo(np.float64).tiny), -1.0).astype(np.float32)
-
-
 def has_votes(slices: CaseSlices) -> bool:
     """Whether some patches of a case count more than others, as those of a region do."""
     return any(stack.votes is not None for stack in slices.values())
 
 
-def _slice_votes(stack: StackSlices) -> FloatArray:
+def slice_votes(stack: StackSlices) -> FloatArray:
     """How much each slice counts, [slices]: the votes of its patches together, or 1."""
     if stack.votes is None:
         return np.ones(len(stack.rows), np.float32)
     return cast(FloatArray, stack.votes.sum(1))
 
 
-def _compare_patches(query: StackSlices, other: StackSlices) -> FloatArray:
+def compare_patches(query: StackSlices, other: StackSlices) -> FloatArray:
     """[query-slices other-slices]: the mean of each query patch's best cosine in the other slice, by its vote."""
     slices, patches, dim = query.patches.shape
     votes = np.ones((slices, patches), np.float32) if query.votes is None else query.votes
@@ -447,12 +199,6 @@ def _compare_patches(query: StackSlices, other: StackSlices) -> FloatArray:
     best = cosines.reshape(slices, patches, *other.patches.shape[:2]).max(3)
     shares = votes / np.maximum(votes.sum(1, keepdims=True), np.finfo(np.float32).tiny)
     return cast(FloatArray, np.einsum("sp,spo->so", shares, best))
-
-
-def _free_sums(cosines: FloatArray, lengths: NDArray[np.int64]) -> FloatArray:
-    """The sum over rows of the best of each case's columns, [cases]; the arguments are those of `_ordered_sums`."""
-    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
-    return cast(FloatArray, np.maximum.reduceat(cosines, starts, axis=1).sum(0))
 
 
 def _common_views(query: CaseSlices, other: CaseSlices) -> list[str]:
@@ -472,25 +218,3 @@ def _ordered_columns(cosines: FloatArray) -> NDArray[np.int64]:
         columns[row] = best[row, :stop].argmax()
         stop = columns[row] + 1
     return columns
-
-
-def _ordered_sums(cosines: FloatArray, lengths: NDArray[np.int64]) -> FloatArray:
-    """The sum over rows of the best ordered choice within each case's columns, [cases].
-
-    Args:
-        cosines: [rows columns], the cases' columns side by side.
-        lengths: [cases], columns of each.
-    """
-    places = np.arange(int(lengths.max()))
-    columns = (lengths.cumsum() - lengths)[:, None] + np.minimum(places, lengths[:, None] - 1)
-    before = np.zeros(columns.shape, np.float32)
-    for values in cosines:
-        before += values[columns]  # a short case repeats its last column, which changes no best choice
-        np.maximum.accumulate(before, axis=1, out=before)
-    return before[:, -1]
-
-
-def _unit(vectors: FloatArray) -> FloatArray:
-    """Vectors of length 1 along the last axis; zero where they were zero."""
-    lengths = np.sqrt(np.einsum("...i,...i->...", vectors, vectors))
-    return cast(FloatArray, vectors / np.maximum(lengths, np.finfo(np.float32).tiny)[..., None])

@@ -224,7 +224,7 @@ def _check_scales(scales: NDArray[np.float32], channels: NDArray[np.float32], *,
             f"{what} is damaged: a channel's centre or scale is NaN or infinite, or its scale not above 0;"
             " run embedkit verify"
         )
-    return (1 + _LEVELS) * largest * broad + max(-low, high)
+    return float((1 + _LEVELS) * largest * broad + max(-low, high))
 
 
 def bytes_per_slice(shape: tuple[int, ...], dtype: str) -> int:

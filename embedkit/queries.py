@@ -23,11 +23,12 @@ from embedkit.extraction import extract_cases
 from embedkit.features import Backbone
 from embedkit.index import Index
 from embedkit.manifest import read_manifest
-from embedkit.matching import CaseSlices, SliceReader
+from embedkit.matching import CaseSlices
 from embedkit.planning import choose_device
 from embedkit.recipe import require_same_recipe
 from embedkit.regions import Region
 from embedkit.runs import Run, open_run
+from embedkit.slicereading import SliceReader
 from embedkit.sources import Case, group_cases
 
 __all__ = [

@@ -15,7 +15,7 @@ from embedkit.cache import Cache
 from embedkit.errors import ExtractionError, OptionError, SearchError
 from embedkit.index import Index, open_index
 from embedkit.indexbuilding import join_labels
-from embedkit.matching import ORDERS, CaseSlices, Match, Order, SliceStore, has_votes, match_slices, score_slices
+from embedkit.matching import ORDERS, Match, Order, has_votes, match_slices
 from embedkit.queries import (
     Query,
     embed_query,
@@ -29,6 +29,8 @@ from embedkit.queries import (
     read_volume_query,
 )
 from embedkit.regions import Region
+from embedkit.slicescores import score_slices
+from embedkit.slicestore import SliceStore
 from embedkit.textqueries import read_text_queries
 
 __all__ = [
@@ -179,8 +181,7 @@ def _rank(index: Index, source: Cache | None, query: Query, options: _Ranking) -
     found = _recall(index, query, max(options.k, options.candidates) if by_slices else options.k, options)
     if not by_slices or found.is_empty():
         return found
-    others = _read_slices(index, source, found["case_id"].to_list(), by_patch=options.by_patch)
-    scores = score_slices(query.slices, others, order=options.order, by_patch=options.by_patch)
+    scores = _score(index, source, query, found["case_id"].to_list(), options)
     ranked = found.rename({"rank": "recall_rank"}).with_columns(similarity=pl.Series(scores))
     ranked = ranked.sort("similarity", descending=True, maintain_order=True).head(options.k)
     return ranked.select(
@@ -206,12 +207,13 @@ def _recall(index: Index, query: Query, wanted: int, options: _Ranking) -> pl.Da
     return found.drop("query")
 
 
-def _read_slices(index: Index, source: Cache | None, case_ids: Sequence[str], *, by_patch: bool) -> list[CaseSlices]:
-    """Slices of cases of the index: vectors that the index keeps, or patches from the cache."""
-    if by_patch or (source is not None and index.level == "slice"):
+def _score(index: Index, source: Cache | None, query: Query, case_ids: Sequence[str], options: _Ranking) -> FloatArray:
+    """How alike the query is to cases of the index: by vectors that the index keeps, or by patches from the cache."""
+    if options.by_patch or (source is not None and index.level == "slice"):
         reader = open_slices(index, cast(Cache, source))
-        return [reader.read(case_id) for case_id in case_ids]
-    return _open_store(index).read_many(index.number_cases(case_ids))
+        others = [reader.read(case_id) for case_id in case_ids]
+        return score_slices(query.slices, others, order=options.order, by_patch=options.by_patch)
+    return _open_store(index).score(query.slices, index.number_cases(case_ids), order=options.order)
 
 
 def _open_store(index: Index) -> SliceStore:

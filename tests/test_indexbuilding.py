@@ -15,11 +15,11 @@ from embedkit.embeddings import Embedding, embed_cases, join_embeddings, parse_e
 from embedkit.errors import OptionError, RecipeError, SearchError
 from embedkit.index import open_index
 from embedkit.indexbuilding import add_cases, build_index, remove_cases
-from embedkit.matching import score_slices
 from embedkit.queries import open_slices
 from embedkit.recipe import Recipe
 from embedkit.regions import Region
 from embedkit.retrieval import match_cases, search
+from embedkit.slicescores import score_slices
 
 RECIPE = Recipe("made up", "builtin:0", ("cls:2", "patch@2:1"), 32, (0.0,), (1.0,), preview=8)
 CASES = 40

@@ -18,15 +18,14 @@ from embedkit.indexbuilding import build_index
 from embedkit.matching import (
     CaseSlices,
     Order,
-    SliceReader,
-    SliceStore,
     StackSlices,
     match_slices,
-    measure_centres,
-    score_slices,
 )
 from embedkit.recipe import Recipe
 from embedkit.retrieval import match_cases
+from embedkit.slicereading import SliceReader, measure_centres
+from embedkit.slicescores import score_slices
+from embedkit.slicestore import SliceStore
 
 RECIPE = Recipe("made up", "builtin:0", ("cls:2", "patch@2:1"), 32, (0.0,), (1.0,), preview=0)
 
@@ -209,12 +208,29 @@ def test_what_cannot_be_matched_is_refused(cache: Path, tmp_path: Path) -> None:
         match_cases(index, "a1", ["b1"], cache=tmp_path / "gone")
 
 
-def test_a_store_gives_many_cases_as_one_by_one_and_nothing_for_a_case_without_slices() -> None:
+def test_a_store_gives_each_case_its_slices_and_nothing_where_it_has_none() -> None:
     vectors = np.arange(12, dtype=np.float16).reshape(6, 2)
     places = np.int32([[0, 0, 1, 2], [0, 0, 3, 6], [0, 1, 0, 0], [2, 1, 4, 8], [3, 0, 0, 0], [3, 0, 1, 2]])
     store = SliceStore(vectors, places, ["a", "b"])
-    first, none, last = store.read_many([3, 1, 0])
-    assert none == {} and list(first) == ["a"] and list(last) == ["a", "b"]
+    first, none, last = (store.read(case) for case in (3, 1, 0))
+    assert none == store.read(4) == {} and list(first) == ["a"] and list(last) == ["a", "b"]
     assert first["a"].vectors.tolist() == [[8, 9], [10, 11]] and first["a"].vectors.dtype == np.float32
     assert last["a"].rows.tolist() == [1, 3] and last["a"].indices.tolist() == [2, 6]
     assert last["b"].vectors.tolist() == [[4, 5]] and store.read(2)["b"].rows.tolist() == [4]
+
+
+@pytest.mark.parametrize("order", ["free", "ordered"])
+def test_a_store_scores_many_cases_as_they_are_scored_one_by_one(order: Any) -> None:
+    random = np.random.default_rng(3)
+    counts = {(case, view): int(random.integers(0, 9)) for case in range(12) for view in range(2)}
+    counts[4, 0] = counts[4, 1] = 0  # a case that the index holds without any slice
+    places = np.int32([[case, view, row, row] for (case, view), count in counts.items() for row in range(count)])
+    vectors = random.standard_normal((len(places), 5)).astype(np.float16)
+    store = SliceStore(vectors, places, ["a", "b"])
+    cases = [11, 4, 0, 7, 2, 2, 9, 30]
+    some, other = (random_slices(seed, 5, patches=1, dim=5) for seed in (0, 1))
+    for query in ({"a": some}, {"b": other, "a": some}, {"c": some}):
+        single = [score_slices(query, [store.read(case)], order=order)[0] for case in cases]
+        np.testing.assert_allclose(store.score(query, cases, order=order), single, atol=1e-6)
+        assert single[1] == single[-1] == -1
+    assert store.score({"a": some}, [], order=order).shape == (0,)
