@@ -19,6 +19,13 @@ def explain_command(
     cache: Annotated[Path, typer.Argument(help="Cache that holds the case, of the run's recipe.")],
     case: Annotated[str, typer.Option(help="The case to explain.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the heatmaps and the picture.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How patches are scored: contribution, gradient, occlusion (for the class), attention (of the head),"
+            " backbone (its class token's attention)."
+        ),
+    ] = "contribution",
     manifest: Annotated[
         Path | None,
         typer.Option(help="Draw over the images it names, in full resolution; default: the cached previews."),
@@ -34,14 +41,23 @@ def explain_command(
     """Show where a trained run looked: NIfTI heatmaps in the source geometry, and a picture."""
     from embedkit import explain
 
-    shown = explain(run, cache, case, out, manifest=manifest, class_name=class_name, held_out=held_out)
+    shown = explain(
+        run,
+        cache,
+        case,
+        out,
+        method=method,  # type: ignore[arg-type]  # refused with the known ones by find_evidence
+        manifest=manifest,
+        class_name=class_name,
+        held_out=held_out,
+    )
     if json:
         print_json(_as_fields(shown))
         return
     typer.echo(f"{case}: {shown.answer}")
     for view, weights in shown.slice_weights.items():
         top = ", ".join(f"slice {index} ({weight:.0%})" for index, weight in weights.top(3))
-        typer.echo(f"  {view}: most evidence on {top}")
+        typer.echo(f"  {view}: most {shown.word} on {top}")
         if shown.slice_attention is not None:
             attention = shown.slice_attention[view]
             place = int(attention.argmax())
@@ -64,4 +80,10 @@ def _as_fields(shown: Explanation) -> dict[str, Any]:
             "weights": weights.weights.tolist(),
             "attention": attention,
         }
-    return {"case_id": shown.case_id, "answer": shown.answer, "montage": shown.montage, "views": views}
+    return {
+        "case_id": shown.case_id,
+        "answer": shown.answer,
+        "method": shown.method,
+        "montage": shown.montage,
+        "views": views,
+    }

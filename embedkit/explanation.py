@@ -14,6 +14,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+from embedkit.attribution import SIGNED, Method
 from embedkit.cache import Cache, StackRecord, open_cache
 from embedkit.errors import RunError
 from embedkit.files import explain_os_error
@@ -57,6 +58,7 @@ class Explanation:
     Attributes:
         case_id: The case.
         answer: The run's answer in words.
+        method: How patches were scored.
         slice_weights: By ``view/plane``, each slice's share of the evidence.
         slice_attention: By ``view/plane``, float32 [slices]: the weights that the head itself pools slices with; None
             where it has no attention.
@@ -66,10 +68,16 @@ class Explanation:
 
     case_id: str
     answer: str
+    method: Method
     slice_weights: dict[str, SliceWeights]
     slice_attention: dict[str, FloatArray] | None
     heatmaps: dict[str, Path]
     montage: Path
+
+    @property
+    def word(self) -> str:
+        """What the heat is: ``evidence`` where it speaks for the class explained, else ``heat``."""
+        return _word(self.method)
 
 
 def explain(
@@ -78,31 +86,35 @@ def explain(
     case_id: str,
     out: str | Path,
     *,
+    method: Method = "contribution",
     manifest: str | Path | pl.DataFrame | None = None,
     class_name: str | None = None,
     held_out: bool = False,
 ) -> Explanation:
     """Shows where a run looked in one case.
 
-    The score of a patch is what it adds to the logit of the class explained (`embedkit.runs.Run.find_evidence`),
-    averaged over the run's fold models; what speaks against the class is left out of the pictures.
+    The score of a patch is how much it speaks for the class explained (`embedkit.runs.Run.find_evidence`), averaged
+    over the run's fold models; what speaks against the class is left out of the pictures.
 
     Args:
         run: A run or its folder.
         cache: A cache of the run's recipe, or its path.
         case_id: The case.
         out: Folder to write to; made if need be.
+        method: How patches are scored, see `embedkit.attribution.score_tokens`.
         manifest: Draw over the images it names; None draws over the cache's previews.
         class_name: The class explained; None is the positive class of a binary task, the predicted one of others.
         held_out: Only by the fold model that was trained without the case.
 
     Raises:
-        RunError: the cache lacks the case, the class is unknown, or nothing can be drawn.
+        RunError: the cache lacks the case or what the method reads, the class is unknown, or nothing can be drawn.
         RecipeError: the cache has another recipe than the run.
+        HeadError: ``attention`` of a head that has none.
+        OptionError: no such method.
     """
     opened = run if isinstance(run, Run) else open_run(run)
     source = cache if isinstance(cache, Cache) else open_cache(cache)
-    evidence = opened.find_evidence(source, case_id, class_name=class_name, held_out=held_out)
+    evidence = opened.find_evidence(source, case_id, method=method, class_name=class_name, held_out=held_out)
     stacks = _stacks_of(source, case_id, evidence.scores)
     folder = Path(out)
     try:
@@ -116,8 +128,8 @@ def explain(
     weights = _slice_weights(evidence, source, stacks)
     montage = folder / f"{_file_name(case_id)}.png"
     images = _read_images(source, stacks, case_id, manifest)
-    write_picture(montage, _draw(images, scaled, weights))
-    return Explanation(case_id, evidence.answer, weights, evidence.slice_attention, heatmaps, montage)
+    write_picture(montage, _draw(images, scaled, weights, word=_word(method)))
+    return Explanation(case_id, evidence.answer, method, weights, evidence.slice_attention, heatmaps, montage)
 
 
 def draw_evidence(
@@ -143,6 +155,10 @@ def _scale(evidence: Evidence) -> dict[str, FloatArray]:
     positive = {view: np.maximum(scores, 0) for view, scores in evidence.scores.items()}
     highest = max((float(scores.max(initial=0)) for scores in positive.values()), default=0.0) or 1.0
     return {view: (scores / highest).astype(np.float32) for view, scores in positive.items()}
+
+
+def _word(method: Method) -> str:
+    return "evidence" if method in SIGNED else "heat"
 
 
 def _file_name(text: str) -> str:
@@ -214,8 +230,10 @@ def _draw(
     scores: Mapping[str, FloatArray],
     weights: Mapping[str, SliceWeights],
     slices: int = _SHOWN,
+    *,
+    word: str = "evidence",
 ) -> bytes:
-    """The slices of most weight of each view, in their order along the stack."""
+    """The slices of most weight of each view, in their order along the stack; ``word`` says what the heat is."""
     pictures, overlays, titles = [], [], []
     for view, shown in images.items():
         rows = sorted(np.argsort(-weights[view].weights, kind="stable")[:slices])
@@ -223,7 +241,5 @@ def _draw(
             picture = shown[row]
             pictures.append(picture)
             overlays.append(upsample_heat(scores[view][row], picture.shape[0]))
-            titles.append(
-                f"{view} slice {weights[view].indices[row]}\n{weights[view].weights[row]:.0%} of the evidence"
-            )
-    return plot_montage(pictures, titles, overlays=overlays, columns=slices, scale="evidence")
+            titles.append(f"{view} slice {weights[view].indices[row]}\n{weights[view].weights[row]:.0%} of the {word}")
+    return plot_montage(pictures, titles, overlays=overlays, columns=slices, scale=word)

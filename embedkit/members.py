@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 from embedkit.bags import Bag, BagShape
 from embedkit.curves import CoxCurve, MtlrCurve, make_curve
 from embedkit.plugins import HeadOutput, check_output, create_head, list_options, load_head, survival_likelihood
-from embedkit.recipe import TokenSet
 from embedkit.standardisation import Standardiser
 from embedkit.targets import TaskKind
 
-__all__ = ["Member", "build_member", "check_member", "complete_options", "count_parameters", "mean_evidence"]
+__all__ = ["Member", "build_member", "check_member", "complete_options", "count_parameters", "fitted_tensors"]
 
 
 class Member(nn.Module):
@@ -80,23 +78,6 @@ class Member(nn.Module):
         probabilities = logits.float().sigmoid()
         return probabilities[:, 0] if self.kind == "binary" else probabilities
 
-    def evidence(self, bag: Bag, output: int) -> Tensor:
-        """What each token adds to one logit: exact where the head can say so, else gradient times token.
-
-        Of survival to the mean of all logits, each of which speaks for an earlier event.
-
-        Returns:
-            [batch views slices patches]; 0 on masked slices.
-        """
-        prepared = self.prepare(bag)
-        outputs = [output] if self.curve is None else range(self.curve.outputs)
-        if hasattr(self.head, "evidence"):
-            each = [cast(Any, self.head).evidence(prepared, place) for place in outputs]
-        else:
-            each = [_gradient_times_token(self.head, prepared, place) for place in outputs]
-        found: Tensor = torch.stack(each).mean(0).detach().float()
-        return found * self.sharpness
-
 
 def build_member(
     name: str,
@@ -119,21 +100,6 @@ def build_member(
     by_gradient = load_head(name).fit_by == "gradient"
     curve = make_curve(survival_likelihood(name), outputs, times) if kind == "survival" else None
     return Member(name, head, Standardiser(shape, token_sets) if by_gradient else None, kind, curve)
-
-
-def mean_evidence(parts: Sequence[Tensor]) -> Tensor:
-    """The mean of evidence [batch views slices patches] on square grids, on the finest, coarse places shared out."""
-    finest = max(part.shape[3] for part in parts)
-    return torch.stack([_share_out(part, finest) for part in parts]).mean(0)
-
-
-def _share_out(evidence: Tensor, patches: int) -> Tensor:
-    """Evidence [batch views slices patches] on a finer square grid, with the same sum over every slice."""
-    side, wanted = math.isqrt(evidence.shape[3]), math.isqrt(patches)
-    line = torch.arange(wanted) * side // wanted
-    places = (line[:, None] * side + line).flatten()
-    counts = places.bincount(minlength=side * side).to(evidence)
-    return (evidence / counts)[..., places]
 
 
 def complete_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,23 +126,13 @@ def check_member(member: Member, bag: Bag, outputs: int) -> None:
 
 def count_parameters(member: Member) -> int:
     """Numbers that were fitted: the head's parameters, or what it solved for in closed form."""
-    trained = sum(parameter.numel() for parameter in member.head.parameters())
+    return sum(values.numel() for values in fitted_tensors(member))
+
+
+def fitted_tensors(member: Member) -> tuple[Tensor, ...]:
+    """What was fitted, in place: the head's parameters, or what it solved for in closed form."""
+    trained = tuple(member.head.parameters())
     if trained or not hasattr(member.head, "readout"):
         return trained
     readout = cast(nn.Module, member.head.readout)
-    return sum(readout.get_buffer(name).numel() for name in ("weight", "bias"))
-
-
-def _gradient_times_token(head: nn.Module, bag: Bag, output: int) -> Tensor:
-    tokens = {name: values.detach().requires_grad_() for name, values in bag.tokens.items()}
-    with torch.enable_grad():
-        logits = head(dataclasses.replace(bag, tokens=tokens)).logits[:, output].sum()
-        gradients = torch.autograd.grad(logits, list(tokens.values()), allow_unused=True, materialize_grads=True)
-    parts = [(values * slope).sum(-1) for values, slope in zip(tokens.values(), gradients, strict=True)]
-    if bag.tail is not None:  # cut tokens open with the class token and registers, which have no place in the image
-        prefix = bag.tail.shape.prefix
-        cuts = [TokenSet.parse(name).kind == "cut" for name in tokens]
-        parts = [part[..., prefix:] if cut else part for part, cut in zip(parts, cuts, strict=True)]
-    patches = max(part.shape[3] for part in parts)
-    spread = [part.expand(-1, -1, -1, patches) / (patches // part.shape[3]) for part in parts]
-    return torch.stack(spread).sum(0).masked_fill(~bag.mask[..., None], 0.0)
+    return tuple(readout.get_buffer(name) for name in ("weight", "bias"))

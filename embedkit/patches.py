@@ -9,7 +9,7 @@ import numpy as np
 from embedkit.errors import VolumeError
 from embedkit.planes import cut_slices, plane_axes, restore_volume
 
-__all__ = ["measure_patch_cover", "place_patch_scores"]
+__all__ = ["Box", "measure_patch_cover", "place_patch_scores"]
 
 Array = np.ndarray[Any, Any]
 Box = tuple[int, int, int, int]

@@ -6,6 +6,7 @@ The folder's format is owned by `embedkit.runfolder`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedkit.answers import choose_class, name_classes, score_array, word_answer
+from embedkit.attribution import SIGNED, Method, mean_scores, require_method, score_tokens
 from embedkit.bags import Bag, list_views, stream_bags
 from embedkit.cache import Cache, open_cache
 from embedkit.calibration import CalibrationMethod, Calibrator, fit_calibrator
 from embedkit.errors import RunError
-from embedkit.members import Member, mean_evidence
+from embedkit.members import Member
 from embedkit.metrics import Interval
 from embedkit.outcomes import encode_truth
 from embedkit.planning import choose_device
-from embedkit.recipe import require_same_recipe
+from embedkit.recipe import TokenSet, require_same_recipe
 from embedkit.runfolder import RunRecord, read_run
 
 __all__ = ["Evidence", "Run", "open_run", "predict"]
@@ -40,8 +42,8 @@ class Evidence:
 
     Attributes:
         answer: The prediction in words.
-        scores: ``view/plane`` -> float32 [slices grid_height grid_width] (1 x 1 for class tokens): what each token
-            adds to the logit of the class explained; negative speaks against it, blank slices have 0.
+        scores: ``view/plane`` -> float32 [slices grid_height grid_width] (1 x 1 for class tokens): how much each token
+            speaks for the class explained, by the method asked for; negative speaks against it, blank slices have 0.
         slice_attention: ``view/plane`` -> float32 [slices], the head's own weights, which sum to 1; None where the
             head has no attention.
     """
@@ -153,13 +155,21 @@ class Run:
         return tuple(ids), np.concatenate(vectors)
 
     def find_evidence(
-        self, cache: Cache, case_id: str, *, class_name: str | None = None, held_out: bool = False
+        self,
+        cache: Cache,
+        case_id: str,
+        *,
+        method: Method = "contribution",
+        class_name: str | None = None,
+        held_out: bool = False,
     ) -> Evidence:
-        """What each token of a case adds to the logit of a class.
+        """How much each token of a case speaks for a class.
 
         Args:
             cache: Holds the case.
             case_id: The case.
+            method: By which tokens are scored, see `embedkit.attribution.score_tokens`; ``attention`` and ``backbone``
+                are of the case whatever the class. ``backbone`` needs the token set ``attention`` in the cache.
             class_name: None is the positive class of a binary task, the most probable one of others. For the negative
                 class of a binary task the signs are turned.
             held_out: Ask only the member that was trained without the case.
@@ -168,7 +178,10 @@ class Run:
             RunError: the cache lacks the case or what the run reads, the run has no such class, or the case was not
                 in the training and ``held_out`` is set.
             RecipeError: the cache has another recipe.
+            HeadError: ``attention`` of a head that has none.
+            OptionError: no such method.
         """
+        require_method(method)
         if case_id not in _all_cases(cache):
             raise RunError(f"cache {cache.path} has no case {case_id!r}; `embedkit info` tells what it holds")
         members = _held_out_members(self, case_id) if held_out else self.members
@@ -182,7 +195,9 @@ class Run:
             )
         place = choose_class(record.kind, record.classes, prediction, class_name)
         output, sign = (0, 2.0 * place - 1) if record.kind == "binary" else (place, 1.0)
-        added = sign * mean_evidence([member.evidence(bag, output) for member in members])[0].numpy()
+        rows = _read_rows(cache, case_id, self.views) if method == "backbone" else None
+        found = [score_tokens(member, bag, output, method=method, rows=rows) for member in members]
+        added = (sign if method in SIGNED else 1.0) * mean_scores(found)[0].cpu().numpy()
         stacks = cache.stacks.filter(pl.col("case_id") == case_id).select("view", "plane", "count").iter_rows()
         counts = {f"{view}/{plane}": count for view, plane, count in stacks if f"{view}/{plane}" in self.views}
         grid = _grid(self.record, added.shape[-1])
@@ -358,10 +373,25 @@ def _held_out_members(run: Run, case_id: str) -> tuple[Member, ...]:
     return tuple(member for each, member in described if each["fold"] in folds)
 
 
+def _read_rows(cache: Cache, case_id: str, views: Sequence[str]) -> Tensor:
+    """The class token's attention over the patches, mean over the backbone's heads [1 views slices patches]."""
+    names = [name for name in cache.recipe.token_sets if TokenSet.parse(name).kind == "attention"]
+    if not names:
+        raise RunError(
+            f"method backbone needs the token set attention, but cache {cache.path} holds"
+            f" {', '.join(cache.recipe.token_sets)}; extract again with --tokens"
+            f" {','.join(each for each in cache.recipe.token_sets if TokenSet.parse(each).kind != 'cut')},attention"
+        )
+    (bag,) = stream_bags(cache, [case_id], names[:1], views=views)
+    return bag.tokens[names[0]].float().mean(3)
+
+
 def _grid(record: RunRecord, patches: int) -> tuple[int, int]:
     """(height, width) of evidence with this many patches."""
-    grids = [grid for grid in record.shape.grids.values() if grid[0] * grid[1] == patches]
-    return grids[0] if grids else (1, patches)
+    grids = [*record.shape.grids.values(), *([] if record.shape.tail is None else [record.shape.tail.grid])]
+    side = math.isqrt(patches)
+    square = (side, side) if side * side == patches else (1, patches)
+    return next((grid for grid in grids if grid[0] * grid[1] == patches), square)
 
 
 def _fit_slices(scores: FloatArray, slices: int) -> FloatArray:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from embedkit.cli.main import app
+from scipy.stats import spearmanr
+from typer.testing import CliRunner
 
+from embedkit.attribution import randomise_member
 from embedkit.cache import open_cache
-from embedkit.errors import RunError
+from embedkit.errors import HeadError, OptionError, RunError
 from embedkit.explanation import canonical_shape, explain
 from embedkit.extraction import extract
 from embedkit.patches import measure_patch_cover
 from embedkit.phantoms import make_phantoms
-from embedkit.runs import open_run
+from embedkit.runs import Run, open_run
 from embedkit.training import train
 from embedkit.volumes import read_volume
 
@@ -128,3 +135,59 @@ def test_the_attention_of_a_head_that_has_one_is_told_beside_the_evidence(work: 
     assert attention.sum() == pytest.approx(1, abs=1e-5)
     without = explain(work / "runs" / "lesion.grid", work / "cache", case_id, tmp_path)
     assert without.slice_attention is None
+
+
+def shuffle(run: Run, seed: int) -> Run:
+    return dataclasses.replace(run, members=tuple(randomise_member(each, seed=seed) for each in run.members))
+
+
+@pytest.mark.parametrize("method", ["contribution", "gradient", "occlusion"])
+def test_maps_of_a_head_with_shuffled_numbers_have_little_in_common_with_its_own(work: Path, method: Any) -> None:
+    """The sanity check of Adebayo et al. 2018: a map that stays as it is says nothing of what was learned."""
+    cache, run = open_cache(work / "cache"), open_run(work / "runs" / "lesion.grid")
+    folds = dict(run.predictions.select("case_id", "fold").iter_rows())
+    alike = []
+    for case_id, _ in lesion_cases(work)[:8]:
+        (own,) = run.find_evidence(cache, case_id, method=method, held_out=True).scores.values()
+        (random,) = (
+            shuffle(run, folds[case_id]).find_evidence(cache, case_id, method=method, held_out=True).scores.values()
+        )
+        alike.append(spearmanr(own.ravel(), random.ravel()).statistic)
+    assert abs(np.mean(alike)) < 0.3
+
+
+def test_methods_that_tell_of_the_answer_agree(work: Path) -> None:
+    cache, run = open_cache(work / "cache"), open_run(work / "runs" / "lesion.grid")
+    case_id, _ = lesion_cases(work)[0]
+    maps = [
+        next(iter(run.find_evidence(cache, case_id, method=each).scores.values())).ravel()
+        for each in ("contribution", "gradient", "occlusion")
+    ]
+    assert spearmanr(maps[0], maps[1]).statistic > 0.4
+    assert spearmanr(maps[0], maps[2]).statistic > 0.4
+
+
+def test_a_method_that_the_head_or_the_cache_lacks_is_refused(work: Path, tmp_path: Path) -> None:
+    case_id, _ = lesion_cases(work)[0]
+    run, cache = work / "runs" / "lesion.grid", work / "cache"
+    with pytest.raises(HeadError, match="'grid' weighs neither slices nor patches by attention"):
+        explain(run, cache, case_id, tmp_path, method="attention")
+    with pytest.raises(
+        RunError, match=r"needs the token set attention.*extract again with --tokens cls:2,patch@4:2,att"
+    ):
+        explain(run, cache, case_id, tmp_path, method="backbone")
+    done = CliRunner().invoke(app, ["explain", str(run), str(cache), "--case", case_id, "-o", "x", "--method", "magic"])
+    assert isinstance(done.exception, OptionError) and "no method 'magic'" in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_shows_what_was_asked_for(work: Path, tmp_path: Path) -> None:
+    case_id, _ = lesion_cases(work)[0]
+    where = [str(work / "runs" / "lesion.query"), str(work / "cache"), "--case", case_id, "-o", str(tmp_path)]
+    fields = json.loads(CliRunner().invoke(app, ["explain", *where, "--method", "attention", "--json"]).stdout)
+    assert fields["method"] == "attention"
+    (view,) = fields["views"].values()
+    np.testing.assert_allclose(view["weights"], view["attention"], atol=1e-5)
+    shown = CliRunner().invoke(app, ["explain", *where, "--method", "attention"]).stdout
+    assert "most heat on slice" in shown and "evidence" not in shown
+    assert "most evidence on slice" in CliRunner().invoke(app, ["explain", *where, "--method", "gradient"]).stdout

@@ -201,7 +201,8 @@ def write_cases(folder: Path, *, cases: int = 12) -> tuple[Path, pl.DataFrame]:
 def extracted(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> tuple[Cache, pl.DataFrame]:
     folder = tmp_path_factory.mktemp("extracted")
     manifest, labels = write_cases(folder / "scans")
-    options: dict[str, Any] = {"backbone": TINY, "weights": tiny_weights, "image_size": 64, "cut": 2, "tokens": ["cls"]}
+    options: dict[str, Any] = {"backbone": TINY, "weights": tiny_weights, "image_size": 64, "cut": 2}
+    options["tokens"] = ["cls", "attention"]
     extract(manifest, folder / "cache", **options, precision="fp32", device="cpu")
     tail_path(folder / "cache").unlink()
     again = extract(manifest, folder / "cache", **options, precision="fp32", device="cpu")
@@ -249,6 +250,17 @@ def test_a_tail_is_trained_predicts_and_explains(extracted: tuple[Cache, pl.Data
     found = predict(run, cache).join(labels, on="case_id")
     scores, truth = found["score"].to_numpy(), found["bright"].to_numpy()
     assert scores[truth == 1].mean() > scores[truth == 0].mean() + 0.2
+    for method in ("contribution", "occlusion", "attention"):
+        (shown,) = run.find_evidence(cache, "c01", method=method).scores.values()
+        assert shown.shape == (3, 4, 4)
+        assert shown[:, :, :2].sum() > shown[:, :, 2:].sum()
+    (rows,) = run.find_evidence(cache, "c01", method="backbone").scores.values()
+    assert rows.shape == (3, 4, 4) and (rows > 0).all()
+    slices = run.find_evidence(cache, "c01").slice_attention
+    assert slices is not None
+    attention = cache.read(int(cache.stacks.filter(pl.col("case_id") == "c01")["stack"][0]), "attention:6")
+    expected = slices["image/axial"][:, None] * attention.astype(np.float32).mean(1)
+    np.testing.assert_allclose(rows.reshape(3, 16), expected, rtol=0.05)
 
 
 def test_a_cache_whose_tail_is_gone_says_so_before_training(
