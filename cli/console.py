@@ -16,6 +16,7 @@ __all__ = [
     "Meter",
     "format_bytes",
     "format_seconds",
+    "parse_duration",
     "parse_number",
     "parse_size",
     "print_json",
@@ -26,6 +27,8 @@ __all__ = [
 
 _PLAIN_EVERY_S = 10.0
 _SIZE = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?P<unit>|B|kB|MB|GB|TB)", re.IGNORECASE)
+_DURATION = re.compile(r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(?P<unit>|s|m|min|h)", re.IGNORECASE)
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -50,6 +53,18 @@ def parse_size(text: str, option: str = "--shard-size") -> int:
             param_hint=option,
         )
     return size
+
+
+def parse_duration(text: str, option: str) -> float:
+    """Seconds of a duration such as ``10m``, given to ``option``."""
+    match = _DURATION.fullmatch(text.strip())
+    seconds = float(match["number"]) * _SECONDS[match["unit"].lower()] if match else 0.0
+    if not seconds > 0:
+        raise typer.BadParameter(
+            f"duration {text!r} means nothing; give a number above 0 with s, m or h, or plain seconds: 10m",
+            param_hint=option,
+        )
+    return seconds
 
 
 def parse_number(text: str, option: str) -> float:

@@ -6,6 +6,7 @@ import sys
 
 import typer
 from embedkit.cli import (
+    advise,
     backbones,
     bench,
     compare,
@@ -54,6 +55,7 @@ for command in (
     compare,
     shots,
     neighbours,
+    advise,
     bench,
     explain,
     export,

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from embedkit.advice import advise as advise
     from embedkit.backbones import list_backbones as list_backbones
     from embedkit.backbones import load_backbone as load_backbone
     from embedkit.benching import bench as bench
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from embedkit.volumes import read_volume as read_volume
 
 _HOMES = {
+    "advice": ("advise",),
     "backbones": ("list_backbones", "load_backbone"),
     "benching": ("bench",),
     "benchpage": ("write_bench",),

@@ -102,15 +102,19 @@ class FoldJob:
         )
 
 
-def make_job(plan: HeadPlan, target: FoldedTask, fold: int, *, seed: int, device: torch.device) -> FoldJob:
+def make_job(
+    plan: HeadPlan, target: FoldedTask, fold: int, *, seed: int, device: torch.device, inner_splits: int | None = None
+) -> FoldJob:
     """Splits the training cases of a fold: once for a single candidate, three times for a choice among several.
+
+    ``inner_splits`` is how often instead, of heads fitted by gradient; those in closed form have five, the same first.
 
     Raises:
         TaskError: they cannot be split.
     """
     seed += 1000 * (fold + 1)
     training, task = ~target.find_tested(fold), target.task
-    several = _SWEEP_SPLITS if len(plan.candidates) > 1 else 1
+    several = inner_splits or (_SWEEP_SPLITS if len(plan.candidates) > 1 else 1)
     splits = tuple(
         inner_split(task, training, fraction=plan.fit.holdout, seed=seed + number)
         for number in range(several if plan.by_gradient else _CLOSED_FORM_SPLITS)
