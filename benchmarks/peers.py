@@ -36,13 +36,15 @@ def make_environment(envs: Path, peer: str, packages: Sequence[str], *, shared: 
     return python
 
 
-def run_program(python: Path | str, program: str, folder: Path, task: dict[str, Any]) -> dict[str, float]:
-    """Runs a program that reads task.json and prints one line RESULT."""
+def run_program(
+    python: Path | str, program: str, folder: Path, task: dict[str, Any], **environment: str
+) -> dict[str, float]:
+    """Runs a program that reads task.json and prints one line RESULT, with these variables set."""
     folder.mkdir()
     (folder / "program.py").write_text(program)
     (folder / "task.json").write_text(json.dumps(task | {"out": str(folder / "out")}))
     command = [str(python), str(folder / "program.py"), str(folder / "task.json")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=offline())
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=offline(**environment))
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     result: dict[str, float] = json.loads(line.removeprefix("RESULT "))
     return result

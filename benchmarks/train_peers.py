@@ -8,8 +8,9 @@ label says whether a few slices of the bag are shifted; AUROC is of test bags.
 
 torchmil 1.0.2 runs in an environment of its own (see `peers.py`), with its own `Trainer`, of which only the pass that
 trains is timed: the documented loop makes a second pass over the data after it. No progress bar, one or two threads,
-whichever is faster. embedkit runs `run_passes`, what `train` runs, without inner splits. What differs: embedkit
-standardises and pads to like lengths, follows a one-cycle schedule, and with ``bf16`` multiplies in bfloat16.
+whichever is faster; both sides keep freed memory, as embedkit's command line does (`embedkit.allocator`). embedkit
+runs `run_passes`, what `train` runs, without inner splits. What differs: embedkit standardises and pads to like
+lengths, follows a one-cycle schedule, and with ``bf16`` multiplies in bfloat16.
 
 The floor is the bare matrix products of the head, forward and backward, on the real slices alone, in the same
 precision, batch by batch. Sides take turns; each counts by its fastest turn. The last line, `ratio N.NN`, is
@@ -31,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
+from embedkit.allocator import keep_freed_memory
 from embedkit.bags import BagShape, BagStore
 from embedkit.batching import Deck
 from embedkit.fitting import FitOptions
@@ -45,6 +47,7 @@ from peers import DEFAULT_ENVS, make_environment, run_program
 DIM, WIDTH, ATTENTION, BATCH = 384, 128, 64, 16
 TOKENS = "cls:12"
 PACKAGES = ("torchmil==1.0.2",)
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 TORCHMIL = """
 import json, sys, time
@@ -192,7 +195,8 @@ def time_torchmil(options: argparse.Namespace, folder: Path, bags: Bags, threads
         "epochs": options.epochs,
         "learning_rate": options.torchmil_rate,
     }
-    return run_program(make_environment(options.envs, "torchmil", PACKAGES), TORCHMIL, place, task)
+    python = make_environment(options.envs, "torchmil", PACKAGES)
+    return run_program(python, TORCHMIL, place, task, **KEEP_FREED_MEMORY)
 
 
 def main() -> None:
@@ -206,6 +210,7 @@ def main() -> None:
     parser.add_argument("--envs", type=Path, default=DEFAULT_ENVS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     bags = make_bags(options.cases, *options.slices)
     print(
         f"{bags.training} bags of {options.slices[0]} to {options.slices[1]} slices, {DIM} numbers each,"

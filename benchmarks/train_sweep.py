@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from embedkit.allocator import keep_freed_memory
 from embedkit.crossfitting import cross_fit
 from embedkit.fitting import FitOptions
 from embedkit.foldjobs import FoldedTask
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    keep_freed_memory()
     source = RandomTokens(given.cases, given.slices)
     base = FitOptions(epochs=given.epochs, patience=given.epochs)
     rates = [base.replace(learning_rate=float(rate)) for rate in np.logspace(-4, -2, given.heads)]

@@ -29,8 +29,10 @@ def bench_command(
 ) -> None:
     """Run a suite: tasks x heads x backbones in one table, with intervals and mean ranks; resumes where it stopped."""
     from embedkit import bench, write_bench
+    from embedkit.allocator import keep_freed_memory
     from embedkit.errors import OptionError
 
+    keep_freed_memory()
     pairs = [each.partition("=") for each in weights or ()]
     if bad := [name for name, _, file in pairs if not (name and file)]:
         raise OptionError(f"weights are {bad[0]!r}, expected BACKBONE=FILE: deit_tiny_patch16_224=deit.safetensors")

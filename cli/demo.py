@@ -19,8 +19,10 @@ def demo_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier demo left there.")] = False,
 ) -> None:
     """Phantoms, cache, heads, heatmap, search, report: the whole pipeline, offline, in a minute or two."""
+    from embedkit.allocator import keep_freed_memory
     from embedkit.demo import run_demo
 
+    keep_freed_memory()
     result = run_demo(out, cases=cases, seed=seed, overwrite=overwrite, on_step=typer.echo)
     typer.echo(f"report: {result.report.resolve()}")
 

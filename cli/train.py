@@ -82,8 +82,10 @@ def train_command(
 ) -> None:
     """Train heads on cached tokens; both baselines always run beside them."""
     from embedkit import train
+    from embedkit.allocator import keep_freed_memory
     from embedkit.headoptions import parse_head_options
 
+    keep_freed_memory()
     try:
         with show_progress("train", "fits") as meter:
             trained = train(

@@ -15,9 +15,10 @@ _TRIM_THRESHOLD = 1 << 30
 def keep_freed_memory() -> bool:
     """Makes glibc keep up to a gigabyte of freed memory, in blocks up to 32 MiB, instead of giving it back at once.
 
-    A forward pass on a CPU takes and frees the same activations again and again; given back to the system in between,
-    every page of them is faulted in anew, which costs a tenth of the time (`benchmarks/extract.py`). The setting is of
-    the whole process and cannot be undone, so it is for programs, not for a library call. See mallopt(3).
+    A pass through a network on a CPU takes and frees the same activations again and again; given back to the system in
+    between, every page of them is faulted in anew, which costs a tenth of the time of extraction
+    (`benchmarks/extract.py`) and a quarter of that of light heads. The setting is of the whole process and cannot be
+    undone, so it is for programs, not for a library call. See mallopt(3).
 
     Returns:
         True where it took effect; elsewhere than on glibc nothing happens.

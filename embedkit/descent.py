@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class StackedAdamW:
     """
 
     def __init__(self, values: Tensor, rates: Tensor, decays: Tensor) -> None:
-        """Takes values [fits numbers], which `step` changes in place, and peak rates and weight decays [fits]."""
+        """Takes values [fits numbers], which `update` changes in place, and peak rates and weight decays [fits]."""
         self.values = values
         self.rates = rates[:, None]
         self.decays = decays[:, None]
@@ -52,28 +53,45 @@ class StackedAdamW:
         self.second = torch.zeros_like(values)
         self.steps = 0
 
-    @torch.no_grad()
-    def step(self, slopes: Tensor, rate: float, momentum: float) -> None:
-        """One update.
+    def begin_step(self, rate: float, momentum: float) -> None:
+        """Starts a step, in which every row is to be updated once.
 
         Args:
-            slopes: [fits numbers].
             rate: Part of the peak rates.
             momentum: Decay of the first moment.
         """
         self.steps += 1
-        first_scale = 1 - momentum**self.steps
-        second_scale = math.sqrt(1 - _SECOND**self.steps)
-        rows = max(1, _AT_ONCE // max(1, self.values.shape[1]))
-        for start in range(0, len(self.values), rows):
-            part = slice(start, start + rows)
-            values, slope, first, second = self.values[part], slopes[part], self.first[part], self.second[part]
-            rates = self.rates[part] * rate
-            values.mul_(1 - rates * self.decays[part])
-            first.lerp_(slope, 1 - momentum)
-            second.mul_(_SECOND).addcmul_(slope, slope, value=1 - _SECOND)
-            spread = second.sqrt().div_(second_scale).add_(_EPS)
-            values.addcmul_(first / spread, -rates / first_scale)
+        self._rate, self._momentum = rate, momentum
+
+    @torch.no_grad()
+    def update(self, rows: slice | list[int], slopes: Mapping[tuple[int, int], Tensor]) -> None:
+        """Updates some rows.
+
+        Args:
+            rows: Which; a slice has its bounds given.
+            slopes: Of the numbers from one place to another, [rows ...]; together of all.
+        """
+        state = [self.values, self.first, self.second, self.rates, self.decays]
+        own = [each[rows] for each in state]  # views where the rows are a slice
+        for (start, stop), slope in slopes.items():
+            columns = [each[:, start:stop] for each in own[:3]]
+            most = max(1, _AT_ONCE // max(1, stop - start))
+            for top in range(0, len(slope), most):
+                part = slice(top, top + most)
+                self._update(slope[part].flatten(1), *(each[part] for each in (*columns, *own[3:])))
+        if not isinstance(rows, slice):
+            for whole, changed in zip(state[:3], own[:3], strict=True):
+                whole[rows] = changed
+
+    def _update(self, slopes: Tensor, *state: Tensor) -> None:
+        """Updates values and both moments, of the shape of slopes [rows numbers], by rates and decays [rows 1]."""
+        values, first, second, rates, decays = state
+        rates = rates * self._rate
+        values.mul_(1 - rates * decays)
+        first.lerp_(slopes, 1 - self._momentum)
+        second.mul_(_SECOND).addcmul_(slopes, slopes, value=1 - _SECOND)
+        spread = second.sqrt().div_(math.sqrt(1 - _SECOND**self.steps)).add_(_EPS)
+        values.addcmul_(first / spread, -rates / (1 - self._momentum**self.steps))
 
     def keep(self, rows: Tensor) -> None:
         """Leaves only these rows, in this order."""

@@ -178,11 +178,13 @@ class Stack:
             for fit in self.fits
         }
         for step in range(steps):
-            slopes = torch.zeros_like(self._adam.values)
-            for call in self._calls([dealt[fit.key][step] for fit in self.fits]):
+            self._adam.begin_step(*one_cycle(self._step, first.how.epochs * first.deck.blocks * steps))
+            batches = [dealt[fit.key][step] for fit in self.fits]
+            for call in self._calls(batches):
                 _seed(self.store.device, (self.fits[call.rows[0]].noise * _APART + self._step) % 2**63)
-                self._descend(call, slopes)
-            self._adam.step(slopes, *one_cycle(self._step, first.how.epochs * first.deck.blocks * steps))
+                self._adam.update(_as_index(call.rows), self._slopes(call))
+            if idle := [row for row, cases in enumerate(batches) if not len(cases)]:
+                self._adam.update(idle, {(0, self._adam.values.shape[1]): torch.zeros_like(self._adam.values[idle])})
             self._step += 1
 
     def judge_part(self, places: _Ints) -> None:
@@ -269,16 +271,15 @@ class Stack:
             part = slice(start, start + most)
             yield _Call(rows[part], cases if len(cases) == 1 else cases[part], slices)
 
-    def _descend(self, call: _Call, slopes: Tensor) -> None:
-        """Adds the gradients of one run to ``slopes`` [fits numbers]."""
+    def _slopes(self, call: _Call) -> dict[tuple[int, int], Tensor]:
+        """The gradients [rows ...] of one run, by the place of their numbers in a row of the stack."""
         leaves = {name: leaf.requires_grad_() for name, leaf in self._leaves(call.rows).items()}
         answers = self._answer(call, leaves)
         cases = torch.from_numpy(call.cases).to(self.store.device).expand(len(call.rows), -1)
         losses = [self._loss.each(answer.float(), cases, call.rows).mean(1).sum() for answer in answers]
         loss, parameters = torch.stack(losses).mean(), list(leaves.values())
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        for (start, stop, _), slope in zip(self._layout.values(), found, strict=True):
-            slopes[_as_index(call.rows), start:stop] = slope.flatten(1)
+        return {(start, stop): slope for (start, stop, _), slope in zip(self._layout.values(), found, strict=True)}
 
     def _leaves(self, rows: list[int]) -> dict[str, Tensor]:
         """The parameters of some rows, each [rows ...]."""
@@ -330,12 +331,14 @@ class Stack:
     def _standardise(self, bag: Bag, rows: list[int]) -> Bag:
         """As `Standardiser`, with that of each row on its part of the bag; masked slices become zeros."""
         size, at = (len(rows), len(bag) // len(rows)), _as_index(rows)
-        mask = bag.mask.view(*size, *bag.mask.shape[1:], 1, 1)
+        masked = (~bag.mask).flatten().nonzero()[:, 0]
         tokens = {}
         for name, (mean, scale) in self._standard.items():
-            values = bag.tokens[name].to(mean.dtype, copy=True)
-            values.view(*size, *values.shape[1:]).sub_(mean[at, None]).mul_(scale[at, None] * mask)
-            tokens[name] = values
+            values = bag.tokens[name]
+            apart = values.view(*size, *values.shape[1:])
+            apart = (apart - mean[at, None]).mul_(scale[at, None])
+            tokens[name] = apart.view(values.shape)
+            tokens[name].flatten(0, 2).index_fill_(0, masked, 0.0)
         return dataclasses.replace(bag, tokens=tokens, zeroed=True)
 
     def _keep_logits(self, row: int, spots: _Ints, logits: Tensor) -> None:

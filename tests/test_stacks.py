@@ -203,7 +203,10 @@ def test_stacked_adamw_is_torchs_row_by_row() -> None:
     ]
     for step in range(20):
         slopes = torch.randn(3, 7, generator=generator)
-        stacked.step(slopes, *one_cycle(step, 20))
+        stacked.begin_step(*one_cycle(step, 20))
+        for rows_of in (slice(0, 1), [2, 1]):  # a view, and rows that lie apart
+            part = slopes[rows_of]
+            stacked.update(rows_of, {(0, 4): part[:, :4].reshape(-1, 2, 2), (4, 7): part[:, 4:]})
         for row, slope, optimiser, schedule in zip(rows, slopes, optimisers, schedules, strict=True):
             row.grad = slope.clone()
             optimiser.step()

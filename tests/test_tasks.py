@@ -12,8 +12,10 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import StratifiedGroupKFold
 
 from embedkit.errors import OptionError, TaskError
+from embedkit.folds import _Dealer
 from embedkit.manifest import read_labels, read_manifest
 from embedkit.tasks import (
     Task,
@@ -584,3 +586,18 @@ def test_both_sides_of_a_hippocampus_stay_in_one_fold(real_data: Path) -> None:
     assert task.classes == ("even", "odd")
     assert patients_are_whole(task.patient_ids, folds)
     assert np.ptp([task.targets[folds == fold].mean() for fold in range(5)]) < 0.05
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_cases_are_dealt_as_scikit_learn_deals_them(seed: int) -> None:
+    """The faster choice of a patient's fold is the same choice, ties included."""
+    rng = np.random.default_rng(seed)
+    cases, parts = 30 + 8 * seed, 2 + seed % 4
+    patients = rng.integers(0, max(6, cases // (1 + seed % 3)), cases)
+    classes = rng.integers(0, 2 + seed % 3, cases)
+
+    def deal(dealer: type[StratifiedGroupKFold]) -> list[list[int]]:
+        splits = dealer(parts, shuffle=True, random_state=seed).split(classes, classes, patients)
+        return [tested.tolist() for _, tested in splits]
+
+    assert deal(_Dealer) == deal(StratifiedGroupKFold)
