@@ -21,14 +21,25 @@ _SHOWN = {
     "balanced_accuracy": "balanced accuracy",
     "spearman": "Spearman",
     "r2": "R2",
+    "dice": "Dice",
 }
 
 
 def train_command(
     cache: Annotated[Path, typer.Argument(help="Folder or packed file of the cache.")],
-    labels: Annotated[Path, typer.Option(help="CSV, TSV or Parquet with case_id; any other column can be a target.")],
-    target: Annotated[list[str], typer.Option(help="Column to learn; give it again for more targets.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs, one per target and head.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV, TSV or Parquet with case_id; any other column can be a target. None with --masks alone."
+        ),
+    ] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Column to learn; give it again for more targets.")] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(help="Manifest with a column mask, for heads that learn masks (segment); those of some cases do."),
+    ] = None,
+    mask_weight: Annotated[float, typer.Option(help="What the mask's loss counts beside the label's.")] = 1.0,
     head: Annotated[list[str] | None, typer.Option(help="Head to train; again for more. See `embedkit heads`.")] = None,
     head_option: Annotated[
         list[str] | None, typer.Option(help="HEAD.NAME=VALUE, an option of a head, as grid.width=32; again for more.")
@@ -91,8 +102,9 @@ def train_command(
             trained = train(
                 cache,
                 labels,
-                targets=target,
+                targets=target or (),
                 out=out,
+                masks=masks,
                 heads=head or None,
                 head_options=parse_head_options(head_option or ()),
                 token_sets=split_list(tokens) or None,
@@ -104,7 +116,7 @@ def train_command(
                 repeats=repeats,
                 split=split,
                 group_by=group_by,
-                fit_options={"loss": loss, "gamma": gamma, "sampling": sampling},
+                fit_options={"loss": loss, "gamma": gamma, "sampling": sampling, "mask_weight": mask_weight},
                 sweep=sweep,
                 seed=seed,
                 seeds=seeds,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from embedkit.benching import bench as bench
     from embedkit.benchpage import write_bench as write_bench
     from embedkit.cache import open_cache as open_cache
+    from embedkit.clicks import Click as Click
     from embedkit.comparison import compare_runs as compare_runs
     from embedkit.comparisonpage import write_comparison as write_comparison
     from embedkit.errors import EmbedkitError as EmbedkitError
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from embedkit.runs import predict as predict
     from embedkit.scanning import scan_folder as scan_folder
     from embedkit.searchevaluation import evaluate_search as evaluate_search
+    from embedkit.segmentation import segment as segment
     from embedkit.serving import serve as serve
     from embedkit.shots import few_shot as few_shot
     from embedkit.suitefile import list_suites as list_suites
@@ -59,6 +61,7 @@ _HOMES = {
     "benching": ("bench",),
     "benchpage": ("write_bench",),
     "cache": ("open_cache",),
+    "clicks": ("Click",),
     "comparison": ("compare_runs",),
     "comparisonpage": ("write_comparison",),
     "errors": ("EmbedkitError",),
@@ -80,6 +83,7 @@ _HOMES = {
     "runs": ("open_run", "predict"),
     "scanning": ("scan_folder",),
     "searchevaluation": ("evaluate_search",),
+    "segmentation": ("segment",),
     "serving": ("serve",),
     "shots": ("few_shot",),
     "training": ("train",),

@@ -71,6 +71,10 @@ class Bag:
         zeroed: Whether masked slices are known to hold zeros, so that nobody need fill them again; where it is False
             they may hold anything.
         tail: The blocks that ``cut`` tokens enter; None where the bag has no such tokens.
+        cover: Float [batch views slices patches], the share of each patch that the mask of the image covers, NaN where
+            none is known; there while a head that learns masks is trained or judged (`embedkit.covers`).
+        clicks: Float [batch views slices patches], 1 where somebody pointed at what the mask is to cover, else 0; None
+            where no mask is asked for.
     """
 
     tokens: dict[str, Tensor]
@@ -79,6 +83,8 @@ class Bag:
     case_ids: tuple[str, ...]
     zeroed: bool = False
     tail: Tail | None = None
+    cover: Tensor | None = None
+    clicks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.case_ids)
@@ -87,7 +93,9 @@ class Bag:
         """The same bag on ``device`` with tokens and positions as ``dtype``; None leaves either as it is."""
         tokens = {name: values.to(device=device, dtype=dtype) for name, values in self.tokens.items()}
         positions = self.positions.to(device=device, dtype=dtype)
-        return dataclasses.replace(self, tokens=tokens, mask=self.mask.to(device=device), positions=positions)
+        cover, clicks = (None if each is None else each.to(device=device) for each in (self.cover, self.clicks))
+        mask = self.mask.to(device=device)
+        return dataclasses.replace(self, tokens=tokens, mask=mask, positions=positions, cover=cover, clicks=clicks)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.catalogue import STACK_KEY, StackRecord, join_tables, stack_record
@@ -185,6 +186,11 @@ class Cache:
         """
         self._row(stack)
         return stack_record(self.stacks, stack)
+
+    def find_stacks(self, case_id: str, views: Collection[str]) -> dict[str, int]:
+        """Number of the stack of each of these views (``view/plane``) that a case has."""
+        rows = self.stacks.filter(pl.col("case_id") == case_id).select("stack", "view", "plane").iter_rows()
+        return {f"{view}/{plane}": stack for stack, view, plane in rows if f"{view}/{plane}" in views}
 
     def finished(self) -> set[tuple[str, str, str, str]]:
         """(case_id, view, plane, source_digest) of every stack: what a resumed extraction need not do again."""

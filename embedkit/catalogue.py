@@ -13,10 +13,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.errors import CacheError
+from embedkit.orientation import canonical_axes
 from embedkit.shards import Shard
 from embedkit.tables import TEXT_COLUMNS
 
-__all__ = ["STACK_KEY", "StackRecord", "join_tables", "stack_record"]
+__all__ = ["STACK_KEY", "StackRecord", "canonical_shape", "join_tables", "stack_record"]
 
 STACK_KEY = ("case_id", "view", "plane")
 """The columns that name a stack within a cache."""
@@ -129,6 +130,13 @@ def _list_duplicates(everything: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFra
         .select(*STACK_KEY, "shard", "kept_shard", "source_changed")
         .sort(*STACK_KEY, "shard")
     )
+
+
+def canonical_shape(record: StackRecord) -> tuple[int, int, int]:
+    """Shape of the canonical volume that a stack was cut from."""
+    order, _ = canonical_axes(record.source_affine)
+    depth, height, width = (int(record.source_shape[axis]) for axis in order)
+    return depth, height, width
 
 
 def stack_record(stacks: pl.DataFrame, stack: int) -> StackRecord:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from embedkit.attribution import SIGNED, Method
-from embedkit.cache import Cache, StackRecord, open_cache
+from embedkit.cache import Cache, open_cache
+from embedkit.catalogue import canonical_shape
 from embedkit.errors import RunError
-from embedkit.files import explain_os_error
+from embedkit.files import explain_os_error, safe_name
 from embedkit.manifest import read_manifest
 from embedkit.patches import place_patch_scores
 from embedkit.pictures import upsample_heat, write_picture
@@ -25,7 +23,7 @@ from embedkit.plots import plot_montage
 from embedkit.runs import Evidence, Run, open_run
 from embedkit.slices import plan_stacks, render_slices
 from embedkit.sources import group_cases, read_case
-from embedkit.volumes import canonical_axes, to_source, write_volume
+from embedkit.volumes import to_source, write_volume
 
 __all__ = ["Explanation", "SliceWeights", "draw_evidence", "explain"]
 
@@ -115,18 +113,18 @@ def explain(
     opened = run if isinstance(run, Run) else open_run(run)
     source = cache if isinstance(cache, Cache) else open_cache(cache)
     evidence = opened.find_evidence(source, case_id, method=method, class_name=class_name, held_out=held_out)
-    stacks = _stacks_of(source, case_id, evidence.scores)
+    stacks = source.find_stacks(case_id, evidence.scores)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot write the explanation: {explain_os_error(error, folder)}") from error
     scaled = _scale(evidence)
-    heatmaps = {view: folder / f"{_file_name(case_id)}_{view.replace('/', '_')}_heatmap.nii.gz" for view in stacks}
+    heatmaps = {view: folder / f"{safe_name(case_id)}_{view.replace('/', '_')}_heatmap.nii.gz" for view in stacks}
     for view, stack in stacks.items():
         _write_heatmap(heatmaps[view], scaled[view], source, stack)
     weights = _slice_weights(evidence, source, stacks)
-    montage = folder / f"{_file_name(case_id)}.png"
+    montage = folder / f"{safe_name(case_id)}.png"
     images = _read_images(source, stacks, case_id, manifest)
     write_picture(montage, _draw(images, scaled, weights, word=_word(method)))
     return Explanation(case_id, evidence.answer, method, weights, evidence.slice_attention, heatmaps, montage)
@@ -145,7 +143,7 @@ def draw_evidence(
         RunError, RecipeError: as `explain`; RunError also where the cache keeps no previews.
     """
     evidence = run.find_evidence(cache, case_id, class_name=class_name, held_out=held_out)
-    stacks = _stacks_of(cache, case_id, evidence.scores)
+    stacks = cache.find_stacks(case_id, evidence.scores)
     images = _read_images(cache, stacks, case_id, None)
     return _draw(images, _scale(evidence), _slice_weights(evidence, cache, stacks), slices)
 
@@ -159,17 +157,6 @@ def _scale(evidence: Evidence) -> dict[str, FloatArray]:
 
 def _word(method: Method) -> str:
     return "evidence" if method in SIGNED else "heat"
-
-
-def _file_name(text: str) -> str:
-    """``text`` as a file's name that cannot leave its folder; where it had to change, a digest keeps it unique."""
-    safe = re.sub(r"[^\w.-]", "_", text).lstrip(".")
-    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _stacks_of(cache: Cache, case_id: str, wanted: Mapping[str, Any]) -> dict[str, int]:
-    rows = cache.stacks.filter(pl.col("case_id") == case_id).select("stack", "view", "plane").iter_rows()
-    return {f"{view}/{plane}": stack for stack, view, plane in rows if f"{view}/{plane}" in wanted}
 
 
 def _slice_weights(evidence: Evidence, cache: Cache, stacks: Mapping[str, int]) -> dict[str, SliceWeights]:
@@ -192,13 +179,6 @@ def _write_heatmap(path: Path, scores: FloatArray, cache: Cache, stack: int) -> 
         shape=canonical_shape(record),
     )
     write_volume(path, to_source(heat, record.source_affine), record.source_affine)
-
-
-def canonical_shape(record: StackRecord) -> tuple[int, int, int]:
-    """Shape of the canonical volume that a stack was cut from."""
-    order, _ = canonical_axes(record.source_affine)
-    depth, height, width = (int(record.source_shape[axis]) for axis in order)
-    return depth, height, width
 
 
 def _read_images(

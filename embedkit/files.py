@@ -9,6 +9,7 @@ writer is about to replace it sets aside under the same name with ``.old`` in th
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import platform
@@ -26,6 +27,7 @@ __all__ = [
     "publish_folder",
     "remove_stale",
     "replace_folder",
+    "safe_name",
     "sync_folder",
     "temporary_path",
     "write_new_file",
@@ -41,6 +43,12 @@ _SERIAL = itertools.count()
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def safe_name(text: str) -> str:
+    """``text`` as a file's name that cannot leave its folder; where it had to change, a digest keeps it unique."""
+    safe = re.sub(r"[^\w.-]", "_", text).lstrip(".")
+    return safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @cache

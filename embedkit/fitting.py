@@ -45,6 +45,7 @@ class FitOptions:
         sampling: ``shuffled``, every training case once an epoch; or ``balanced``, as many cases in all, but of each
             class alike: a rare one's come several times, a common one's not all.
         precision: Of the head's arithmetic, ``fp32`` or ``bf16``; parameters are float32 always.
+        mask_weight: What the loss of the predicted mask counts beside that of the label, of a head that learns masks.
     """
 
     learning_rate: float = 3e-3
@@ -58,6 +59,7 @@ class FitOptions:
     gamma: float = 2.0
     sampling: str = "shuffled"
     precision: str = "fp32"
+    mask_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name, values in _NAMED.items():
@@ -66,7 +68,7 @@ class FitOptions:
         for name in ("learning_rate", "epochs", "batch_size", "patience"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"fit option {name} is {getattr(self, name)}, expected above 0")
-        for name in ("weight_decay", "gamma"):
+        for name in ("weight_decay", "gamma", "mask_weight"):
             if not getattr(self, name) >= 0:
                 raise OptionError(f"fit option {name} is {getattr(self, name)}, expected 0 or above")
 

@@ -9,7 +9,7 @@ import numpy as np
 from embedkit.errors import VolumeError
 from embedkit.planes import cut_slices, plane_axes, restore_volume
 
-__all__ = ["Box", "measure_patch_cover", "place_patch_scores"]
+__all__ = ["Box", "find_patch", "measure_patch_cover", "place_patch_scores"]
 
 Array = np.ndarray[Any, Any]
 Box = tuple[int, int, int, int]
@@ -72,6 +72,38 @@ def measure_patch_cover(volume: Array, *, indices: Array, box: Box, plane: str, 
     rows = _shares(top, height, images.shape[1], grid[0])
     columns = _shares(left, width, images.shape[2], grid[1])
     return np.asarray(rows @ images[indices].astype(np.float32) @ columns.T, np.float32)
+
+
+def find_patch(
+    voxel: tuple[int, int, int],
+    *,
+    indices: Array,
+    box: Box,
+    plane: str,
+    shape: tuple[int, int, int],
+    grid: tuple[int, int],
+) -> tuple[int, int] | None:
+    """The slice (its place in the stack) and the patch that a voxel lies in; where its slice was left out, the nearest.
+
+    Args:
+        voxel: Index in the canonical volume.
+        indices: [slices] of the stack, ascending.
+        box: Top, left, height and width in voxels, as in the stack.
+        plane: Axial, coronal or sagittal.
+        shape: Of the canonical volume.
+        grid: Patches as (height, width).
+
+    Returns:
+        None for a voxel outside of the box, which no patch saw.
+    """
+    axis, row_axis, column_axis = plane_axes(plane)
+    row = voxel[row_axis] if plane == "axial" else shape[row_axis] - 1 - voxel[row_axis]
+    top, left, height, width = box
+    down, across = (row + 0.5 - top) / height, (voxel[column_axis] + 0.5 - left) / width
+    if not (0 <= down < 1 and 0 <= across < 1):
+        return None
+    place = int(np.abs(np.asarray(indices, np.int64) - voxel[axis]).argmin())
+    return place, int(down * grid[0]) * grid[1] + int(across * grid[1])
 
 
 def _check(shape: tuple[int, ...], indices: Array, count: int) -> None:

@@ -10,6 +10,7 @@ A head is a class derived from ``torch.nn.Module``::
         slice_order = "free"                  # optional: what it makes of the order of slices, see SliceOrder
         kinds = frozenset({"survival"})       # optional: kinds of task it learns; unless said, all but survival
         likelihood = "cox"                    # optional: how it learns survival, "cox" (1 logit) or "mtlr" (1 per edge)
+        learns_masks = True                   # optional: it gives mask_logits, and learns them from masks of images
 
         def __init__(self, shape: BagShape, token_sets: tuple[str, ...], outputs: int, *, width: int = 64): ...
         def forward(self, bag: Bag) -> HeadOutput: ...
@@ -28,8 +29,9 @@ alone, not on options. See `embedkit.pooling.pool_bag`.
 
 A head with options that name files may have ``resolve_options(options)``, a class method that puts what they hold in
 their place before training, so that a run needs no other file. A head may have ``evidence(bag, output) -> [batch views
-slices patches]``, what each token adds to a logit: heatmaps come from there. Built-in heads come through the same door
-as everyone's::
+slices patches]``, what each token adds to a logit: heatmaps come from there. A head that learns masks gives
+``mask_logits`` of a bag with ``cover`` or ``clicks``, and need not do so of others; it reads patches on a square grid.
+Built-in heads come through the same door as everyone's::
 
     [project.entry-points."embedkit.heads"]
     mine = "my_package:MyHead"
@@ -64,6 +66,7 @@ __all__ = [
     "choose_token_set",
     "create_head",
     "learned_kinds",
+    "learns_masks",
     "list_heads",
     "list_options",
     "load_head",
@@ -89,7 +92,7 @@ class HeadOutput:
         slice_attention: [batch views slices], softmax weights that sum to 1 over the real slices of each view.
         token_attention: [batch views slices patches], how much each token speaks for the answer: softmax weights,
             or signed contributions to the logit where the head has those.
-        mask_logits: [batch views slices patches], a predicted mask on the token grid.
+        mask_logits: [batch views slices patches], the log odds of the share of each patch that the mask covers.
         embedding: [batch dim], the pooled vector that the last layer reads.
         auxiliary_logits: [batch outputs], a second answer that has the same loss in training; the mean of both losses
             is minimised. Nothing but training reads it.
@@ -193,6 +196,15 @@ def learned_kinds(name: str) -> frozenset[str]:
     """
     kinds: frozenset[str] = getattr(load_head(name), "kinds", _EVERY_KIND - {"survival"})
     return kinds
+
+
+def learns_masks(name: str) -> bool:
+    """Whether a head learns masks of images beside the label.
+
+    Raises:
+        HeadError: as `load_head`.
+    """
+    return bool(getattr(load_head(name), "learns_masks", False))
 
 
 def survival_likelihood(name: str) -> str:

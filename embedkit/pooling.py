@@ -18,6 +18,7 @@ from embedkit.errors import HeadError
 __all__ = [
     "ViewQuery",
     "join_tokens",
+    "joined_grid",
     "joined_size",
     "masked_max",
     "masked_mean",
@@ -43,6 +44,22 @@ def joined_size(shape: BagShape, token_sets: Sequence[str]) -> tuple[int, int]:
             " one head joins only sets on the same grid (and cls): choose sets of one grid"
         )
     return max(patches, default=1), sum(shape.token_sets[name][1] for name in token_sets)
+
+
+def joined_grid(shape: BagShape, token_sets: Sequence[str]) -> tuple[int, int]:
+    """(height, width) of the patch grid of `join_tokens`, for a head that must know where a patch lies.
+
+    Raises:
+        HeadError: as `joined_size`; no patches, or patches that are no square grid.
+    """
+    patches, _ = joined_size(shape, token_sets)
+    grids = [shape.grids[name] for name in token_sets if name in shape.grids]
+    if not grids or grids[0][0] != grids[0][1]:
+        raise HeadError(
+            f"token sets {', '.join(token_sets)} have {patches} patches per slice, expected a square grid of patches:"
+            " choose a token set as patch@8:8, or extract with one"
+        )
+    return grids[0]
 
 
 def join_tokens(bag: Bag, token_sets: Sequence[str]) -> Tensor:

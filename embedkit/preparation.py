@@ -6,7 +6,7 @@ the bags of heads that pool without parameters first, which are then so small th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape, BagStore, TokenSource, bag_shape, stream_bags
 from embedkit.batching import Deck
+from embedkit.covers import CoveredStore, Covers
 from embedkit.headplans import HeadPlan
 from embedkit.members import build_member
+from embedkit.plugins import learns_masks
+from embedkit.pooling import joined_grid
 from embedkit.standardisation import MomentSums, Standardiser, fit_standardiser
 from embedkit.storage import (
     BLOCK_BYTES,
@@ -55,8 +58,11 @@ class Preparation:
         seed: int = 0,
         storage: Storage = "auto",
         block_bytes: int = BLOCK_BYTES,
+        covers: Mapping[tuple[int, int], Covers] | None = None,
     ) -> None:
         """Reads all tokens that the plans need once, and loads those that are to be read every epoch.
+
+        Heads that learn masks are shown those of ``covers``, by the grid that they read.
 
         Raises:
             CacheError: a token is NaN or infinite, or a token set is absent.
@@ -78,6 +84,8 @@ class Preparation:
         unreduced = [pair for pair in pairs if pair[0].by_gradient and _key(*pair) not in self._reduced]
         names = list(dict.fromkeys(name for _, candidate in unreduced for name in candidate.token_sets))
         self._store = open_store(source, self.case_ids, names, device, storage) if names else None
+        self._covers = covers or {}
+        self._covered: dict[tuple[int, int], TokenStore] = {}
 
     def features(self, plan: HeadPlan, candidate: Candidate) -> Tensor:
         """Features [cases features] of a head in closed form."""
@@ -85,16 +93,18 @@ class Preparation:
 
     def store(self, plan: HeadPlan, candidate: Candidate) -> TokenStore:
         """Where a head trained by gradient reads its batches."""
-        return self._reduced.get(_key(plan, candidate)) or cast(TokenStore, self._store)
+        if not (self._covers and learns_masks(plan.head)):
+            return self._reduced.get(_key(plan, candidate)) or cast(TokenStore, self._store)
+        grid = joined_grid(bag_shape(self.source, candidate.token_sets), candidate.token_sets)
+        return self._covered.setdefault(grid, CoveredStore(cast(TokenStore, self._store), self._covers[grid]))
 
     def rounds(self, plans: Sequence[HeadPlan]) -> list[list[HeadPlan]]:
         """Which plans to fit together: one by one, but at once where tokens are read from the cache every epoch."""
-        streamed = [
-            plan
-            for plan in plans
-            if plan.by_gradient and isinstance(self.store(plan, plan.candidates[0]), StreamedStore)
-        ]
+        streamed = [plan for plan in plans if plan.by_gradient and self._streams(plan)]
         return [[plan] for plan in plans if plan not in streamed] + ([streamed] if streamed else [])
+
+    def _streams(self, plan: HeadPlan) -> bool:
+        return _key(plan, plan.candidates[0]) not in self._reduced and isinstance(self._store, StreamedStore)
 
     def places(self, task: Task) -> NDArray[np.int64]:
         """Places of a task's cases among those of the preparation."""

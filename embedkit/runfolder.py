@@ -70,6 +70,7 @@ class RunRecord:
             is (``candidate``) and how they ranked on the inner splits (``ranking``: candidate and mean held-out loss,
             best first); None without a sweep.
         notes: What the user should know, in sentences.
+        masks: Number of cases whose mask the head learned from; 0 for a head that learned none.
         sha256: Of the other files, in hex; known once it is written.
     """
 
@@ -96,6 +97,7 @@ class RunRecord:
     cases: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    masks: int = 0
     sha256: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -208,6 +208,14 @@ class Run:
         answer = word_answer(record.kind, record.classes, record.target, prediction, place, times=record.times)
         return Evidence(answer, scores, self._slice_attention(members, bag, counts))
 
+    def held_out_members(self, case_id: str) -> tuple[Member, ...]:
+        """The members that were trained without a case.
+
+        Raises:
+            RunError: no fold tested the case.
+        """
+        return _held_out_members(self, case_id)
+
     def _slice_attention(
         self, members: Sequence[Member], bag: Bag, counts: Mapping[str, int]
     ) -> dict[str, FloatArray] | None:

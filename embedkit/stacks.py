@@ -29,6 +29,7 @@ from embedkit.batching import Deck
 from embedkit.descent import StackedAdamW, one_cycle
 from embedkit.fitting import FitOptions
 from embedkit.losses import StackedLoss, TaskLoss
+from embedkit.masklosses import mask_losses
 from embedkit.plugins import HeadOutput
 from embedkit.standardisation import Standardiser
 from embedkit.stopping import Watch
@@ -155,6 +156,7 @@ class Stack:
         self._held = [np.flatnonzero(fit.held_out) for fit in self.fits]
         self._watch = _start_watch(self._held, self.fits[0].how.patience, store.device)
         self._logits = torch.zeros(0)
+        self._mask_losses: Tensor | None = None
         self._arrange()
 
     @property
@@ -197,16 +199,19 @@ class Stack:
             part = slice(start, start + _JUDGED_AT_ONCE)
             with torch.no_grad():
                 for call in self._calls([cases[part] for cases in asked], level=True):
-                    found = self._answer(call, self._leaves(call.rows))[0].float()
-                    for row, logits in zip(call.rows, found, strict=True):
+                    found = self._answer(call, self._leaves(call.rows))
+                    for row, logits in zip(call.rows, found["logits"].float(), strict=True):
                         self._keep_logits(row, spots[row][part], logits)
+                    for row, losses in zip(call.rows, found.get("mask_losses", ()), strict=False):
+                        self._keep_mask_losses(row, spots[row][part], losses)
 
     def end_epoch(self) -> list[tuple[Fit, Outcome]]:
         """Judges the epoch, and gives and drops the fits that are done."""
         self.epoch += 1
         going = torch.tensor([self.epoch < fit.epochs for fit in self.fits])
         if self._watch is not None:
-            going &= self._watch.judge(self._logits, self._judge)
+            more = None if self._mask_losses is None else self.fits[0].how.mask_weight * self._mask_losses
+            going &= self._watch.judge(self._logits, self._judge, more)
         done = [(self.fits[row], self._outcome(row)) for row in (~going).nonzero()[:, 0].tolist()]
         if done:
             self._keep(going.nonzero()[:, 0])
@@ -230,6 +235,7 @@ class Stack:
         self._fixed = {name: values[there] for name, values in self._fixed.items()}
         self._standard = {name: [values[there] for values in both] for name, both in self._standard.items()}
         self._logits = self._logits[there] if len(self._logits) else self._logits
+        self._mask_losses = None if self._mask_losses is None else self._mask_losses[there]
         if self._watch is not None:
             self._watch.keep(rows)
         self._arrange()
@@ -276,8 +282,10 @@ class Stack:
         leaves = {name: leaf.requires_grad_() for name, leaf in self._leaves(call.rows).items()}
         answers = self._answer(call, leaves)
         cases = torch.from_numpy(call.cases).to(self.store.device).expand(len(call.rows), -1)
-        losses = [self._loss.each(answer.float(), cases, call.rows).mean(1).sum() for answer in answers]
-        loss, parameters = torch.stack(losses).mean(), list(leaves.values())
+        of_masks = answers.pop("mask_losses", torch.zeros(1, 1)).mean(1).sum()
+        losses = [self._loss.each(answer.float(), cases, call.rows).mean(1).sum() for answer in answers.values()]
+        loss = torch.stack(losses).mean() + self.fits[0].how.mask_weight * of_masks
+        parameters = list(leaves.values())
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         return {(start, stop): slope for (start, stop, _), slope in zip(self._layout.values(), found, strict=True)}
 
@@ -289,8 +297,8 @@ class Stack:
             for name, (start, stop, shape) in self._layout.items()
         }
 
-    def _answer(self, call: _Call, leaves: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The head's answers, each [rows batch outputs]: its logits, and auxiliary ones where it has them."""
+    def _answer(self, call: _Call, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The head's answers by name, as `_answers` of each row: [rows batch outputs], of masks [rows batch]."""
         parameters = leaves | {name: values[_as_index(call.rows)] for name, values in self._fixed.items()}
         places = np.concatenate(
             [self.fits[row].deck.places[cases] for row, cases in zip(call.rows, call.cases, strict=False)]
@@ -301,31 +309,33 @@ class Stack:
                 return self._run_together(parameters, self._standardise(bag, call.rows[:1]))
             return self._run_side_by_side(parameters, self._standardise(bag, call.rows), call)
 
-    def _run_together(self, parameters: dict[str, Tensor], bag: Bag) -> tuple[Tensor, ...]:
+    def _run_together(self, parameters: dict[str, Tensor], bag: Bag) -> dict[str, Tensor]:
         """Runs all rows on one standardised bag."""
+
+        def run(each: dict[str, Tensor]) -> dict[str, Tensor]:
+            return _answers(functional_call(self.head, each, (bag,)), bag)
+
         if len(next(iter(parameters.values()))) == 1:
-            alone = {name: values[0] for name, values in parameters.items()}
-            return tuple(answer[None] for answer in _answers(functional_call(self.head, alone, (bag,))))
-        run = torch.vmap(lambda each: _answers(functional_call(self.head, each, (bag,))), randomness="same")
-        answers: tuple[Tensor, ...] = run(parameters)
+            alone = run({name: values[0] for name, values in parameters.items()})
+            return {name: answer[None] for name, answer in alone.items()}
+        answers: dict[str, Tensor] = torch.vmap(run, randomness="same")(parameters)
         return answers
 
-    def _run_side_by_side(self, parameters: dict[str, Tensor], bag: Bag, call: _Call) -> tuple[Tensor, ...]:
+    def _run_side_by_side(self, parameters: dict[str, Tensor], bag: Bag, call: _Call) -> dict[str, Tensor]:
         """Runs each row on its own part of a standardised bag [rows * batch ...]."""
         size, ids = call.cases.shape, bag.case_ids[: call.cases.shape[1]]
-        tokens = {name: values.view(*size, *values.shape[1:]) for name, values in bag.tokens.items()}
-        mask, positions = (values.view(*size, *values.shape[1:]) for values in (bag.mask, bag.positions))
+        fields: dict[str, Any] = {
+            name: values.view(*size, *values.shape[1:])
+            for name in ("mask", "positions", "cover")
+            if (values := getattr(bag, name)) is not None
+        }
+        fields["tokens"] = {name: values.view(*size, *values.shape[1:]) for name, values in bag.tokens.items()}
 
-        def run(each: dict[str, Tensor], tokens: dict[str, Tensor], mask: Tensor, positions: Tensor) -> Any:
-            return _answers(
-                functional_call(
-                    self.head,
-                    each,
-                    (dataclasses.replace(bag, tokens=tokens, mask=mask, positions=positions, case_ids=ids),),
-                )
-            )
+        def run(each: dict[str, Tensor], own: dict[str, Any]) -> dict[str, Tensor]:
+            part = dataclasses.replace(bag, **own, case_ids=ids)
+            return _answers(functional_call(self.head, each, (part,)), part)
 
-        answers: tuple[Tensor, ...] = torch.vmap(run, randomness="same")(parameters, tokens, mask, positions)
+        answers: dict[str, Tensor] = torch.vmap(run, randomness="same")(parameters, fields)
         return answers
 
     def _standardise(self, bag: Bag, rows: list[int]) -> Bag:
@@ -347,9 +357,20 @@ class Stack:
             self._logits = logits.new_zeros(len(self.fits), most, logits.shape[-1])
         self._logits[row, torch.from_numpy(spots).to(logits.device)] = logits[: len(spots)]
 
+    def _keep_mask_losses(self, row: int, spots: _Ints, losses: Tensor) -> None:
+        if self._mask_losses is None:
+            self._mask_losses = losses.new_zeros(len(self.fits), max(map(len, self._held)))
+        self._mask_losses[row, torch.from_numpy(spots).to(losses.device)] = losses[: len(spots)]
 
-def _answers(output: HeadOutput) -> tuple[Tensor, ...]:
-    return tuple(answer for answer in (output.logits, output.auxiliary_logits) if answer is not None)
+
+def _answers(output: HeadOutput, bag: Bag) -> dict[str, Tensor]:
+    """What a head is judged by: its logits, auxiliary ones where it has them, the losses of masks it was shown."""
+    answers = {"logits": output.logits}
+    if output.auxiliary_logits is not None:
+        answers["auxiliary_logits"] = output.auxiliary_logits
+    if output.mask_logits is not None and bag.cover is not None:
+        answers["mask_losses"] = mask_losses(output.mask_logits, bag.cover)
+    return answers
 
 
 def _lay_out(head: nn.Module) -> dict[str, tuple[int, int, torch.Size]]:

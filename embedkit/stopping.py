@@ -45,13 +45,17 @@ class Watch:
         self._judged = torch.zeros(fits, dtype=torch.bool, device=cases.device)
         self._seen = 0
 
-    def judge(self, logits: Tensor, loss: StackedLoss) -> Tensor:
-        """Takes held-out logits [fits held outputs] after an epoch; tells which fits [fits] should go on."""
+    def judge(self, logits: Tensor, loss: StackedLoss, more: Tensor | None = None) -> Tensor:
+        """Takes held-out logits [fits held outputs] after an epoch; tells which fits [fits] should go on.
+
+        ``more`` [fits held] is added to the losses of the cases.
+        """
         self._seen += 1
         if self.logits.shape != logits.shape:
             self.logits = torch.zeros_like(logits)
         factors = (torch.ones(1) if loss.kind == "regression" else _SHARPNESS).to(logits.device)
         losses = loss.each(logits[:, None] * factors[:, None, None], self.cases, real=self.real)
+        losses = losses if more is None else losses + more[:, None]
         means = self._mean(losses)
         finite = means.isfinite().all(1)
         lowest = losses[torch.arange(len(losses)), means.nan_to_num(torch.inf).argmin(1)]

@@ -35,6 +35,7 @@ from embedkit.runfolder import RunRecord, require_absent, write_run
 from embedkit.runs import Run, open_run
 from embedkit.slices import PLANES
 from embedkit.storage import Storage
+from embedkit.supervision import Supervision
 from embedkit.sweeps import Candidate
 from embedkit.targets import TaskKind
 from embedkit.tasks import Task, TaskReport, folds_from_column, folds_from_groups, make_task, repeat_folds
@@ -91,10 +92,11 @@ class _Target:
 
 def train(
     cache: Cache | Path | str,
-    labels: pl.DataFrame | Path | str,
+    labels: pl.DataFrame | Path | str | None = None,
     *,
-    targets: Sequence[str] | str,
+    targets: Sequence[str] | str = (),
     out: Path | str,
+    masks: pl.DataFrame | Path | str | None = None,
     heads: Sequence[str] | None = None,
     token_sets: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     kind: TaskKind | None = None,
@@ -124,9 +126,13 @@ def train(
 
     Args:
         cache: A cache or its path.
-        labels: Table with ``case_id`` and the targets, or its file.
+        labels: Table with ``case_id`` and the targets, or its file; None learns masks without any label, beside their
+            own volume as the target ``mask_ml``, which needs no table.
         targets: One or more columns.
         out: Folder of the run folders.
+        masks: Manifest with a column ``mask``, as read_manifest gives it, or its file. Heads that learn masks
+            (``segment``) learn them beside the label, from the cases that have one; ``mask_weight`` of ``fit_options``
+            says how much that counts. Their metrics then have ``dice``, out of fold, on the grid of tokens.
         heads: Names; None for `DEFAULT_HEADS` (those that can read this cache). `BASELINES` are always trained too.
         token_sets: What all heads read (each those that it can), or per head; None for what each head prefers.
         kind: Of all targets; None infers it per target.
@@ -163,17 +169,16 @@ def train(
         OptionError: an option means nothing.
     """
     source = cache if isinstance(cache, Cache) else open_cache(cache)
+    supervision = Supervision(source, masks)
+    labels, targets, heads = supervision.stand_in(labels, targets, heads)
     table = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
     names = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
     if not names:
         raise OptionError("no target was given, expected one or more columns of the label table")
     _check_events(names, event)
     chosen = choose_device(device)
-    if resume and overwrite:
-        raise OptionError("resume keeps the runs that exist and overwrite replaces them; choose one of the two")
+    _check_runs(resume=resume, overwrite=overwrite, seeds=seeds)
     _check_folds(repeats=repeats, split=split, group_by=group_by)
-    if seeds < 1:
-        raise OptionError(f"seeds is {seeds}, expected 1 or more members per fold")
     plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {}, sweep=sweep, seed=seed)
     folders = _plan_folders(Path(out), names, plans, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
@@ -192,19 +197,28 @@ def train(
     _check_imbalance(plans, [target.task for target in prepared])
     matched = match_heads(plans, [target.task for target in prepared], heads)
     fit_count = sum(len(target.folded.tested) * len(matched[target.task.name]) for target in prepared)
+    supervision.measure(plans, case_ids)
     account = _Account(fit_count, on_progress)
-    given = {"folds": split or group_by or folds, "repeats": repeats, "sweep": sweep, "seed": seed}
+    given: dict[str, Any] = {"folds": split or group_by or folds, "repeats": repeats, "sweep": sweep, "seed": seed}
     pending = [
         (plan, target)
         for plan in plans
         for target in prepared
         if plan in matched[target.task.name]
         if not resume
-        or not _is_done(folders[target.task.name, plan.head], source, plan, target, given=given, seeds=seeds)
+        or not _is_done(
+            folders[target.task.name, plan.head],
+            source,
+            plan,
+            target,
+            given={**given, "masks": supervision.count(plan, target.task)},
+            seeds=seeds,
+        )
     ]
     account.done = account.total - sum(len(target.folded.tested) for _, target in pending)
     unfinished = [plan for plan in plans if any(plan is each for each, _ in pending)]
-    preparation = Preparation(source, unfinished, case_ids, chosen, seed=seed, storage=storage) if pending else None
+    shared: dict[str, Any] = {"seed": seed, "storage": storage, "covers": supervision.covers}
+    preparation = Preparation(source, unfinished, case_ids, chosen, **shared) if pending else None
     for together in preparation.rounds(unfinished) if preparation else ():
         started = time.perf_counter()
         wanted = [(plan, target) for plan, target in pending if plan in together]
@@ -214,6 +228,7 @@ def train(
         for (plan, target), fitted in zip(wanted, found, strict=True):
             how: dict[str, Any] = {"sweep": sweep, "seed": seed, "seconds": seconds, "resamples": resamples}
             record = _make_record(source, plan, target, fitted, **how)
+            record = supervision.tell(record, plan, target.folded, fitted, resamples=resamples)
             scored, inner = _tabulate_scores(target, fitted.scores), _tabulate_inner(target.task, fitted.inner)
             folder = folders[target.task.name, plan.head]
             write_run(folder, record, fitted.members, scored, inner, overwrite=overwrite)
@@ -263,6 +278,7 @@ def _is_done(
         "event": task.event,
         "times": task.times,
         "member_count": members,
+        "masks": given["masks"],
     }
     if given["sweep"] is None:
         fields["token_sets"] = plan.token_sets
@@ -284,6 +300,13 @@ def _plan_folders(
             require_absent(path, overwrite=overwrite)
             folders[target, plan.head] = path
     return folders
+
+
+def _check_runs(*, resume: bool, overwrite: bool, seeds: int) -> None:
+    if resume and overwrite:
+        raise OptionError("resume keeps the runs that exist and overwrite replaces them; choose one of the two")
+    if seeds < 1:
+        raise OptionError(f"seeds is {seeds}, expected 1 or more members per fold")
 
 
 def _check_folds(*, repeats: int, split: str | None, group_by: str | None) -> None:
