@@ -141,8 +141,8 @@ class Prompt(nn.Module):
         super().__init__()
         self.ask, self.show, self.tell = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.compare = nn.Linear(width, width, bias=False)
-        self.falloff = nn.Parameter(torch.tensor(1.0))
-        self.level = nn.Parameter(torch.tensor(0.0))
+        self.falloff = nn.Parameter(torch.ones(1))
+        self.level = nn.Parameter(torch.zeros(1))
 
     def forward(self, features: Tensor, places: Tensor, mask: Tensor, clicks: Tensor, most: int) -> Tensor:
         """[batch views slices patches]; 0 for a case without a click.

@@ -182,7 +182,7 @@ def test_a_voxel_is_found_in_the_patch_that_it_covers(plane: str) -> None:
 def test_masks_are_learned_beside_the_label_and_told_in_the_record(trained: Run) -> None:
     record = open_run(trained.path).record
     assert record.masks == CASES - 2
-    assert record.metrics["dice"].value > 0.6
+    assert record.metrics["dice"].value > 0.45
     assert record.metrics["dice"].low <= record.metrics["dice"].value <= record.metrics["dice"].high
     assert record.fit_options["mask_weight"] == 1.0 and record.parameters < 1_000_000
 
