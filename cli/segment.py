@@ -11,7 +11,7 @@ import typer
 from embedkit.cli.console import parse_number, print_json, split_list
 
 if TYPE_CHECKING:
-    from embedkit.clicks import Click
+    from embedkit.prompts import Click
 
 __all__ = ["run"]
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from embedkit.benching import bench as bench
     from embedkit.benchpage import write_bench as write_bench
     from embedkit.cache import open_cache as open_cache
-    from embedkit.clicks import Click as Click
     from embedkit.comparison import compare_runs as compare_runs
     from embedkit.comparisonpage import write_comparison as write_comparison
     from embedkit.errors import EmbedkitError as EmbedkitError
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from embedkit.packing import pack_cache as pack_cache
     from embedkit.phantoms import make_phantoms as make_phantoms
     from embedkit.plugins import list_heads as list_heads
+    from embedkit.prompts import Click as Click
     from embedkit.recipe import Recipe as Recipe
     from embedkit.retrieval import match_cases as match_cases
     from embedkit.retrieval import open_index as open_index
@@ -61,7 +61,7 @@ _HOMES = {
     "benching": ("bench",),
     "benchpage": ("write_bench",),
     "cache": ("open_cache",),
-    "clicks": ("Click",),
+    "prompts": ("Click",),
     "comparison": ("compare_runs",),
     "comparisonpage": ("write_comparison",),
     "errors": ("EmbedkitError",),

@@ -88,6 +88,6 @@ def mean_interval(
     there = np.flatnonzero(np.isfinite(scores))
     if not len(there):
         return Interval(float("nan"), float("nan"), float("nan"))
-    values, owners = scores[there], [patients[case] for case in there]
+    values, owners = scores[there], [patients[case] for case in there.tolist()]
     drawn = bootstrap_values({"mean": weigh_mean(values)}, owners, resamples=resamples, seed=seed)["mean"]
     return form_interval(float(values.mean()), drawn, owners)

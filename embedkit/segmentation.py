@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from embedkit.bags import Bag, stream_bags
 from embedkit.cache import Cache, open_cache
 from embedkit.catalogue import canonical_shape
-from embedkit.clicks import Click, place_clicks
 from embedkit.errors import OptionError, RunError
 from embedkit.files import explain_os_error, safe_name
 from embedkit.maskscores import predict_cover
 from embedkit.members import Member
 from embedkit.patches import place_patch_scores
 from embedkit.pooling import joined_grid
+from embedkit.prompts import Click, place_clicks
 from embedkit.runs import Run, check_cache, open_run
 from embedkit.volumes import to_source, write_volume
 
@@ -126,7 +126,8 @@ def predict_mask(
             placed = place_patch_scores(
                 own, indices=indices, box=record.box, plane=record.plane, shape=canonical_shape(record)
             )
-            totals[view] = totals.get(view, 0) + placed * np.float32(len(together) / len(members))
+            total = totals.setdefault(view, np.zeros_like(placed))
+            total += placed * np.float32(len(together) / len(members))
     return {view: (total, stacks[view]) for view, total in totals.items()}
 
 

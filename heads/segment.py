@@ -40,7 +40,7 @@ _RARE = -2.0  # log odds of a patch at the start: most of an image is not what i
 class SegmentHead(nn.Module):
     """Label and mask from depthwise 3D convolutions over the token volume, with or without clicks."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
+    reads: ClassVar[frozenset[str]] = frozenset({"patch"})
     fit_by: ClassVar[str] = "gradient"
     learns_masks: ClassVar[bool] = True
     prefers: ClassVar[TokenPreference] = TokenPreference("patch", depth=2 / 3)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
 from embedkit.errors import HeadError
-from embedkit.plugins import check_output, create_head, list_heads, load_head
+from embedkit.plugins import check_output, create_head, learns_masks, list_heads, load_head
 from embedkit.recipe import TokenSet
 from embedkit.tails import Tail, TailShape
 from embedkit.textvectors import write_vectors
@@ -113,6 +113,33 @@ def require_close(head: nn.Module, found: Bag, expected: Bag) -> None:
 
 
 BAG = make_bag([[3, 2], [5, 1], [1, 4]])
+
+
+@pytest.mark.parametrize("clicks", [0, 2])
+def test_padding_and_what_masked_slices_hold_never_change_a_mask(clicks: int) -> None:
+    head = make_head("segment", clicks=clicks)
+    asked = dataclasses.replace(BAG, clicks=torch.zeros(*BAG.mask.shape, 4))
+    cast(Tensor, asked.clicks)[0, 0, 1, 2] = cast(Tensor, asked.clicks)[1, 0, 4, 0] = 1
+    expected = head(asked).mask_logits
+    assert check_output("segment", head(asked), asked, 2).mask_logits is not None
+    dirty = {key: value.masked_fill(~BAG.mask[..., None, None], math.nan) for key, value in BAG.tokens.items()}
+    padded = take_slices(dataclasses.replace(asked, tokens=dirty), [0, 1, 2, 3, 4, 4, 4])
+    padded.mask[:, :, 5:] = False
+    clicked = torch.nn.functional.pad(cast(Tensor, asked.clicks), (0, 0, 0, 2))
+    found = head(dataclasses.replace(padded, clicks=clicked)).mask_logits[:, :, :5]
+    torch.testing.assert_close(found[BAG.mask], expected[BAG.mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_click_is_heard_in_its_own_case_alone_and_none_adds_nothing() -> None:
+    head = make_head("segment", clicks=2)
+    nothing = dataclasses.replace(BAG, clicks=torch.zeros(*BAG.mask.shape, 4))
+    clicks = torch.zeros(*BAG.mask.shape, 4)
+    clicks[0, 0, 0, 1] = 1
+    plain, clicked = head(nothing).mask_logits, head(dataclasses.replace(BAG, clicks=clicks)).mask_logits
+    assert torch.equal(plain[1:], clicked[1:]) and not torch.allclose(plain[0], clicked[0], atol=1e-3)
+    deaf = make_head("segment")
+    deaf.load_state_dict({key: value for key, value in head.state_dict().items() if not key.startswith("prompt")})
+    torch.testing.assert_close(deaf(nothing).mask_logits, plain)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -216,14 +243,18 @@ def test_half_precision_stays_near_single(name: str, dtype: torch.dtype) -> None
 def test_gradients_reach_every_parameter(name: str) -> None:
     torch.manual_seed(0)
     head = build_head(name, SHAPE, reads(name), 2).train()
-    head(BAG).logits.square().sum().backward()
+    bag = dataclasses.replace(BAG, cover=torch.rand(*BAG.mask.shape, 4)) if learns_masks(name) else BAG
+    output = head(bag)
+    (output.logits.square().sum() + (0 if output.mask_logits is None else output.mask_logits.square().sum())).backward()
     for key, parameter in head.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
     optimiser = torch.optim.SGD(head.parameters(), lr=0.1)
     optimiser.step()
     head.eval()
     head.zero_grad()
-    (head(BAG).logits * torch.tensor([1.0, -2.0])).sum().backward()
+    output = head(bag)
+    masks = 0 if output.mask_logits is None else output.mask_logits[BAG.mask].square().sum()
+    ((output.logits * torch.tensor([1.0, -2.0])).sum() + masks).backward()
     for key, parameter in head.named_parameters():
         assert parameter.grad is not None and (parameter.grad != 0).any(), key
 
@@ -245,7 +276,8 @@ def test_stacked_heads_answer_as_each_alone(name: str) -> None:
     slopes = torch.func.vmap(torch.func.grad(lambda *state: call(*state).square().sum()))(parameters, buffers)
     heads[1](BAG).logits.square().sum().backward()
     for key, parameter in heads[1].named_parameters():
-        torch.testing.assert_close(slopes[key][1], parameter.grad, rtol=1e-3, atol=1e-4)
+        slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # of a mask not asked for
+        torch.testing.assert_close(slopes[key][1], slope, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
@@ -279,7 +311,7 @@ def test_attention_sums_to_one_over_the_real_slices_of_every_view(name: str) -> 
     bag = make_bag([[3, 0], [5, 1]])
     output = make_head(name)(bag)
     if output.slice_attention is None:
-        assert name in ("linear", "logistic", "mlp", "raptor", "grid", "conv", "transmil")
+        assert name in ("linear", "logistic", "mlp", "raptor", "grid", "conv", "transmil", "segment")
         return
     sums = bag.mask.any(2).float()
     torch.testing.assert_close(output.slice_attention.sum(2), sums)

@@ -44,6 +44,7 @@ ABOVE = {
     "runs",
     "scanning",
     "searchevaluation",
+    "segmentation",
     "serving",
     "shots",
     "slicepairs",

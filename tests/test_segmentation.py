@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from typer.testing import CliRunner
 import embedkit
 from embedkit.bags import bag_shape
 from embedkit.cache import open_cache
-from embedkit.clicks import Click, place_clicks
 from embedkit.covers import Masks, read_stack_mask
 from embedkit.errors import HeadError, ManifestError, OptionError, RunError, VolumeError
 from embedkit.masklosses import dice_overlap, mask_losses
 from embedkit.patches import find_patch, measure_patch_cover
 from embedkit.plugins import create_head
+from embedkit.prompts import Click, place_clicks
 from embedkit.runs import Run, open_run
 from embedkit.segmentation import predict_mask, segment
 from embedkit.volumes import read_volume, write_volume
@@ -338,9 +339,10 @@ def test_clicks_and_head_options_that_mean_nothing_are_refused(work: Path) -> No
         Click((1.0, 2.0, 3.0), "inch")
     with pytest.raises(OptionError, match="expected three finite numbers"):
         Click((1.0, math.nan, 3.0))
-    shape = bag_shape(open_cache(work / "cache"), ["cls:2", "patch:2"])
-    with pytest.raises(HeadError, match="expected a square grid of patches"):
-        create_head("segment", shape, ["cls:2"], 1)
+    shape = bag_shape(open_cache(work / "cache"), ["patch:2"])
+    oblong = dataclasses.replace(shape, grids={"patch:2": (1, 36)})
+    with pytest.raises(HeadError, match="have 36 patches per slice, expected a square grid of patches"):
+        create_head("segment", oblong, ["patch:2"], 1)
     with pytest.raises(HeadError, match="clicks=-1, expected 0 or more"):
         create_head("segment", shape, ["patch:2"], 1, options={"clicks": -1})
 
