@@ -1,0 +1,166 @@
+"""Masks from cached tokens: Dice out of fold, the label with and without masks, and Dice against the number of clicks.
+
+Usage: python benchmarks/segmentation.py --weights FILE [--data ../shared/data] [--slabs FOLDER] [--work FOLDER]
+           [--part masks,label,clicks] [--cases 60] [--size 128] [--epochs 30] [--seed 0]
+
+The folder holds `hippocampus/` and `lgg/`, each with manifest.csv (column ``mask``) and labels.csv; of each the first
+--cases patients are taken. Tokens: block 8 of `deit_tiny_patch16_224` on the full grid of --size pixels; LGG as three
+channels. Five patient-grouped folds, nothing tuned on a test fold, 95% intervals by patient; Dice is the mean over
+cases whose mask is not empty, once on the token grid and once on the voxels of the source, upsampled. ``masks``: the
+mask learned without any label. ``label``: laterality of LGG tumours, or with --slabs (manifest.csv, labels.csv with
+``tumour`` and ``fold``) whether a slab holds tumour, with the mask's loss at weight 1 and 0 and their paired
+difference. ``clicks``: a head that practised on up to five; the clicks are voxels drawn from the true mask, more and
+more of them, answered by a model that has not seen the case. Caches and runs stay in --work, so that a second call
+resumes. The last line is the Dice of LGG masks on voxels after one click over that without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from embedkit.bootstrap import Interval
+from embedkit.cache import Cache, open_cache
+from embedkit.comparison import compare_runs
+from embedkit.covers import Masks, read_stack_mask
+from embedkit.extraction import extract
+from embedkit.manifest import read_manifest
+from embedkit.maskscores import mean_interval
+from embedkit.plots import describe_interval
+from embedkit.prompts import Click
+from embedkit.runs import Run, open_run
+from embedkit.segmentation import predict_mask
+from embedkit.training import train
+from embedkit.volumes import to_source
+
+BACKBONE, TOKENS, HEAD, CLICKS = "deit_tiny_patch16_224", "patch:8", "segment", (0, 1, 2, 3, 5)
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=PROJECT.parent / "shared" / "data")
+    parser.add_argument("--slabs", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("segmentation"))
+    parser.add_argument("--part", default="masks,label,clicks")
+    parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    parts = options.part.split(",")
+    if "masks" in parts:
+        for name in ("hippocampus", "lgg"):
+            print_masks(name, *make_cache(name, options), options)
+    if "label" in parts:
+        print_label(options)
+    if "clicks" in parts:
+        print_clicks(*make_cache("lgg", options), options)
+
+
+def make_cache(name: str, options: argparse.Namespace) -> tuple[Cache, pl.DataFrame]:
+    """The cache of a data set, extracted unless it is there, and the manifest of its cases."""
+    folder = options.slabs if name == "slabs" else options.data / name
+    manifest = read_manifest(folder / "manifest.csv")
+    if name != "slabs":
+        patients = manifest["patient_id"].unique(maintain_order=True)[: options.cases]
+        manifest = manifest.filter(pl.col("patient_id").is_in(patients.implode()))
+    channels: dict[str, Any] = {} if name == "hippocampus" else {"channels": ("pre", "flair", "post"), "fill": "flair"}
+    path = options.work / f"{name}-{options.size}-{manifest['case_id'].n_unique()}"
+    extract(
+        manifest,
+        path,
+        backbone=BACKBONE,
+        weights=options.weights,
+        image_size=options.size,
+        tokens=["cls:12", TOKENS],
+        crop="foreground" if name == "lgg" else "none",
+        **channels,
+    )
+    return open_cache(path), manifest
+
+
+def fit(cache: Cache, manifest: pl.DataFrame, part: str, options: argparse.Namespace, **how: Any) -> Run:
+    """The run of head segment, trained unless it is there."""
+    out = options.work / "runs" / f"{cache.path.name}-{part}-{options.epochs}-{options.seed}"
+    given: dict[str, Any] = {"labels": None, "targets": (), "weight": 1.0, "clicks": 0} | how
+    target = given["targets"][0] if given["targets"] else "mask_ml"
+    path = out / f"{target}.{HEAD}"
+    if not (path / "run.json").is_file():
+        train(
+            cache,
+            given.pop("labels"),
+            targets=given.pop("targets"),
+            out=out,
+            masks=manifest,
+            heads=[HEAD],
+            head_options={HEAD: {"clicks": given.pop("clicks")}},
+            fit_options={"epochs": options.epochs, "mask_weight": given.pop("weight")},
+            seed=options.seed,
+            overwrite=True,
+            **given,
+        )
+    return open_run(path)
+
+
+def print_masks(name: str, cache: Cache, manifest: pl.DataFrame, options: argparse.Namespace) -> None:
+    run = fit(cache, manifest, "masks", options)
+    on_voxels = score_voxels(run, cache, manifest, clicks=0, seed=options.seed)
+    grid, voxels = describe_interval(run.metrics["dice"]), describe_interval(on_voxels)
+    print(f"| {name}, masks alone | Dice on tokens {grid} | on voxels {voxels} |", flush=True)
+
+
+def print_label(options: argparse.Namespace) -> None:
+    name, target = ("slabs", "tumour") if options.slabs else ("lgg", "laterality")
+    cache, manifest = make_cache(name, options)
+    labels = (options.slabs or options.data / name) / "labels.csv"
+    how: dict[str, Any] = {"split": "fold"} if options.slabs else {"classes": ("1", "3")}
+    runs = []
+    for weight in (1.0, 0.0):
+        run = fit(cache, manifest, f"label-{weight:g}", options, labels=labels, targets=[target], weight=weight, **how)
+        score = describe_interval(run.metrics["auroc"])
+        dice = describe_interval(run.metrics["dice"]) if weight else "not learned"
+        print(f"| {name} {target}, mask weight {weight:g} | AUROC {score} | Dice on tokens {dice} |", flush=True)
+        runs.append(run)
+    (contrast,) = compare_runs(runs).contrasts
+    difference = describe_interval(contrast.difference)
+    print(f"| {name} {target}, with masks less without | difference of AUROC {difference} |", flush=True)
+
+
+def print_clicks(cache: Cache, manifest: pl.DataFrame, options: argparse.Namespace) -> None:
+    run = fit(cache, manifest, "clicks", options, clicks=max(CLICKS))
+    found = {}
+    for count in CLICKS:
+        found[count] = score_voxels(run, cache, manifest, clicks=count, seed=options.seed)
+        print(f"| lgg, {count} clicks | Dice on voxels {describe_interval(found[count])} |", flush=True)
+    print(f"ratio {found[1].value / found[0].value:.2f}")
+
+
+def score_voxels(run: Run, cache: Cache, manifest: pl.DataFrame, *, clicks: int, seed: int) -> Interval:
+    """Mean Dice of the predicted masks in the voxels of the source, each by the models that did not see the case."""
+    masks = Masks(cache, manifest)
+    scores, patients = [], []
+    for record, _, path in masks.stacks(run.predictions["case_id"].to_list()):
+        truth = read_stack_mask(path, record) > 0
+        if not truth.any():
+            continue
+        view = f"{record.view}/{record.plane}"
+        inside = np.argwhere(to_source(truth, record.source_affine))
+        drawn = np.random.default_rng([seed, len(inside)]).permutation(inside)[:clicks]
+        points = [Click((float(k), float(j), float(i)), "voxel") for i, j, k in drawn]
+        shares, _ = predict_mask(run, cache, record.case_id, clicks=points, held_out=True)[view]
+        mask = shares >= 0.5
+        scores.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+        patients.append(record.patient_id)
+    return mean_interval(np.array(scores), patients)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    main()
