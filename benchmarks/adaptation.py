@@ -1,6 +1,6 @@
 """Adaptation from the cache against LoRA in every block from pixels: out-of-fold AUROC, paired differences, seconds.
 
-Usage: python benchmarks/adaptation.py SLABS --weights FILE [--work FOLDER] [--seeds 3] [--epochs 20]
+Usage: python benchmarks/adaptation.py SLABS --weights FILE [--work FOLDER] [--seeds 3] [--epochs 12]
            [--targets tumour,side] [--methods grid,tail4,...] [--no-reference]
 
 SLABS holds manifest.csv and labels.csv of small cases with a column of patient-grouped folds (``fold``) and binary
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(method.name for method in METHODS))
     parser.add_argument("--no-reference", action="store_true", help="leave out what is trained from pixels")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()
     asked = options.methods.split(",")
     methods = [each for each in METHODS if each.name in asked and not (options.no_reference and each.grid is not None)]
