@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from embedkit.bags import Bag, BagShape
 from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import joined_size, pool_bag, pool_views
+from embedkit.products import project_views
 
 __all__ = ["MlpHead"]
 
@@ -46,6 +47,6 @@ class MlpHead(nn.Module):
 
     def forward(self, bag: Bag) -> HeadOutput:
         pooled, share = pool_views(bag, self.token_sets)
-        per_view: Tensor = torch.einsum("bvd,vhd->bvh", self.dropout(pooled), self.weight)
+        per_view = project_views(self.dropout(pooled), self.weight)
         embedding = F.gelu(torch.einsum("bvh,bv->bh", per_view, share) + self.bias)
         return HeadOutput(self.classify(self.dropout(embedding)), embedding=embedding)

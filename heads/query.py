@@ -17,6 +17,7 @@ from embedkit.bags import Bag, BagShape
 from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
+from embedkit.products import score_tokens, weigh_tokens
 
 __all__ = ["QueryHead"]
 
@@ -42,7 +43,7 @@ class QueryHead(nn.Module):
 
     def forward(self, bag: Bag) -> HeadOutput:
         tokens, attention, present = self._attend(bag)
-        pooled = torch.einsum("bvsp,bvspd->bvd", attention.to(tokens.dtype), tokens)
+        pooled = weigh_tokens(attention, tokens)
         embedding = self.fuse(pooled, present)
         logits = self.classify(self.dropout(embedding))
         return HeadOutput(logits, attention.sum(3), attention, embedding=embedding)
@@ -50,12 +51,12 @@ class QueryHead(nn.Module):
     def evidence(self, bag: Bag, output: int) -> Tensor:
         """[batch views slices patches]: what each token adds to the logit under its attention, exactly."""
         tokens, attention, present = self._attend(bag)
-        pooled = torch.einsum("bvsp,bvspd->bvd", attention.to(tokens.dtype), tokens)
+        pooled = weigh_tokens(attention, tokens)
         share = attention * self.fuse.weigh(pooled, present)[..., None, None]
         return share * torch.einsum("bvspd,d->bvsp", tokens, self.classify.weight[output])
 
     def _attend(self, bag: Bag) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, attention [batch views slices patches] and which views are there [batch views]."""
         tokens = join_tokens(bag, self.token_sets)
-        scores = torch.einsum("bvspd,vd->bvsp", tokens, self.query) / math.sqrt(tokens.shape[-1])
+        scores = score_tokens(tokens, self.query) / math.sqrt(tokens.shape[-1])
         return tokens, masked_softmax(scores, bag.mask[..., None], (2, 3)), bag.mask.any(2)
