@@ -49,13 +49,21 @@ def index_command(
 
     if add and remove is not None:
         raise typer.BadParameter("add and remove are two steps; give one of them", param_hint="--remove")
+    if add or remove is not None:
+        given = {"embedding": embedding, "slices": slices, "whiten": whiten, "kind": kind, "memory": memory, "run": run}
+        _refuse_options("an index that exists keeps how it was made", **given)
+    if remove is not None:
+        _refuse_options("cases are withdrawn with all that is known of them", labels=labels)
+    withdrawn = list(dict.fromkeys(split_list(remove or "")))
+    if remove is not None and not withdrawn:
+        raise typer.BadParameter(f"{remove!r} names no case; give ID,ID,...", param_hint="--remove")
     changed: dict[str, Any] = {}
     if add:
         index, taken = add_cases(out, cache=cache, labels=labels)
         changed = {"added": taken}
     elif remove is not None:
-        index = remove_cases(out, split_list(remove), cache=cache)
-        changed = {"removed": split_list(remove)}
+        index = remove_cases(out, withdrawn, cache=cache)
+        changed = {"removed": withdrawn}
     else:
         index = build_index(
             cache,
@@ -79,6 +87,11 @@ def index_command(
 
 
 run = index_command
+
+
+def _refuse_options(reason: str, **options: object) -> None:
+    if given := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise typer.BadParameter(f"{reason}; leave out {', '.join(given)}")
 
 
 def _as_fields(index: Index) -> dict[str, Any]:

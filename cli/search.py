@@ -66,6 +66,12 @@ def search_command(
     from embedkit.regions import Region
 
     opened = open_index(index)
+    if pairs < 0:
+        raise typer.BadParameter(f"{pairs} pairs are none; give 0 or more", param_hint="--pairs")
+    if volume is None and manifest is None:
+        _require_alone("only a new image has a view and needs a backbone", "", view=view, weights=weights)
+    if manifest is not None:
+        _require_alone("a manifest", "names the views itself", view=view)
     part = None if region is None else Region.parse(region)
     ranking: dict[str, Any] = {"k": k, "where": where, "rerank": rerank, "by_patch": by_patch, "candidates": candidates}
     reading: dict[str, Any] = {"weights": weights, "device": device}
@@ -192,9 +198,9 @@ def _explain(
 run = search_command
 
 
-def _require_alone(what: str, **options: object) -> None:
+def _require_alone(what: str, why: str = "is a query of its own", **options: object) -> None:
     if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]:
-        raise typer.BadParameter(f"{what} is a query of its own; leave out {', '.join(given)}")
+        raise typer.BadParameter(f"{' '.join([what, why]).strip()}; leave out {', '.join(given)}")
 
 
 def _read_vector(path: Path) -> Any:
@@ -203,7 +209,8 @@ def _read_vector(path: Path) -> Any:
     from embedkit.errors import SearchError
 
     try:
-        return np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise SearchError(f"{path} is no readable .npy array; write the query vector with numpy.save") from error
 

@@ -27,7 +27,10 @@ def verify_command(
     for damage in damages:
         typer.echo(f"{damage.file} {damage.part}: {damage.problem}", err=True)
     if damages:
-        typer.echo(f"{cache}: {len(damages)} damaged; delete the files named and run the extraction again", err=True)
+        remedy = "delete the files named and run the extraction again"
+        if not cache.is_dir():
+            remedy = "if it is a packed cache, restore a copy or pack it again"
+        typer.echo(f"{cache}: {len(damages)} damaged; {remedy}", err=True)
         raise typer.Exit(1)
     typer.echo(f"{cache}: all checksums are right")
 

@@ -34,6 +34,8 @@ __all__ = [
 
 _HUB = "hf-hub:"
 
+_MOST_PIXELS = 4096
+
 
 @dataclass(frozen=True)
 class BackboneNote:
@@ -101,6 +103,10 @@ def load_backbone(
         raise BackboneError(f"backbone {name} was asked for {channels} channels; images have 1 or 3")
     noted = next((note for note in _NOTES if name in {note.name, note.name.split(".")[0]}), None)
     size = image_size if image_size is not None else (noted.image_size if noted else None)
+    if size is not None and size > _MOST_PIXELS:
+        raise BackboneError(
+            f"image size {size} is beyond {_MOST_PIXELS} px, the most that is taken; give a smaller one"
+        )
     if name == SCATTERING:
         if weights is not None:
             raise BackboneError(f"{SCATTERING} has no learned weights, but {weights} was given; leave --weights out")

@@ -131,7 +131,7 @@ def estimate_extraction(
     """
     weights, batch_size, workers = options.get("weights"), options.get("batch_size", 32), options.get("workers", 2)
     require_counts(batch_size, workers)
-    cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
+    cases = group_cases(read_manifest(manifest))
     if (part := options.get("part")) is not None:
         cases = take_part(cases, part)
     job = ExtractionJob(

@@ -193,8 +193,7 @@ def _read_images(
                 raise RunError(f"cache {cache.path} keeps no previews to draw over; name the images with --manifest")
             found[view] = np.array(previews)
         return found
-    table = manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest)
-    cases = [case for case in group_cases(table) if case.case_id == case_id]
+    cases = [case for case in group_cases(read_manifest(manifest)) if case.case_id == case_id]
     if not cases:
         raise RunError(f"the manifest has no case {case_id}; give the manifest that it was extracted from")
     volumes = read_case(cases[0]).volumes

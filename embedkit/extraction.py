@@ -71,7 +71,7 @@ def extract(
     whose files hold other bytes than before is extracted anew. A case fails as a whole, and never stops the others.
 
     Args:
-        manifest: CSV, TSV or Parquet file, or the frame that `read_manifest` gives.
+        manifest: CSV, TSV or Parquet file, or a frame, as `read_manifest` takes it.
         out: The cache's folder.
         backbone: A timm model name or ``embedkit/scattering``; see `list_backbones`.
         weights: Local safetensors or torch state dict; None downloads timm's pretrained weights.
@@ -118,7 +118,7 @@ def extract(
         ExtractionError: every worker process or actor was lost, and those in their places as well.
     """
     require_counts(batch_size, workers)
-    cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
+    cases = group_cases(read_manifest(manifest))
     if on_notice is not None:
         for notice in tell_absent_channels(cases, channels, fill):
             on_notice(notice)

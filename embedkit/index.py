@@ -139,7 +139,7 @@ class Index:
         allowed = self.select_cases(where)
         if exclude_case_ids:
             allowed &= ~self.cases["case_id"].is_in(list(exclude_case_ids)).to_numpy()
-        similarities, rows = self._nearest(self._prepare(queries), _checked_count(k), allowed)
+        similarities, rows = self._nearest(self._prepare(queries), self._check_count(k), allowed)
         return self._frame(similarities, rows, rows >= 0, k)
 
     def search_cases(
@@ -175,7 +175,7 @@ class Index:
         allowed = self.select_cases(where)
         groups = self.group_cases(exclude_same)
         queries = self._read_prepared(own)
-        similarities, rows = self._nearest_of_others(queries, _checked_count(k), allowed, groups, groups[own])
+        similarities, rows = self._nearest_of_others(queries, self._check_count(k), allowed, groups, groups[own])
         keep = (rows >= 0) & ((groups[rows] != groups[own][:, None]) | (groups[rows] < 0))
         if not include_self:
             keep &= rows != own[:, None]
@@ -274,11 +274,18 @@ class Index:
                 f" build one of that level"
             )
 
+    def _check_count(self, k: int) -> int:
+        """k, and no more than there is."""
+        if k < 1:
+            raise SearchError(f"k is {k}, expected at least 1 case")
+        return min(k, self.count)
+
     def _unit(self, vectors: NDArray[Any]) -> FloatArray:
         return prepare_vectors(vectors, self.mean, self.whitening)
 
     def _prepare(self, queries: FloatArray) -> FloatArray:
-        queries = np.atleast_2d(np.asarray(queries, np.float32))
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            queries = np.atleast_2d(np.asarray(queries, np.float32))
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise SearchError(
                 f"query vectors have shape {list(queries.shape)}, index {self.path} holds vectors of length {self.dim};"
@@ -348,8 +355,9 @@ class Index:
                 pl.select(pl.int_range(len(self)).alias("#row")).hstack(self.cases).filter(pl.sql_expr(where))["#row"]
             )
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+            reason = str(error).splitlines()[0].replace('"#row", ', "")
             raise SearchError(
-                f"filter {where!r} does not work ({str(error).splitlines()[0]}); write an SQL condition over"
+                f"filter {_shorten(repr(where))} does not work ({_shorten(reason)}); write an SQL condition over"
                 f" {', '.join(self.cases.columns)}, for example \"patient_id = 'p1'\""
             ) from error
         allowed[:] = False
@@ -511,19 +519,18 @@ def _mean_vector(vectors: NDArray[Any]) -> FloatArray:
     return cast(FloatArray, (total / len(vectors)).astype(np.float32))
 
 
-def _checked_count(k: int) -> int:
-    if k < 1:
-        raise SearchError(f"k is {k}, expected at least 1 case")
-    return k
+def _shorten(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _find_undirected(
     vectors: NDArray[Any], mean: FloatArray | None, whitening: FloatArray | None
 ) -> tuple[int, float] | None:
     """The first vector that has no direction once it is prepared, and its length; None where all have one."""
-    moved = _move(vectors, mean, whitening)
-    lengths = np.sqrt(np.einsum("ij,ij->i", moved, moved, dtype=np.float64))
-    bad = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is found
+        moved = _move(vectors, mean, whitening)
+        lengths = np.sqrt(np.einsum("ij,ij->i", moved, moved, dtype=np.float64))
+    bad = np.flatnonzero(~(lengths <= np.finfo(np.float32).max) | (lengths == 0))
     return (int(bad[0]), float(lengths[bad[0]])) if len(bad) else None
 
 

@@ -358,7 +358,7 @@ def join_labels(table: pl.DataFrame, labels: str | Path | pl.DataFrame | None) -
     """The case table with the columns of a label table, null where that lacks the case."""
     if labels is None:
         return table
-    frame = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
+    frame = read_labels(labels)
     if not set(frame["case_id"]) & set(table["case_id"]):
         raise SearchError(
             f"no case_id of the labels ({', '.join(frame['case_id'].head(3))} ...) is a case of the cache"

@@ -22,30 +22,30 @@ MANIFEST_COLUMNS = ("case_id", "patient_id", "view", "path", "mask")
 _UNKNOWN = ("", "NA", "N/A", "NaN", "nan", "null")
 
 
-def read_manifest(path: Path | str) -> pl.DataFrame:
+def read_manifest(manifest: Path | str | pl.DataFrame) -> pl.DataFrame:
     """Reads a table with one row per image.
 
     Args:
-        path: CSV, TSV (.tsv, .tab) or Parquet, in UTF-8, with the columns ``case_id`` and ``path`` and optionally
-            ``patient_id``, ``view``, ``mask`` and any others.
+        manifest: CSV, TSV (.tsv, .tab) or Parquet, in UTF-8, with the columns ``case_id`` and ``path`` and optionally
+            ``patient_id``, ``view``, ``mask`` and any others; or such a table as a frame, such as this returns.
 
     Returns:
         Columns ``case_id``, ``patient_id`` (the case where none is given), ``view`` (``image`` where not given),
         ``path`` and ``mask`` (absolute; null where there is none), then the others as they are; all text, in the
-        order of the file. Relative paths start at the manifest's folder; spaces around the five are dropped.
+        order of the file. Relative paths start at the manifest's folder, those of a frame at the current one; spaces
+        around the five are dropped.
 
     Raises:
         ManifestError: the file cannot be read; a column is missing or doubled; no row; an empty case or path; a line
             break or other control character in a name, or a slash or comma in a view; the same view of a case twice;
             a case with two patients.
     """
-    path = Path(path)
-    frame = _read_table(path)
+    path, frame = _open_table(manifest, "manifest")
     _require_columns(path, frame, ("case_id", "path"))
     frame = _as_text(path, frame, [name for name in MANIFEST_COLUMNS if name in frame.columns])
     frame = frame.with_columns(pl.lit(None, pl.String).alias(name) for name in MANIFEST_COLUMNS if name not in frame)
     others = [name for name in frame.columns if name not in MANIFEST_COLUMNS]
-    frame = frame.select(*MANIFEST_COLUMNS, pl.col(others).cast(pl.String)).with_columns(
+    frame = frame.select(*MANIFEST_COLUMNS, *(_cast_text(path, frame, name) for name in others)).with_columns(
         pl.col("patient_id")
         .fill_null(pl.col("patient_id").drop_nulls().first().over("case_id"))
         .fill_null(pl.col("case_id")),
@@ -60,7 +60,7 @@ def read_manifest(path: Path | str) -> pl.DataFrame:
     _refuse_rows(path, frame, pl.col("view").str.contains("[/,]"), "view holds a slash or a comma", "rename the view")
     _refuse_repeats(path, frame, ("case_id", "view"), "give each image of a case a view of its own")
     _refuse_split_patients(path, frame)
-    folder = path.absolute().parent
+    folder = Path.cwd() if isinstance(manifest, pl.DataFrame) else Path(manifest).absolute().parent
 
     def absolute(text: str) -> str:
         return os.path.normpath(folder / text)
@@ -68,11 +68,11 @@ def read_manifest(path: Path | str) -> pl.DataFrame:
     return frame.with_columns(pl.col("path", "mask").map_elements(absolute, pl.String, skip_nulls=True))
 
 
-def read_labels(path: Path | str) -> pl.DataFrame:
+def read_labels(labels: Path | str | pl.DataFrame) -> pl.DataFrame:
     """Reads a table with one row per case, any column of which can be a target.
 
     Args:
-        path: CSV, TSV (.tsv, .tab) or Parquet, in UTF-8, with the column ``case_id``.
+        labels: CSV, TSV (.tsv, .tab) or Parquet, in UTF-8, with the column ``case_id``; or such a table as a frame.
 
     Returns:
         ``case_id`` (and ``patient_id``, where given) as text. Of the other columns, those whose values are all numbers
@@ -82,8 +82,7 @@ def read_labels(path: Path | str) -> pl.DataFrame:
         ManifestError: the file cannot be read; no column ``case_id``, a column twice, no row; an empty case; a case
             twice; an infinite number.
     """
-    path = Path(path)
-    frame = _read_table(path)
+    path, frame = _open_table(labels, "labels")
     _require_columns(path, frame, ("case_id",))
     frame = _as_text(path, frame, [name for name in ("case_id", "patient_id") if name in frame.columns])
     _refuse_rows(path, frame, pl.col("case_id").is_null(), "case_id is empty", "fill it in")
@@ -153,6 +152,15 @@ def _table_kind(path: Path) -> str:
     return kind
 
 
+def _open_table(table: Path | str | pl.DataFrame, what: str) -> tuple[str, pl.DataFrame]:
+    """How messages call a table, and the table as it stands."""
+    if not isinstance(table, pl.DataFrame):
+        return str(Path(table)), _read_table(Path(table))
+    if table.is_empty():
+        raise ManifestError(f"the {what}: has no rows, expected one per image or case; fill the table")
+    return f"the {what}", table
+
+
 def _read_table(path: Path) -> pl.DataFrame:
     """A table as it stands, its column names stripped; the cells of a text table are all text."""
     kind = _table_kind(path)
@@ -189,7 +197,7 @@ def _take_names(path: Path, frame: pl.DataFrame) -> pl.DataFrame:
     return frame[1:].filter(~blank).rename(dict(zip(frame.columns, names, strict=True)))
 
 
-def _require_columns(path: Path, frame: pl.DataFrame, wanted: Sequence[str]) -> None:
+def _require_columns(path: Path | str, frame: pl.DataFrame, wanted: Sequence[str]) -> None:
     missing = [name for name in wanted if name not in frame.columns]
     if missing:
         hint = "; the columns must be separated by commas" if any(";" in name for name in frame.columns) else ""
@@ -198,7 +206,7 @@ def _require_columns(path: Path, frame: pl.DataFrame, wanted: Sequence[str]) -> 
         )
 
 
-def _as_text(path: Path, frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+def _as_text(path: Path | str, frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     """The named columns as text without surrounding spaces, empty cells as null."""
     for name in names:
         dtype = frame.schema[name]
@@ -207,6 +215,13 @@ def _as_text(path: Path, frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFr
     text = [pl.col(name).cast(pl.String).str.strip_chars() for name in names]
     frame = frame.with_columns(text)
     return frame.with_columns(pl.when(pl.col(name) != "").then(pl.col(name)).alias(name) for name in names)
+
+
+def _cast_text(path: Path | str, frame: pl.DataFrame, name: str) -> pl.Series:
+    """A column that nobody here reads, as text."""
+    if frame.schema[name].is_nested() or frame.schema[name] in (pl.Binary, pl.Object):
+        raise ManifestError(f"{path}: column {name} is of type {frame.schema[name]}, expected text; leave it out")
+    return frame[name].cast(pl.String)
 
 
 def _as_values(column: pl.Series) -> pl.Series:
@@ -224,14 +239,14 @@ def _as_values(column: pl.Series) -> pl.Series:
     return column
 
 
-def _refuse_rows(path: Path, frame: pl.DataFrame, wrong: pl.Expr, problem: str, remedy: str) -> None:
+def _refuse_rows(path: Path | str, frame: pl.DataFrame, wrong: pl.Expr, problem: str, remedy: str) -> None:
     """Rows are counted from 1 below the column names."""
     rows = (frame.select(wrong.fill_null(value=False)).to_series().arg_true() + 1).to_list()
     if rows:
         raise ManifestError(f"{path}: {problem} in {_name_rows(rows)}; {remedy}")
 
 
-def _refuse_repeats(path: Path, frame: pl.DataFrame, keys: Sequence[str], remedy: str) -> None:
+def _refuse_repeats(path: Path | str, frame: pl.DataFrame, keys: Sequence[str], remedy: str) -> None:
     numbered = frame.with_row_index("row", offset=1).group_by(keys, maintain_order=True).agg("row")
     repeated = numbered.filter(pl.col("row").list.len() > 1)
     if not repeated.is_empty():
@@ -241,7 +256,7 @@ def _refuse_repeats(path: Path, frame: pl.DataFrame, keys: Sequence[str], remedy
         raise ManifestError(f"{path}: {name} appears in {_name_rows(first['row'])}{more}; {remedy}")
 
 
-def _refuse_split_patients(path: Path, frame: pl.DataFrame) -> None:
+def _refuse_split_patients(path: Path | str, frame: pl.DataFrame) -> None:
     patients = frame.group_by("case_id", maintain_order=True).agg(pl.col("patient_id").unique(maintain_order=True))
     split = patients.filter(pl.col("patient_id").list.len() > 1)
     if not split.is_empty():

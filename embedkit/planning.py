@@ -30,6 +30,7 @@ DEFAULT_WINDOW = "percentile:0.5:99.5"
 COMPILED = "+compile"
 """Ends the precision of a recipe whose backbone was compiled: another order of rounding."""
 
+_MOST_SLICES, _MOST_WORKERS = 65_536, 1_024
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTOCAST_DTYPES = _PRECISIONS | {f"{name}{COMPILED}": dtype for name, dtype in _PRECISIONS.items()}
 
@@ -57,10 +58,15 @@ def require_counts(batch_size: int, workers: int) -> None:
     """Checks the options that count things.
 
     Raises:
-        OptionError: one of them is below 1.
+        OptionError: one of them is below 1, or more than any machine takes.
     """
     if batch_size < 1 or workers < 1:
         raise OptionError(f"batch_size is {batch_size} and workers is {workers}, expected at least 1 of each")
+    if batch_size > _MOST_SLICES or workers > _MOST_WORKERS:
+        raise OptionError(
+            f"batch_size is {batch_size} and workers is {workers}, expected at most {_MOST_SLICES:,} slices and"
+            f" {_MOST_WORKERS} cases read ahead, which memory must hold"
+        )
 
 
 def make_recipe(

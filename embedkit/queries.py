@@ -287,7 +287,7 @@ def read_manifest_queries(
         SearchError: it has a view that the index does not know.
         RecipeError: ``weights`` are not those of the index's recipe.
     """
-    cases = group_cases(manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest))
+    cases = group_cases(read_manifest(manifest))
     _require_known_views(index, cases)
     backbone = load_query_backbone(index, weights=weights, device=device)
     with tempfile.TemporaryDirectory(prefix="embedkit-queries-") as folder:

@@ -130,7 +130,13 @@ def search(
 def _search_vector(index: Index, vector: FloatArray, options: _Ranking) -> pl.DataFrame:
     if options.by_slices or index.level == "slice":
         raise SearchError("a vector has no slices to rank by: search by case or volume, or by the vector alone")
-    return index.search(np.asarray(vector, np.float32)[None], options.k, where=options.where).drop("query")
+    given = np.asarray(vector)
+    if given.dtype.kind not in "fiu" or given.ndim != 1:
+        raise SearchError(
+            f"the query vector is {given.dtype} of shape {list(given.shape)}, expected {index.dim} numbers in a row;"
+            f" make it with the index's embedding, {index.embedding}"
+        )
+    return index.search(given[None], options.k, where=options.where).drop("query")
 
 
 def _read_case(index: Index, source: Cache | None, case_id: str, region: Region | None) -> Query:
@@ -183,7 +189,7 @@ def _rank(index: Index, source: Cache | None, query: Query, options: _Ranking) -
         return found
     scores = _score(index, source, query, found["case_id"].to_list(), options)
     ranked = found.rename({"rank": "recall_rank"}).with_columns(similarity=pl.Series(scores))
-    ranked = ranked.sort("similarity", descending=True, maintain_order=True).head(options.k)
+    ranked = ranked.sort("similarity", descending=True, maintain_order=True).head(min(options.k, len(ranked)))
     return ranked.select(
         pl.int_range(1, pl.len() + 1).alias("rank"),
         "case_id",

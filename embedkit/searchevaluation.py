@@ -115,13 +115,14 @@ def evaluate_search(
         OptionError: an option that means nothing.
     """
     opened = index if isinstance(index, Index) else open_index(index)
-    if not k or min(k) < 1 or resamples < 0:
+    if not k or min(k) < 1 or candidates < 1 or resamples < 0 or seed < 0:
         raise OptionError(
-            f"k is {list(k)} and resamples {resamples}; expected some k of at least 1, resamples 0 or more"
+            f"k is {', '.join(map(str, k)) or 'empty'}, candidates {candidates}, resamples {resamples}, seed {seed};"
+            " expected some k and candidates of at least 1, resamples and seed of 0 or more"
         )
     groups = None if by is None else _name_groups(opened, by)
     queries = _list_queries(opened, relevant, where, exclude_same)
-    depth = max(_DEPTH, *k)
+    depth = max(_DEPTH, *(min(each, len(opened)) for each in k))
     found = search_each(
         opened,
         opened.cases["case_id"].gather(queries.own).to_list(),

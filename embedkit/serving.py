@@ -47,8 +47,8 @@ def serve(
         on_ready: Called with the page's address, which holds the token that lets one in.
 
     Raises:
-        OptionError: starlette or uvicorn is not installed, the port is taken or not allowed, or an option means
-            nothing.
+        OptionError: starlette or uvicorn is not installed, the port is taken or not allowed, the weights are no file,
+            the device cannot be used, or an option means nothing.
         CacheError, SearchError, RunError, RecipeError, ManifestError: as `embedkit.cohort.open_cohort`.
         KeyboardInterrupt: it was interrupted, and has ended in good order.
     """
@@ -63,10 +63,14 @@ def serve(
             f"the explore page needs {error.name}, which is not installed; pip install 'embedkit[serve]'"
         ) from error
     from embedkit.cohort import open_cohort
+    from embedkit.planning import choose_device
     from embedkit.queryjob import QueryDesk
 
     if upload_limit_bytes < 1:
         raise OptionError(f"the limit of uploads is {upload_limit_bytes} bytes, expected 1 or more")
+    if weights is not None and not Path(weights).is_file():
+        raise OptionError(f"weights {weights} are no file; give the one that extract was given, or leave --weights out")
+    choose_device(device)  # what cannot be used is told now, not by the first upload
     cohort = open_cohort(cache, index, runs, labels=labels)
     token = secrets.token_urlsafe(24)
     with (

@@ -123,7 +123,7 @@ def test_verify_passes_a_whole_cache_and_names_a_damaged_file(
     (tmp_path / "packed.h5").write_bytes(content)
     done = program("verify", tmp_path / "packed.h5")
     assert done.returncode == 1
-    assert "packed.h5" in done.stderr and "damaged" in done.stderr
+    assert "packed.h5" in done.stderr and "damaged; if it is a packed cache, restore a copy or pack it" in done.stderr
     (damage,) = json.loads(call("verify", tmp_path / "packed.h5", "--json", code=1))["damages"]
     assert damage["file"] == str(tmp_path / "packed.h5") and damage["problem"]
 

@@ -143,6 +143,12 @@ def test_a_dry_run_reads_well(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--batch-size", "0"], "batch_size is 0 and workers is 2, expected at least 1 of each"),
+        (
+            ["--batch-size", "9" * 20],
+            "expected at most 65,536 slices and 1024 cases read ahead, which memory must hold",
+        ),
+        (["--workers", "1025"], "batch_size is 32 and workers is 1025, expected at most 65,536 slices"),
+        (["--image-size", "99999984"], "image size 99999984 is beyond 4096 px, the most that is taken"),
         (["--part", ""], "part is '', expected i/n"),
         (["--engine", "ray"], "a dry run tells of this machine alone; leave --engine out"),
         (["--shard-size", "junk"], "size 'junk' means nothing"),

@@ -696,6 +696,10 @@ def test_a_port_that_is_taken_or_does_not_exist_is_explained(explored: Explored)
             serve(explored.cache, explored.index, port=port)
     with pytest.raises(OptionError, match="port 70000 does not exist"):
         serve(explored.cache, explored.index, port=70_000)
+    with pytest.raises(OptionError, match=r"weights nowhere.pt are no file; give the one that extract was given"):
+        serve(explored.cache, explored.index, weights="nowhere.pt")
+    with pytest.raises(OptionError, match="device 'abacus' cannot be used here"):
+        serve(explored.cache, explored.index, device="abacus")
     with pytest.raises(OptionError, match="limit of uploads is 0 bytes"):
         serve(explored.cache, explored.index, upload_limit_bytes=0)
 

@@ -30,6 +30,41 @@ def save(path: Path, text: str | bytes) -> Path:
 # ---- the manifest ----
 
 
+def test_a_frame_is_read_as_a_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    frame = pl.DataFrame({"case_id": [7, 8], "path": ["a.nii", "/data/b.nii"], "site": ["x", None]})
+    read = read_manifest(frame)
+    assert read.rows() == [
+        ("7", "7", "image", str(tmp_path / "a.nii"), None, "x"),
+        ("8", "8", "image", "/data/b.nii", None, None),
+    ]
+    assert read_manifest(read).equals(read)
+    assert read_labels(pl.DataFrame({"case_id": ["a"], "age": [" 3 "]})).rows() == [("a", 3)]
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (pl.DataFrame({"case_id": ["a"]}), "the manifest: lacks the column path; found case_id; add or rename it"),
+        (pl.DataFrame({"case_id": [], "path": []}), "the manifest: has no rows, expected one per image or case"),
+        (pl.DataFrame({"case_id": [1.5], "path": ["x"]}), "the manifest: column case_id is of type Float64"),
+        (pl.DataFrame({"case_id": ["a"], "path": [None]}), "the manifest: path is empty in row 1; fill it in"),
+        (
+            pl.DataFrame({"case_id": ["a"], "path": ["x"], "z": [[1, 2]]}),
+            r"column z is of type List\(Int64\), expected text; leave it out",
+        ),
+    ],
+)
+def test_a_frame_that_is_no_manifest_is_refused(frame: pl.DataFrame, message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(frame)
+
+
+def test_labels_without_cases_are_refused() -> None:
+    with pytest.raises(ManifestError, match="the labels: lacks the column case_id; found age"):
+        read_labels(pl.DataFrame({"age": [3]}))
+
+
 def test_a_manifest_of_two_columns_is_filled_up(tmp_path: Path) -> None:
     frame = read_manifest(save(tmp_path / "cases.csv", "case_id,path\n007,scans/a.nii\n8,/data/b.nii\n9,../c.nii\n"))
     assert frame.columns == ["case_id", "patient_id", "view", "path", "mask"]

@@ -13,7 +13,7 @@ from embedkit.cli.main import app
 from typer.testing import CliRunner
 
 import embedkit
-from embedkit.errors import EmbedkitError, ExtractionError, SearchError
+from embedkit.errors import EmbedkitError, ExtractionError, ManifestError, SearchError
 
 if TYPE_CHECKING:
     from conftest import Explored
@@ -61,6 +61,24 @@ def test_what_is_no_vector_of_the_index_is_refused(explored: Explored, tmp_path:
     np.save(tmp_path / "short.npy", np.ones(3, np.float32))
     with pytest.raises(SearchError, match=r"query vectors have shape \[1, 3\], index .* holds vectors of length"):
         call("search", explored.index, "--vector", tmp_path / "short.npy")
+    for wrong, what in (
+        (np.ones((2, 3)), r"float64 of shape \[2, 3\]"),
+        (np.ones(3, complex), "complex128"),
+        (np.array(["a"]), "<U1"),
+        (np.ones(3, "M8[s]"), r"datetime64\[s\]"),
+    ):
+        np.save(tmp_path / "wrong.npy", wrong)
+        with pytest.raises(
+            SearchError, match=f"the query vector is {what}.* numbers in a row; make it with the index's"
+        ):
+            call("search", explored.index, "--vector", tmp_path / "wrong.npy")
+    for value in (1e38, 1e300):  # the first too long for float32 as a whole, the second in each place
+        np.save(tmp_path / "huge.npy", np.full(embedkit.open_index(explored.index).dim, value))
+        with pytest.raises(SearchError, match=r"query 0 is not finite \(NaN or too large\)"):
+            call("search", explored.index, "--vector", tmp_path / "huge.npy")
+    np.savez(tmp_path / "several.npz", a=np.ones(3))
+    with pytest.raises(SearchError, match=r"several.npz is no readable .npy array"):
+        call("search", explored.index, "--vector", tmp_path / "several.npz")
     np.save(tmp_path / "good.npy", embedkit.open_index(explored.index).read_vectors()[0])
     with pytest.raises(SearchError, match="a vector has no slices to rank by"):
         call("search", explored.index, "--vector", tmp_path / "good.npy", "--rerank", "ordered")
@@ -99,6 +117,63 @@ def test_a_view_that_the_index_does_not_know_is_named(explored: Explored, asked:
     asked.drop("view").write_csv(tmp_path / "new.csv")
     with pytest.raises(SearchError, match=r"the manifest has view image, but index .* knows ct; name the views in its"):
         embedkit.search_manifest(explored.index, tmp_path / "new.csv")
+
+
+def test_a_frame_is_a_manifest_as_a_file_is(explored: Explored, asked: pl.DataFrame) -> None:
+    whole = embedkit.search_manifest(explored.index, asked.with_columns(patient_id=pl.lit(None, pl.String)), k=2)
+    assert embedkit.search_manifest(explored.index, asked, k=2).equals(whole)
+    with pytest.raises(SearchError, match="the manifest has view image, but index"):
+        embedkit.search_manifest(explored.index, asked.drop("view"))
+    with pytest.raises(ManifestError, match="the manifest: lacks the column path; found case_id, view"):
+        embedkit.search_manifest(explored.index, asked.drop("path"))
+
+
+def test_more_cases_than_there_are_may_be_asked_for(explored: Explored) -> None:
+    cases = embedkit.open_index(explored.index).cases
+    count, case = len(cases), cases["case_id"][3]
+    for rerank in ("none", "ordered"):
+        assert len(ask(explored.index, "--case", case, "-k", "9" * 22, "--rerank", rerank)) == count - 1
+    found = embedkit.search(explored.index, case_id=case, k=10**22, exclude_same="patient_id", rerank="none")
+    assert len(found) == (cases["patient_id"] != cases["patient_id"][3]).sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--case", "a", "--view", "ct"], "only a new image has a view and needs a backbone; leave out --view"),
+        (["--case", "a", "--weights", "w.pt"], "only a new image has a view and needs a backbone; leave out --weights"),
+        (["--manifest", "m.csv", "--view", "ct"], "a manifest names the views itself; leave out --view"),
+        (["--case", "a", "--pairs", "-1"], "-1 pairs are none; give 0 or more"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(explored: Explored, options: list[str], message: str) -> None:
+    assert message in refused(explored.index, *options)
+
+
+def test_a_filter_that_fails_is_told_in_short_and_without_the_columns_of_the_inside(explored: Explored) -> None:
+    case = embedkit.open_index(explored.index).cases["case_id"][3]
+    with pytest.raises(SearchError, match=r'unable to find column "xx+\.\.\.\)') as long:
+        call("search", explored.index, "--case", case, "--where", "x" * 5000)
+    assert len(str(long.value)) < 1000
+    with pytest.raises(SearchError, match=r'valid columns: \["case_id"'):
+        call("search", explored.index, "--case", case, "--where", "nowhere = 1")
+
+
+def test_an_index_that_exists_takes_no_options_of_a_new_one(explored: Explored) -> None:
+    def told(*options: str) -> str:
+        arguments = ("index", explored.cache, "-o", explored.index, *options)
+        return " ".join(call(*arguments, code=2)[1].replace("│", " ").split())
+
+    for options, message in (
+        (
+            ("--add", "--embedding", "mean:cls", "--kind", "flat"),
+            "keeps how it was made; leave out --embedding, --kind",
+        ),
+        (("--remove", "a", "--whiten", "8"), "keeps how it was made; leave out --whiten"),
+        (("--remove", "a", "--labels", "l.csv"), "are withdrawn with all that is known of them; leave out --labels"),
+        (("--remove", " , "), "' , ' names no case; give ID,ID,..."),
+    ):
+        assert message in told(*options)
 
 
 def test_a_manifest_is_asked_for_alone(explored: Explored, tmp_path: Path) -> None:

@@ -162,8 +162,8 @@ def test_what_cannot_be_judged_is_refused(index: Index) -> None:
     ):
         with pytest.raises(SearchError, match=message):
             judge(index, **options)
-    for options in ({"k": ()}, {"k": (0, 1)}, {"resamples": -1}):
-        with pytest.raises(OptionError, match="expected some k of at least 1, resamples 0 or more"):
+    for options in ({"k": ()}, {"k": (0, 1)}, {"resamples": -1}, {"candidates": 0}, {"seed": -1}):
+        with pytest.raises(OptionError, match="expected some k and candidates of at least 1, resamples and seed of 0"):
             judge(index, **options)
     with pytest.raises(OptionError, match="rerank 'best' is unknown"):
         judge(index, rerank="best")
