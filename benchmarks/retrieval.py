@@ -12,9 +12,10 @@ fewer per axis, and compares by cosine after centring; `whitened` as embedkit wh
 fitted on all cases without labels, in all lines of the tables.
 
 The honest choice splits the patients in two halves, at random, once per seed. Level and rerank are chosen on the first
-half alone (most often right at place 1, of equals the first listed), all that is fitted is fitted there; the other half
-are the queries among all cases. Pixels go through the same. Each query's scores are averaged over the seeds that it was
-judged in.
+half alone: most often right at place 1, of equals by the mean reciprocal rank, then by that of the level's vectors
+alone, which tells how many of the right cases they recall where there are more cases than are ranked again. All that is
+fitted is fitted there; the other half are the queries among all cases. Pixels go through the same. Each query's scores
+are averaged over the seeds that it was judged in.
 
 Caches stay in --cache-dir, so that a second call resumes. The last line is `ratio N.NN`: top-1 of the honest choice
 over that of the better pixels, other side of the hippocampus.
@@ -358,9 +359,12 @@ def choose(
         tried = []
         for place, level in enumerate(list_levels(backbone)):
             index = build(cache, Path(folder) / str(place), backbone, level, labels=labels, cases=half)
-            for rerank in RERANKS:
-                scores = judge(index, truth, rerank)
-                tried.append((scores["top-1"].value, scores["MRR"].value, -len(tried), level, rerank, index))
+            found = {rerank: judge(index, truth, rerank) for rerank in RERANKS}
+            recall = found["none"]["MRR"].value
+            tried += [
+                (scores["top-1"].value, scores["MRR"].value, recall, level, rerank, index)
+                for rerank, scores in found.items()
+            ]
         *_, level, rerank, index = max(tried, key=lambda each: each[:3])
         whole, _ = add_cases(index, labels=labels)
         return level, rerank, leave_out(list_firsts(whole, truth, rerank), half)
