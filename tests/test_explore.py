@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -280,6 +282,25 @@ def test_a_cache_without_previews_says_so(explored: Explored, desk: QueryDesk, t
     assert ask(page, "/api/neighbours", case="phantom_001")["neighbours"][0]["thumbnail"] is None
     refused = page.get("/api/preview", params={"case": "phantom_001", "view": "ct/axial"})
     assert refused.status_code == 404 and "extract with --preview" in refused.json()["error"]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_cache_that_goes_or_changes_while_it_is_served_is_named(
+    explored: Explored, desk: QueryDesk, tmp_path: Path, gone: bool
+) -> None:
+    for name in ("cache", "index"):
+        shutil.copytree(getattr(explored, name), tmp_path / name)
+    cohort = open_cohort(tmp_path / "cache", tmp_path / "index")
+    cohort.cache.close()  # whatever is mapped already stays readable
+    page = TestClient(make_app(cohort, desk, token=TOKEN), base_url=ORIGIN)
+    page.get("/", params={"token": TOKEN})
+    for shard in (tmp_path / "cache" / "shards").iterdir():
+        shard.unlink() if gone else shard.write_bytes(shard.read_bytes()[:-1])
+    shutil.rmtree(tmp_path / "index")
+    assert len(ask(page, "/api/cohort")["cases"]) == 12  # the table of cases was read at the start
+    told = ask(page, "/api/compare", 400, case="phantom_001", **{"with": "phantom_002"})["error"]
+    expected = "cannot map shard: .*: No such file" if gone else "changed since the cache was opened: it has"
+    assert re.search(expected, told) and ".h5" in told
 
 
 def test_neighbours_are_those_of_search(client: TestClient, explored: Explored) -> None:
