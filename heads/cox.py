@@ -10,35 +10,18 @@ batch's part of it. The level of the logit means nothing: the baseline hazard of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-
-from embedkit.bags import Bag, BagShape
-from embedkit.plugins import HeadOutput, SliceOrder
-from embedkit.trunks import build_trunk
+from embedkit.trunks import TrunkHead
 
 __all__ = ["CoxHead"]
 
 
-class CoxHead(nn.Module):
+class CoxHead(TrunkHead):
     """Log hazard from a trunk, learned by the Cox partial likelihood over whole risk sets."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
-    fit_by: ClassVar[str] = "gradient"
+    owner: ClassVar[str] = "cox"
     kinds: ClassVar[frozenset[str]] = frozenset({"survival"})
     likelihood: ClassVar[str] = "cox"
-    has_trunk: ClassVar[bool] = True
-    slice_order: ClassVar[SliceOrder] = "free"  # of its default trunk
     fit_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 1024, "epochs": 100, "patience": 40}
-
-    def __init__(self, shape: BagShape, token_sets: Sequence[str], outputs: int, *, trunk: str = "abmil") -> None:
-        super().__init__()
-        self.trunk = build_trunk("cox", trunk, shape, token_sets, outputs)
-        if hasattr(self.trunk, "evidence"):
-            self.evidence: Callable[[Bag, int], Tensor] = self.trunk.evidence  # type: ignore[assignment]
-
-    def forward(self, bag: Bag) -> HeadOutput:
-        output: HeadOutput = self.trunk(bag)
-        return output

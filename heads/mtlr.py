@@ -9,35 +9,16 @@ decay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor, nn
-
-from embedkit.bags import Bag, BagShape
-from embedkit.plugins import HeadOutput, SliceOrder
-from embedkit.trunks import build_trunk
+from embedkit.trunks import TrunkHead
 
 __all__ = ["MtlrHead"]
 
 
-class MtlrHead(nn.Module):
+class MtlrHead(TrunkHead):
     """Survival curve from a trunk, learned by the censored likelihood of multi-task logistic regression."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
-    fit_by: ClassVar[str] = "gradient"
+    owner: ClassVar[str] = "mtlr"
     kinds: ClassVar[frozenset[str]] = frozenset({"survival"})
     likelihood: ClassVar[str] = "mtlr"
-    has_trunk: ClassVar[bool] = True
-    slice_order: ClassVar[SliceOrder] = "free"  # of its default trunk
-    fit_defaults: ClassVar[Mapping[str, Any]] = {}
-
-    def __init__(self, shape: BagShape, token_sets: Sequence[str], outputs: int, *, trunk: str = "abmil") -> None:
-        super().__init__()
-        self.trunk = build_trunk("mtlr", trunk, shape, token_sets, outputs)
-        if hasattr(self.trunk, "evidence"):
-            self.evidence: Callable[[Bag, int], Tensor] = self.trunk.evidence  # type: ignore[assignment]
-
-    def forward(self, bag: Bag) -> HeadOutput:
-        output: HeadOutput = self.trunk(bag)
-        return output
