@@ -16,14 +16,15 @@ import polars as pl
 
 from embedkit.benchtable import Score, rank_methods, tabulate_scores
 from embedkit.cache import Cache, open_cache
-from embedkit.errors import HeadError, SearchError, SuiteError, TaskError
+from embedkit.errors import DifferentRunError, HeadError, SearchError, SuiteError, TaskError
 from embedkit.extraction import extract
 from embedkit.headplans import BASELINES
 from embedkit.metrics import HIGHER_IS_BETTER
 from embedkit.plugins import learned_kinds
 from embedkit.runs import Run
 from embedkit.suitedata import SuiteTables, read_tables, require_columns
-from embedkit.suitefile import Suite, SuiteBackbone, SuiteTask, read_suite
+from embedkit.suiteentries import SuiteBackbone, SuiteTask
+from embedkit.suitefile import Suite, read_suite
 from embedkit.suitereader import choose_nearest
 from embedkit.suitesearch import judge_search
 from embedkit.suitestate import SuiteState, open_state
@@ -249,6 +250,10 @@ class _Work:
             for target in targets:
                 self.train(cache, options, [task for task in tasks if task.target == target], backbone)
             return
+        except DifferentRunError as error:
+            raise SuiteError(
+                f"{error.difference}; choose another --out, or remove the folder of that run, which is then made anew"
+            ) from error
         for task in tasks:
             runs = [run for run in trained.runs if run.record.target == task.target]
             self.scores += [_score_run(task, backbone.name, run) for run in runs]

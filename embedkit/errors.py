@@ -11,6 +11,7 @@
     ├── TaskError               a target cannot be learned as it stands (constant, one-member class, no label)
     ├── HeadError               unknown head, duplicate name, head that cannot read the tokens asked for
     ├── RunError                a run folder is incomplete or does not fit the cache
+    │   └── DifferentRunError   a run that is to be kept is another than the training would make
     ├── SuiteError              a suite of tasks is unreadable, contradicts itself, or is not the one of its results
     ├── SearchError             an index is damaged, does not fit, or a query or filter is wrong
     └── RequestError            what the explore page asks for is not there, is too large, or must wait its turn
@@ -23,6 +24,7 @@ from typing import Literal
 __all__ = [
     "BackboneError",
     "CacheError",
+    "DifferentRunError",
     "EmbedkitError",
     "ExtractionError",
     "HeadError",
@@ -80,6 +82,18 @@ class HeadError(EmbedkitError):
 
 class RunError(EmbedkitError):
     """A run folder is incomplete or does not fit the cache."""
+
+
+class DifferentRunError(RunError):
+    """A run that is there already is another than the training would make.
+
+    Attributes:
+        difference: What differs, without the ways out.
+    """
+
+    def __init__(self, difference: str, ways_out: str) -> None:
+        super().__init__(f"{difference}; {ways_out}")
+        self.difference = difference
 
 
 class SuiteError(EmbedkitError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from embedkit.errors import RunError
+from embedkit.errors import DifferentRunError
 from embedkit.runfolder import read_run
 
 __all__ = ["is_finished"]
@@ -26,7 +26,8 @@ def is_finished(path: Path, fields: Mapping[str, Any], tested: pl.DataFrame) -> 
         tested: case_id, fold and target of its predictions.
 
     Raises:
-        RunError: a run is there that is damaged or differs; the message names what differs.
+        RunError: a run is there that is damaged.
+        DifferentRunError: a run is there that differs; the message names what.
     """
     if not path.exists():
         return False
@@ -34,12 +35,12 @@ def is_finished(path: Path, fields: Mapping[str, Any], tested: pl.DataFrame) -> 
     record = {name: getattr(found.record, name) for name in fields}
     for name, wanted in _plain(fields).items():
         if (there := _plain(record)[name]) != wanted:
-            raise RunError(
-                f"run {path} was trained with {name} {_shorten(there)}, but this training asks for {_shorten(wanted)};"
-                f" {_WAYS_OUT}"
-            )
+            difference = f"was trained with {name} {_shorten(there)}, but this training asks for {_shorten(wanted)}"
+            raise DifferentRunError(f"run {path} {difference}", _WAYS_OUT)
     if not found.predictions.select(tested.columns).equals(tested):
-        raise RunError(f"run {path} was trained on other cases, labels or folds than this training has; {_WAYS_OUT}")
+        raise DifferentRunError(
+            f"run {path} was trained on other cases, labels or folds than this training has", _WAYS_OUT
+        )
     return True
 
 

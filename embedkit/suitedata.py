@@ -11,7 +11,7 @@ from embedkit.errors import SuiteError
 from embedkit.manifest import read_labels, read_manifest
 from embedkit.medmnistfiles import unpack_medmnist
 from embedkit.scanning import scan_folder
-from embedkit.suitefile import SuiteDataset, SuiteTask
+from embedkit.suiteentries import SuiteDataset, SuiteTask
 from embedkit.suitereader import choose_nearest
 
 __all__ = ["SuiteTables", "read_tables", "require_columns"]

@@ -17,7 +17,8 @@ from embedkit.cache import Cache
 from embedkit.errors import SuiteError
 from embedkit.indexbuilding import build_index
 from embedkit.searchevaluation import evaluate_search
-from embedkit.suitefile import Suite, SuiteTask
+from embedkit.suiteentries import SuiteTask
+from embedkit.suitefile import Suite
 from embedkit.suitestate import write_json
 
 __all__ = ["judge_search"]

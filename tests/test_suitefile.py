@@ -92,8 +92,10 @@ def test_suites_that_come_along_are_read_by_name_and_need_data(tmp_path: Path) -
         assert read_suite(name, data=tmp_path).name == name
     with pytest.raises(SuiteError, match="say where they are with --data"):
         read_suite("real")
-    with pytest.raises(SuiteError, match="no suite 'reel'; did you mean real"):
+    with pytest.raises(SuiteError, match=r"^no file that ends in \.toml, and no suite 'reel'; did you mean real\?$"):
         read_suite("reel")
+    with pytest.raises(SuiteError, match=r"and no suite 'zzzz'; expected one of medmnist3d, real"):
+        read_suite("zzzz")
 
 
 def test_the_suite_of_real_scans_has_twelve_tasks_of_three_sorts(tmp_path: Path) -> None:
