@@ -23,11 +23,12 @@ from embedkit.fitting import FitReport, fit_closed_form
 from embedkit.foldjobs import FoldedTask, FoldJob, make_job, rank
 from embedkit.gradientfits import GradientFitter
 from embedkit.headplans import HeadPlan
+from embedkit.losses import TaskLoss
 from embedkit.members import Member
 from embedkit.preparation import Preparation
 from embedkit.sweeps import Candidate
 
-__all__ = ["CrossFit", "InnerScores", "cross_fit"]
+__all__ = ["CrossFit", "InnerScores", "cross_fit", "isolated_generators", "score_logits"]
 
 OnFold = Callable[[HeadPlan, FoldedTask, int], None]
 
@@ -111,7 +112,7 @@ def cross_fit(
         if on_fold is not None:
             on_fold(job.plan, job.target, job.fold)
 
-    with _isolated_generators(device):
+    with isolated_generators(device):
         fitter.fit(gradient, on_done=tell)
         for each in jobs:
             for job in each:
@@ -145,11 +146,9 @@ def _fit_closed_form(preparation: Preparation, job: FoldJob) -> None:
 
 def _inner_loss(job: FoldJob, report: FitReport) -> float:
     """Mean over the inner splits of the loss on the cases held out."""
-    pairs = zip(job.splits, report.inner, strict=True)
+    pairs, judge = zip(job.splits, report.inner, strict=True), cast(TaskLoss, job.loss).judge
     return float(
-        np.mean(
-            [float(job.loss.judge(logits.float(), torch.from_numpy(np.flatnonzero(held)))) for held, logits in pairs]
-        )
+        np.mean([float(judge(logits.float(), torch.from_numpy(np.flatnonzero(held)))) for held, logits in pairs])
     )
 
 
@@ -177,10 +176,10 @@ def _collect(
     for job, found in zip(jobs, answers, strict=True):
         members = [member for member, _ in job.fitted]
         scores[target.find_repeat(job.fold), job.tested] = np.mean(
-            [_score(*pair) for pair in zip(members, found, strict=True)], axis=0
+            [score_logits(*pair) for pair in zip(members, found, strict=True)], axis=0
         )
         inner += [
-            InnerScores(job.fold, split, np.flatnonzero(held), _score(members[0], logits))
+            InnerScores(job.fold, split, np.flatnonzero(held), score_logits(members[0], logits))
             for split, (held, logits) in enumerate(zip(job.splits, job.fitted[0][1].inner, strict=True))
         ]
     fitted = [(job.fold, member, report) for job in jobs for member, report in job.fitted]
@@ -197,14 +196,14 @@ def _collect(
     )
 
 
-def _score(member: Member, logits: Tensor) -> NDArray[np.float64]:
+def score_logits(member: Member, logits: Tensor) -> NDArray[np.float64]:
     """Scores [cases columns] of logits [cases outputs]."""
     scores: NDArray[np.float64] = member.scores(logits).reshape(len(logits), -1).double().cpu().numpy()
     return scores
 
 
 @contextmanager
-def _isolated_generators(device: torch.device) -> Iterator[None]:
+def isolated_generators(device: torch.device) -> Iterator[None]:
     """Lets torch's generators be seeded for a while; afterwards they are as they were."""
     cuda = device.type == "cuda"
     devices = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []

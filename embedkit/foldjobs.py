@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,13 @@ from numpy.typing import NDArray
 from embedkit.bags import TokenSource, bag_shape
 from embedkit.fitting import FitReport
 from embedkit.headplans import HeadPlan
-from embedkit.losses import TaskLoss
+from embedkit.jointlosses import JointLoss
+from embedkit.jointtasks import JointTask
+from embedkit.losses import FitLoss, TaskLoss
 from embedkit.members import Member, build_member
 from embedkit.plugins import survival_likelihood
 from embedkit.sweeps import Candidate
-from embedkit.tasks import Task, inner_split
+from embedkit.tasks import Task, TaskKind, inner_split
 
 __all__ = ["FoldJob", "FoldedTask", "make_job", "rank"]
 
@@ -64,7 +67,7 @@ class FoldJob:
         fold: Its cases are tested, the others train.
         seed: Of weights and splits.
         splits: Each bool [cases], training cases held out to choose by.
-        loss: Of the task on all training cases.
+        loss: Of the task on all training cases; of a joint task that of its targets together.
         fitted: The members and how their fits went.
     """
 
@@ -73,7 +76,7 @@ class FoldJob:
     fold: int
     seed: int
     splits: tuple[NDArray[np.bool_], ...]
-    loss: TaskLoss
+    loss: FitLoss
     fitted: list[tuple[Member, FitReport]] = field(default_factory=list)
 
     @property
@@ -119,18 +122,33 @@ def make_job(
         inner_split(task, training, fraction=plan.fit.holdout, seed=seed + number)
         for number in range(several if plan.by_gradient else _CLOSED_FORM_SPLITS)
     )
-    on = device if plan.by_gradient else "cpu"
-    loss = TaskLoss(
-        task.kind,
-        task.targets,
+    on = device if plan.by_gradient else torch.device("cpu")
+    return FoldJob(plan, target, fold, seed, splits, _make_loss(plan, task, training, on))
+
+
+def _make_loss(plan: HeadPlan, task: Task, training: NDArray[np.bool_], device: torch.device) -> FitLoss:
+    if isinstance(task, JointTask):
+        parts = [
+            _make_task_loss(plan, part.kind, task.spread(place, part.targets), training & has, device)
+            for place, (part, has) in enumerate(zip(task.parts, task.labelled.T, strict=True))
+        ]
+        return JointLoss(parts, task.columns, task.labelled, training)
+    return _make_task_loss(plan, task.kind, task.targets, training, device)
+
+
+def _make_task_loss(
+    plan: HeadPlan, kind: TaskKind, targets: NDArray[Any], training: NDArray[np.bool_], device: torch.device
+) -> TaskLoss:
+    return TaskLoss(
+        kind,
+        targets,
         training,
         class_weights=plan.fit.class_weights,
         likelihood=survival_likelihood(plan.head),
         gamma=plan.fit.gamma if plan.fit.loss == "focal" else 0.0,
         balanced=plan.fit.sampling == "balanced",
-        device=on,
+        device=device,
     )
-    return FoldJob(plan, target, fold, seed, splits, loss)
 
 
 def rank(losses: Sequence[float]) -> tuple[tuple[int, float], ...]:

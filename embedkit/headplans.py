@@ -14,7 +14,7 @@ from embedkit.errors import CacheError, HeadError
 from embedkit.fitting import FitOptions
 from embedkit.losses import count_outputs
 from embedkit.members import build_member, complete_options
-from embedkit.plugins import choose_token_set, learned_kinds, list_heads, load_head, survival_likelihood
+from embedkit.plugins import choose_token_set, is_joint, learned_kinds, list_heads, load_head, survival_likelihood
 from embedkit.recipe import TokenSet
 from embedkit.sweeps import Candidate, list_candidates, require_sweep
 from embedkit.targets import KINDS
@@ -95,15 +95,17 @@ def plan_heads(
         )
     plans = []
     for name in names:
-        sets = _choose(cache, name, token_sets, required=heads is not None and name in heads)
+        options = complete_options(name, head_options.get(name, {}))
+        reader = str(options.get("trunk", name))
+        sets = _choose(cache, name, token_sets, reader=reader, required=heads is not None and name in heads)
         if not sets:
             continue
-        options = complete_options(name, head_options.get(name, {}))
         with torch.random.fork_rng(devices=[]):
             kind = next(kind for kind in KINDS if kind in learned_kinds(name))
-            build_member(name, bag_shape(cache, sets), outputs=1, kind=kind, options=options, times=(1.0,))
-        defaults = getattr(load_head(name), "fit_defaults", {})
-        base = Candidate(sets, options, FitOptions().replace(**{**defaults, **fit_options}))
+            width, tried = (2, options | {"widths": (1, 1)}) if is_joint(name) else (1, options)
+            build_member(name, bag_shape(cache, sets), outputs=width, kind=kind, options=tried, times=(1.0,))
+        defaults = [getattr(load_head(each), "fit_defaults", {}) for each in (reader, name)]
+        base = Candidate(sets, options, FitOptions().replace(**{**defaults[0], **defaults[1], **fit_options}))
         candidates: tuple[Candidate, ...] = (base,)
         if sweep is not None:
             readings = _list_readings(cache, name, sets, fixed=token_sets is not None)
@@ -144,8 +146,11 @@ def _unfit(name: str, task: Task) -> HeadError:
     )
 
 
-def _choose(cache: Cache, name: str, token_sets: TokenChoice, *, required: bool) -> tuple[str, ...]:
-    """What one head reads; nothing for a head that was not asked for by name and can read nothing here."""
+def _choose(cache: Cache, name: str, token_sets: TokenChoice, *, reader: str, required: bool) -> tuple[str, ...]:
+    """What one head reads; nothing for a head that was not asked for by name and can read nothing here.
+
+    ``reader`` is the head whose preference counts: the trunk of one that has a trunk.
+    """
     reads = load_head(name).reads
     given = token_sets.get(name) if isinstance(token_sets, Mapping) else token_sets
     if given is not None:
@@ -156,7 +161,7 @@ def _choose(cache: Cache, name: str, token_sets: TokenChoice, *, required: bool)
     available = [TokenSet.parse(text) for text in cache.token_sets]
     if not required and not any(found.kind in reads for found in available):
         return ()
-    return (str(choose_token_set(name, available)),)
+    return (str(choose_token_set(reader, available)),)
 
 
 def _list_readings(cache: Cache, name: str, sets: tuple[str, ...], *, fixed: bool) -> list[tuple[str, ...]]:

@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embedkit.curves import choose_edges, count_edges, interval_logits
 from embedkit.targets import TaskKind
 
-__all__ = ["StackedLoss", "TaskLoss", "count_outputs", "target_unit"]
+__all__ = ["FitLoss", "StackedFitLoss", "StackedLoss", "TaskLoss", "count_outputs", "target_unit"]
+
+
+class StackedFitLoss(Protocol):
+    """Losses of several fits taken at once, as `StackedLoss`."""
+
+    @property
+    def kind(self) -> str: ...
+    def each(
+        self, logits: Tensor, cases: Tensor, rows: Sequence[int] | None = None, *, real: Tensor | None = None
+    ) -> Tensor: ...
+    def total(
+        self, logits: Tensor, cases: Tensor, rows: Sequence[int], head: nn.Module, leaves: Mapping[str, Tensor]
+    ) -> Tensor: ...
+
+
+class FitLoss(Protocol):
+    """What a fit by gradient descends on: `TaskLoss`, or several of them as `embedkit.jointlosses.JointLoss`."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def unit(self) -> tuple[float, float]: ...
+    @property
+    def weights(self) -> Tensor | None: ...
+    @property
+    def judge(self) -> FitLoss: ...
+    def stack(self, losses: Sequence[Any]) -> StackedFitLoss: ...
 
 
 class TaskLoss:
@@ -76,6 +103,10 @@ class TaskLoss:
             self.judge.judge, self.judge.gamma = self.judge, 0.0
         if balanced:
             self.weights = None
+
+    def stack(self, losses: Sequence[Any]) -> StackedLoss:
+        """Those of several fits of one kind, taken at once."""
+        return StackedLoss(losses)
 
     def __call__(self, logits: Tensor, cases: Tensor) -> Tensor:
         """Mean loss of logits [batch outputs] for cases [batch]."""
@@ -159,6 +190,25 @@ class StackedLoss:
         axes = (0, 0, None if self._same or weights is None else 0)
         found: Tensor = torch.vmap(self._first.compare, in_dims=axes)(logits, truth, weights)
         return found
+
+    def total(
+        self,
+        logits: Tensor,
+        cases: Tensor,
+        rows: Sequence[int],
+        head: nn.Module,  # noqa: ARG002 - for losses that the head weighs
+        leaves: Mapping[str, Tensor],  # noqa: ARG002
+    ) -> Tensor:
+        """What is descended on: the mean over the batch, summed over fits.
+
+        Args:
+            logits: [fits batch outputs].
+            cases: [fits batch].
+            rows: Which fits these are.
+            head: Of the fits.
+            leaves: Its parameters, each [fits ...].
+        """
+        return self.each(logits, cases, rows).mean(1).sum()
 
     def _each_alone(self, logits: Tensor, truth: Tensor, real: Tensor) -> Tensor:
         """Fit after fit, since each sorts its own cases by time; padding has loss 0."""

@@ -27,6 +27,10 @@ where it says in ``one_by_one`` why that is better. A head that first pools its 
 sum to one over what they pool, since it is done on raw tokens, once per training, and dependent on ``token_sets``
 alone, not on options. See `embedkit.pooling.pool_bag`.
 
+A head with ``joint = True`` learns several targets at once: it is built for the logits of all side by side, with their
+names and the number of each one's logits as options ``targets`` and ``widths``, and has ``combine(losses, chance,
+leaves)``, see `embedkit.jointlosses`. For one of them it is built with its place among them as option ``place``.
+
 A head with options that name files may have ``resolve_options(options)``, a class method that puts what they hold in
 their place before training, so that a run needs no other file. A head may have ``evidence(bag, output) -> [batch views
 slices patches]``, what each token adds to a logit: heatmaps come from there. A head that learns masks gives
@@ -39,6 +43,7 @@ Built-in heads come through the same door as everyone's::
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import importlib.metadata
@@ -65,6 +70,7 @@ __all__ = [
     "check_output",
     "choose_token_set",
     "create_head",
+    "is_joint",
     "learned_kinds",
     "learns_masks",
     "list_heads",
@@ -104,6 +110,12 @@ class HeadOutput:
     mask_logits: Tensor | None = None
     embedding: Tensor | None = None
     auxiliary_logits: Tensor | None = None
+
+    def select(self, outputs: slice) -> HeadOutput:
+        """The same answer with some of the outputs alone."""
+        auxiliary = self.auxiliary_logits
+        chosen = None if auxiliary is None else auxiliary[:, outputs]
+        return dataclasses.replace(self, logits=self.logits[:, outputs], auxiliary_logits=chosen)
 
 
 class Head(Protocol):
@@ -196,6 +208,15 @@ def learned_kinds(name: str) -> frozenset[str]:
     """
     kinds: frozenset[str] = getattr(load_head(name), "kinds", _EVERY_KIND - {"survival"})
     return kinds
+
+
+def is_joint(name: str) -> bool:
+    """Whether a head learns several targets at once.
+
+    Raises:
+        HeadError: as `load_head`.
+    """
+    return bool(getattr(load_head(name), "joint", False))
 
 
 def learns_masks(name: str) -> bool:

@@ -28,7 +28,7 @@ from embedkit.bags import Bag
 from embedkit.batching import Deck
 from embedkit.descent import StackedAdamW, one_cycle
 from embedkit.fitting import FitOptions
-from embedkit.losses import StackedLoss, TaskLoss
+from embedkit.losses import FitLoss
 from embedkit.masklosses import mask_losses
 from embedkit.plugins import HeadOutput
 from embedkit.standardisation import Standardiser
@@ -70,7 +70,7 @@ class Fit:
     how: FitOptions
     store: TokenStore
     standardiser: Standardiser
-    loss: TaskLoss
+    loss: FitLoss
     deck: Deck
     key: Hashable
     training: NDArray[np.bool_]
@@ -220,8 +220,8 @@ class Stack:
     def _arrange(self) -> None:
         """What follows from which fits there are."""
         if self.fits:
-            self._loss = StackedLoss([fit.loss for fit in self.fits])
-            self._judge = StackedLoss([fit.loss.judge for fit in self.fits])
+            self._loss = self.fits[0].loss.stack([fit.loss for fit in self.fits])
+            self._judge = self.fits[0].loss.judge.stack([fit.loss.judge for fit in self.fits])
         self._sharing: dict[Hashable, list[int]] = {}
         for row, fit in enumerate(self.fits):
             self._sharing.setdefault((fit.noise, fit.key), []).append(row)
@@ -283,7 +283,7 @@ class Stack:
         answers = self._answer(call, leaves)
         cases = torch.from_numpy(call.cases).to(self.store.device).expand(len(call.rows), -1)
         of_masks = answers.pop("mask_losses", torch.zeros(1, 1)).mean(1).sum()
-        losses = [self._loss.each(answer.float(), cases, call.rows).mean(1).sum() for answer in answers.values()]
+        losses = [self._loss.total(answer.float(), cases, call.rows, self.head, leaves) for answer in answers.values()]
         loss = torch.stack(losses).mean() + self.fits[0].how.mask_weight * of_masks
         parameters = list(leaves.values())
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embedkit.losses import StackedLoss
+from embedkit.losses import StackedFitLoss
 
-__all__ = ["Watch"]
+__all__ = ["SHARPNESS", "Watch"]
 
-_SHARPNESS = torch.logspace(-1.5, 0.5, 21)  # has 1 among its values
+SHARPNESS = torch.logspace(-1.5, 0.5, 21)  # has 1 among its values
 
 
 class Watch:
@@ -45,7 +45,7 @@ class Watch:
         self._judged = torch.zeros(fits, dtype=torch.bool, device=cases.device)
         self._seen = 0
 
-    def judge(self, logits: Tensor, loss: StackedLoss, more: Tensor | None = None) -> Tensor:
+    def judge(self, logits: Tensor, loss: StackedFitLoss, more: Tensor | None = None) -> Tensor:
         """Takes held-out logits [fits held outputs] after an epoch; tells which fits [fits] should go on.
 
         ``more`` [fits held] is added to the losses of the cases.
@@ -53,7 +53,7 @@ class Watch:
         self._seen += 1
         if self.logits.shape != logits.shape:
             self.logits = torch.zeros_like(logits)
-        factors = (torch.ones(1) if loss.kind == "regression" else _SHARPNESS).to(logits.device)
+        factors = (torch.ones(1) if loss.kind == "regression" else SHARPNESS).to(logits.device)
         losses = loss.each(logits[:, None] * factors[:, None, None], self.cases, real=self.real)
         losses = losses if more is None else losses + more[:, None]
         means = self._mean(losses)

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from embedkit.answers import score_array, score_columns
 from embedkit.cache import Cache, open_cache
-from embedkit.crossfitting import CrossFit, InnerScores, cross_fit
+from embedkit.crossfitting import CrossFit, InnerScores
 from embedkit.errors import OptionError
 from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, match_heads, plan_heads
+from embedkit.jointfitting import cross_fit_all, deal_jointly
 from embedkit.manifest import read_labels
 from embedkit.members import count_parameters
 from embedkit.metrics import compute_metrics
@@ -182,20 +183,27 @@ def train(
     plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {}, sweep=sweep, seed=seed)
     folders = _plan_folders(Path(out), names, plans, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
-    prepared = []
-    for name in names:
-        means = _task_options(name, kind=kind, classes=classes, event=event, times=times)
-        task, report = make_task(table, name, usable, **means)
+    made = [
+        make_task(table, name, usable, **_task_options(name, kind=kind, classes=classes, event=event, times=times))
+        for name in names
+    ]
+    tasks = [task for task, _ in made]
+    case_ids = sorted({case for task in tasks for case in task.case_ids})
+    _check_imbalance(plans, tasks)
+    matched = match_heads(plans, tasks, heads)
+
+    def deal(task: Task) -> FoldedTask:
         if split is not None:
-            dealt = folds_from_column(task, table, split)[None]
-        elif group_by is not None:
-            dealt = folds_from_groups(task, table, group_by)[None]
-        else:
-            dealt = repeat_folds(task, folds, repeats=repeats, seed=seed)
-        prepared.append(_Target(FoldedTask(task, dealt), split or group_by or folds, report, blank))
-    case_ids = sorted({case for target in prepared for case in target.task.case_ids})
-    _check_imbalance(plans, [target.task for target in prepared])
-    matched = match_heads(plans, [target.task for target in prepared], heads)
+            return FoldedTask(task, folds_from_column(task, table, split)[None])
+        if group_by is not None:
+            return FoldedTask(task, folds_from_groups(task, table, group_by)[None])
+        return FoldedTask(task, repeat_folds(task, folds, repeats=repeats, seed=seed))
+
+    joint = deal_jointly(matched, tasks, deal)
+    prepared = [
+        _Target(joint.parts.get(task.name) or deal(task), split or group_by or folds, report, blank)
+        for task, report in made
+    ]
     fit_count = sum(len(target.folded.tested) * len(matched[target.task.name]) for target in prepared)
     supervision.measure(plans, case_ids)
     account = _Account(fit_count, on_progress)
@@ -209,7 +217,7 @@ def train(
         or not _is_done(
             folders[target.task.name, plan.head],
             source,
-            plan,
+            joint.place(plan, target.task),
             target,
             given={**given, "masks": supervision.count(plan, target.task)},
             seeds=seeds,
@@ -223,11 +231,12 @@ def train(
         started = time.perf_counter()
         wanted = [(plan, target) for plan, target in pending if plan in together]
         fits = [(plan, target.folded) for plan, target in wanted]
-        found = cross_fit(cast(Preparation, preparation), fits, seed=seed, seeds=seeds, on_fold=account.after_fold)
+        how: dict[str, Any] = {"seed": seed, "seeds": seeds, "on_fold": account.after_fold}
+        found = cross_fit_all(cast(Preparation, preparation), fits, joint, **how)
         seconds = (time.perf_counter() - started) / len(wanted)
         for (plan, target), fitted in zip(wanted, found, strict=True):
-            how: dict[str, Any] = {"sweep": sweep, "seed": seed, "seconds": seconds, "resamples": resamples}
-            record = _make_record(source, plan, target, fitted, **how)
+            told: dict[str, Any] = {"sweep": sweep, "seed": seed, "seconds": seconds, "resamples": resamples}
+            record = _make_record(source, joint.place(plan, target.task), target, fitted, **told)
             record = supervision.tell(record, plan, target.folded, fitted, resamples=resamples)
             scored, inner = _tabulate_scores(target, fitted.scores), _tabulate_inner(target.task, fitted.inner)
             folder = folders[target.task.name, plan.head]

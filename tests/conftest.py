@@ -14,6 +14,8 @@ import pytest
 
 from embedkit.answers import score_columns
 from embedkit.bags import BagShape
+from embedkit.cache import Cache, StackTokens, open_cache
+from embedkit.folder import create_cache, write_shard
 from embedkit.recipe import Recipe
 from embedkit.runfolder import RunRecord
 from embedkit.runs import Run
@@ -74,6 +76,29 @@ def _make_run(
         members=({"fold": 0}, {"fold": 1}), fit_options={}, folds=2, seed=0, parameters=1, seconds=0.0,
     )  # fmt: skip
     return Run(Path(f"runs/{record.name}"), record, table, table.clear() if inner is None else inner, ())
+
+
+@pytest.fixture(scope="session")
+def cache_tokens() -> Callable[..., Cache]:
+    """Makes a cache of given class tokens: see `_cache_tokens`."""
+    return _cache_tokens
+
+
+def _cache_tokens(folder: Path, tokens: dict[str, np.ndarray], patients: dict[str, str], name: str = "tiny") -> Cache:
+    """Cases with one axial view each; ``tokens`` are case -> [slices dim]."""
+    recipe = Recipe(name, "builtin:1", ("cls:2",), 32, (0.5,), (0.5,), preview=0)
+    create_cache(folder, recipe)
+    stacks = [
+        StackTokens(
+            case_id=case, patient_id=patients[case], view="t1", plane="axial", sources=("t1",),
+            indices=np.arange(len(values), dtype=np.int32), positions_mm=np.arange(len(values), dtype=np.float32),
+            blank=np.zeros(len(values), bool), plane_shape=(8, 8), box=(0, 0, 8, 8), source_shape=(len(values), 8, 8),
+            source_affine=np.eye(4), source_bytes=1, source_digest=case, tokens={"cls:2": values.astype(np.float16)},
+        )
+        for case, values in tokens.items()
+    ]  # fmt: skip
+    write_shard(folder, recipe, stacks)
+    return open_cache(folder)
 
 
 @dataclass(frozen=True)

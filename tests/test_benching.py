@@ -119,7 +119,7 @@ def test_a_second_call_repeats_nothing_and_gives_the_same(
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("done again")
 
-    monkeypatch.setattr("embedkit.training.cross_fit", refuse)
+    monkeypatch.setattr("embedkit.training.cross_fit_all", refuse)
     monkeypatch.setattr("embedkit.suitesearch.evaluate_search", refuse)
     again = bench(work / "suite.toml", work / "out", device="cpu")
     assert again.table.equals(found.table)
@@ -137,6 +137,53 @@ def test_a_suite_that_changed_is_refused_by_the_key_that_did(work: Path, found: 
         changed.write_text(SUITE.replace(old, new))
         with pytest.raises(SuiteError, match=message):
             bench(changed, work / "out", device="cpu")
+
+
+def test_a_run_that_differs_is_refused_without_options_that_bench_lacks(
+    work: Path, found: Bench, tmp_path: Path
+) -> None:
+    shutil.copytree(work / "out", tmp_path / "out")
+    rows = pl.read_csv(work / "labels.csv").with_columns(kind=pl.Series(["plain", "striped"] * 5 + ["plain", "plain"]))
+    shutil.copytree(work, tmp_path / "work", ignore=shutil.ignore_patterns("out"))
+    rows.write_csv(tmp_path / "work" / "labels.csv")
+    message = (
+        r"kind\.logistic was trained on other cases, labels or folds than .* has; choose another --out, or remove the"
+    )
+    with pytest.raises(SuiteError, match=message) as raised:
+        bench(tmp_path / "work" / "suite.toml", tmp_path / "out", device="cpu", tasks=["kind"])
+    assert "--overwrite" not in str(raised.value) and "--resume" not in str(raised.value)
+
+
+def test_ctrl_c_in_a_suite_exits_130_and_the_next_run_goes_on(
+    work: Path, found: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedkit import benching
+
+    train, calls = benching.train, []
+
+    def stop_at_the_second(*args: Any, **options: Any) -> Any:
+        calls.append(options["targets"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*args, **options)
+
+    monkeypatch.setattr(benching, "train", stop_at_the_second)
+    arguments = ["embedkit", "bench", str(work / "suite.toml"), "-o", str(tmp_path), "--device", "cpu", "--json"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--task", "kind", "--task", "size"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert "what is finished is kept, and the same command goes on" in capsys.readouterr().err
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
+    assert sorted(path.parent.name for path in kept) == ["kind.linear", "kind.logistic", "kind.raptor"]
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    said = json.loads(capsys.readouterr().out)
+    whole = {(each.task, each.head): each.value for each in found.scores}
+    for each in said["scores"]:
+        assert each["value"] == pytest.approx(whole[each["task"], each["head"]])
 
 
 def test_a_survival_task_is_scored_by_its_c_index(work: Path, found: Bench) -> None:
