@@ -139,7 +139,8 @@ def print_clicks(cache: Cache, manifest: pl.DataFrame, options: argparse.Namespa
     for count in CLICKS:
         found[count] = score_voxels(run, cache, manifest, clicks=count, seed=options.seed)
         print(f"| lgg, {count} clicks | Dice on voxels {describe_interval(found[count])} |", flush=True)
-    print(f"ratio {found[1].value / found[0].value:.2f}")
+    plain = found[0].value or float("nan")  # a few epochs find nothing
+    print(f"ratio {found[1].value / plain:.2f}")
 
 
 def score_voxels(run: Run, cache: Cache, manifest: pl.DataFrame, *, clicks: int, seed: int) -> Interval:

@@ -369,7 +369,8 @@ def _answers(output: HeadOutput, bag: Bag) -> dict[str, Tensor]:
     if output.auxiliary_logits is not None:
         answers["auxiliary_logits"] = output.auxiliary_logits
     if output.mask_logits is not None and bag.cover is not None:
-        answers["mask_losses"] = mask_losses(output.mask_logits, bag.cover)
+        seen = bag.cover.masked_fill(~bag.mask[..., None], torch.nan)  # a view may be hidden in training
+        answers["mask_losses"] = mask_losses(output.mask_logits, seen)
     return answers
 
 

@@ -95,7 +95,7 @@ class SegmentHead(nn.Module):
         features = (order.transpose(2, 3) @ volume.flatten(3)).unflatten(3, volume.shape[3:])
         mask_logits = self.cover(features)[..., 0]
         if self.prompt is not None:
-            clicks = self._practise(cast(Tensor, bag.cover)) if bag.clicks is None else bag.clicks
+            clicks = self._practise(cast(Tensor, bag.cover), bag.mask) if bag.clicks is None else bag.clicks
             mask_logits = mask_logits + self.prompt(features, self._places(bag), bag.mask, clicks, self.most)
         return dataclasses.replace(output, mask_logits=mask_logits)
 
@@ -105,12 +105,12 @@ class SegmentHead(nn.Module):
         maps = pooled.flatten(0, 1).transpose(1, 2).unflatten(2, self.grid)
         return F.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2).unflatten(0, pooled.shape[:2])
 
-    def _practise(self, cover: Tensor) -> Tensor:
+    def _practise(self, cover: Tensor, mask: Tensor) -> Tensor:
         """Clicks as a user would set them, on patches drawn by how far the mask covers them; none in half of the steps.
 
         One draw holds for all fits that are trained together. Outside training there are none.
         """
-        known = torch.where(cover.isfinite(), cover, 0.0)
+        known = torch.where(cover.isfinite() & mask[..., None], cover, 0.0)
         if not self.training:
             return torch.zeros_like(known)
         noise = -torch.rand(known.shape[1:], device=known.device).clamp(min=1e-9).log()

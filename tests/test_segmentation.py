@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import embedkit
-from embedkit.bags import bag_shape
+from embedkit.bags import BagShape, bag_shape
 from embedkit.cache import open_cache
 from embedkit.covers import Masks, read_stack_mask
 from embedkit.errors import HeadError, ManifestError, OptionError, RunError, VolumeError
@@ -358,3 +358,18 @@ def test_the_command_writes_masks_and_tells_their_volume(work: Path, trained: Ru
     assert done.exit_code == 0 and '"volume_ml"' in done.output
     done = CliRunner().invoke(app, [*arguments, "--click", "12,10"])
     assert done.exit_code == 2 and "has 2 numbers, expected three" in done.output
+
+
+def test_practice_clicks_lie_on_the_mask_alone_and_never_more_than_asked_for() -> None:
+    shape = BagShape({"patch@2:1": (4, 6)}, {"patch@2:1": (2, 2)}, ("a/axial",))
+    head = cast(Any, create_head("segment", shape, ["patch@2:1"], 1, options={"clicks": 2})).train()
+    cover = torch.tensor([[0.0, 0.5, 0.2, 0.0], [1.0, 0.0, 0.0, math.nan], [0.9, 0.9, 0.9, 0.9]]).expand(1, 1, 3, 4)
+    mask = torch.tensor([True, True, False]).expand(1, 1, 3)
+    counts = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        clicks = head._practise(cover, mask)
+        counts.add(int(clicks.sum()))
+        assert ((cover.nan_to_num() > 0) & mask[..., None])[clicks > 0].all()
+    assert counts == {0, 1, 2}
+    assert head.eval()._practise(cover, mask).sum() == 0
