@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from embedkit.bags import bag_shape
@@ -111,9 +112,15 @@ class Supervision:
         scores = score_masks(self.source, target, by_fold, self.covers).mean(0)
         dice = mean_interval(scores, target.task.patient_ids, resamples=resamples, seed=record.seed)
         strangers = {"with_masks_but_not_cached": list(self._masks.strangers)} if self._masks.strangers else {}
+        found = np.isfinite(dice.value)
+        note = (
+            f"Dice of {plan.head} is unknown: none of its masks covers half of a patch on the grid of"
+            f" {', '.join(plan.candidates[0].token_sets)}; a finer one (extract --tokens patch) would tell"
+        )
         return dataclasses.replace(
             record,
             masks=self.count(plan, target.task),
-            metrics=record.metrics | {"dice": dice},
+            metrics=record.metrics | ({"dice": dice} if found else {}),
             cases=record.cases | strangers,
+            notes=record.notes + (() if found else (note,)),
         )

@@ -188,6 +188,24 @@ def test_masks_are_learned_beside_the_label_and_told_in_the_record(trained: Run)
     assert record.fit_options["mask_weight"] == 1.0 and record.parameters < 1_000_000
 
 
+def test_masks_too_small_for_the_grid_give_no_dice_but_a_note(work: Path, tmp_path: Path) -> None:
+    coarse = {"backbone": "embedkit/scattering", "tokens": ["cls", "patch@2"], "image_size": 64}
+    embedkit.extract(work / "cases.csv", tmp_path / "cache", **coarse)
+    how = {"heads": ["segment"], "fit_options": {"epochs": 1}, "folds": 2, "resamples": 20, "targets": ["bright"]}
+    (run,) = (
+        each
+        for each in embedkit.train(
+            tmp_path / "cache", work / "labels.csv", masks=work / "cases.csv", out=tmp_path / "runs", **how
+        ).runs
+        if each.head == "segment"
+    )
+    record = open_run(run.path).record
+    assert "dice" not in record.metrics
+    assert any(
+        "none of its masks covers half of a patch on the grid of patch@2:2; a finer" in each for each in record.notes
+    )
+
+
 @pytest.mark.parametrize("case", ["c00", "c01", "c02", "c07"])
 def test_a_predicted_mask_lies_over_the_true_one_in_the_source_geometry(
     work: Path, trained: Run, case: str, tmp_path: Path
