@@ -45,7 +45,11 @@ def train_command(
         list[str] | None, typer.Option(help="HEAD.NAME=VALUE, an option of a head, as grid.width=32; again for more.")
     ] = None,
     tokens: Annotated[
-        str, typer.Option(help="Token sets to train on, as cls:12 or patch@4:8; default: the head's own choice.")
+        str,
+        typer.Option(
+            help="Token sets that a head reads together, as patch@4:4,patch@4:8; default: the head's own choice of one."
+            " With --sweep each is tried alone as well."
+        ),
     ] = "",
     kind: Annotated[
         str | None, typer.Option(help="binary, multiclass, multilabel, regression or survival; default: inferred.")

@@ -6,6 +6,7 @@ same for any number of processes: float16 as views that nobody copies, int8 rest
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import mmap
@@ -195,6 +196,26 @@ class Cache:
     def finished(self) -> set[tuple[str, str, str, str]]:
         """(case_id, view, plane, source_digest) of every stack: what a resumed extraction need not do again."""
         return set(self.stacks.select(*STACK_KEY, "source_digest").iter_rows())
+
+    def only_views(self, views: Sequence[str]) -> Self:
+        """The same cache with the stacks of some views alone, which keep their numbers.
+
+        Args:
+            views: Each ``flair``, all planes of a view, or ``flair/axial``.
+
+        Raises:
+            CacheError: none of that name, or none at all was given.
+        """
+        names = pl.concat_str("view", "plane", separator="/")
+        held = self.stacks.select(pl.col("view").alias("name")).vstack(self.stacks.select(names.alias("name")))
+        if not views or (unknown := sorted(set(views) - set(held["name"]))):
+            raise CacheError(
+                f"cache {self.path} has no view {', '.join(unknown) if views else ''}; it holds"
+                f" {', '.join(self.stacks.select(names).to_series().unique().sort())}. Choose some of these"
+            )
+        chosen = copy.copy(self)
+        chosen.stacks = self.stacks.filter(pl.col("view").is_in(views) | names.is_in(views))
+        return chosen
 
     def close(self) -> None:
         """Lets go of the memory maps; arrays already given out stay valid, and reading maps anew."""

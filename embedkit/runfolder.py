@@ -56,8 +56,8 @@ class RunRecord:
         shape: Of the bags: token sets, grids and views.
         recipe: Of the cache.
         metrics: Out of fold, pooled.
-        members: Of each: its fold, how many cases that tested, the token sets that it reads, all options of its head
-            and how its fit went.
+        members: Of each: its fold, how many cases that tested, the token sets that it reads, all options of its head,
+            how its fit went and, where it mixes layers, how heavy each is to it (``layer_weights``).
         fit_options: Of a fit by gradient.
         folds: Number of folds, or the column that they came from.
         seed: Of folds, weights and batches.

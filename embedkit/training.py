@@ -24,8 +24,9 @@ from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, match_heads, plan_heads
 from embedkit.jointfitting import cross_fit_all, deal_jointly
+from embedkit.layers import layer_weights
 from embedkit.manifest import read_labels
-from embedkit.members import count_parameters
+from embedkit.members import Member, count_parameters
 from embedkit.metrics import compute_metrics
 from embedkit.planning import choose_device
 from embedkit.plugins import list_heads
@@ -402,8 +403,8 @@ def _make_record(
         times=task.times,
         metrics=compute_metrics(task.kind, task.targets[tested], scores, patients, **judged),
         members=tuple(
-            _describe_member(plan, int((target.folds == fold).sum()), fold, report)
-            for fold, report in zip(fitted.folds, fitted.reports, strict=True)
+            _describe_member(plan, int((target.folds == fold).sum()), fold, report, member)
+            for fold, report, member in zip(fitted.folds, fitted.reports, fitted.members, strict=True)
         ),
         fit_options=_fit_options(plan, plan.candidates[0]),
         folds=target.split,
@@ -422,11 +423,11 @@ def _make_record(
             "without_usable_slice": list(target.blank),
         },
         sweep=_describe_sweep(plan, sweep),
-        notes=(*_notes(plan, fitted.shape.views), *fitted.notes),
+        notes=(*_notes(plan, fitted.shape.views), *_tell_layers(plan, fitted.members), *fitted.notes),
     )
 
 
-def _describe_member(plan: HeadPlan, tested: int, fold: int, report: FitReport) -> dict[str, Any]:
+def _describe_member(plan: HeadPlan, tested: int, fold: int, report: FitReport, member: Member) -> dict[str, Any]:
     candidate = plan.candidates[report.candidate]
     described = {
         "fold": fold,
@@ -437,6 +438,8 @@ def _describe_member(plan: HeadPlan, tested: int, fold: int, report: FitReport) 
         "held_out_loss": report.held_out_loss,
         "choices": report.choices,
     }
+    if weights := layer_weights(member.head):
+        described["layer_weights"] = {name: round(weight, 4) for name, weight in weights.items()}
     return described | ({"candidate": report.candidate, "ranking": report.ranking} if report.ranking else {})
 
 
@@ -479,6 +482,19 @@ def _notes(plan: HeadPlan, views: Sequence[str]) -> tuple[str, ...]:
     elif any(found.grid is not None for found in kinds):
         notes.append(f"Raptor is defined on the full patch grid; here it read {', '.join(plan.token_sets)}")
     return tuple(notes)
+
+
+def _tell_layers(plan: HeadPlan, members: Sequence[Member]) -> tuple[str, ...]:
+    """How heavy each layer is to the members that mix some, and between which bounds."""
+    found: dict[str, list[float]] = {}
+    for member in members:
+        for name, weight in layer_weights(member.head).items():
+            found.setdefault(name, []).append(weight)
+    if not found:
+        return ()
+    told = sorted(found, key=lambda name: -float(np.mean(found[name])))
+    shares = [f"{name} {np.mean(found[name]):.2f} [{min(found[name]):.2f}, {max(found[name]):.2f}]" for name in told]
+    return (f"{plan.head} weighs its layers {', '.join(shares)}: mean and range over its members",)
 
 
 def _tabulate_scores(target: _Target, scores: NDArray[np.float64]) -> pl.DataFrame:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from embedkit.attention import order_slices
 from embedkit.bags import Bag, BagShape
+from embedkit.layers import first_linear
 from embedkit.places import ChannelDropout, small_linear
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import join_tokens, joined_size, masked_max, masked_mean
@@ -46,10 +47,10 @@ class ConvHead(nn.Module):
     ) -> None:
         super().__init__()
         self.token_sets = tuple(token_sets)
-        patches, dim = joined_size(shape, token_sets)
+        patches, _ = joined_size(shape, token_sets)
         self.grid = next((grid for grid in shape.grids.values() if grid[0] * grid[1] == patches), (1, patches))
         self.dropout = ChannelDropout(dropout)
-        self.project = nn.Linear(dim, width)
+        self.project = first_linear(shape, token_sets, width)
         self.blocks = nn.ModuleList(ConvBlock(width) for _ in range(depth))
         self.classify = small_linear(len(shape.views) * patches * 2 * width, outputs)
 

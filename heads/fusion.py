@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embedkit.bags import Bag, BagShape
+from embedkit.layers import first_linear
 from embedkit.places import ChannelDropout, small_linear
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import join_tokens, joined_size, masked_mean, masked_softmax
@@ -46,10 +47,10 @@ class FusionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.token_sets = tuple(token_sets)
-        patches, dim = joined_size(shape, token_sets)
+        patches, _ = joined_size(shape, token_sets)
         views = len(shape.views)
         self.dropout = ChannelDropout(dropout)
-        self.project = nn.Linear(dim, width)
+        self.project = first_linear(shape, token_sets, width)
         self.compare = nn.Linear(width, attention_width)
         self.context = nn.Linear(width, attention_width, bias=False)
         self.score = nn.Parameter(torch.empty(views, attention_width).normal_(std=attention_width**-0.5))

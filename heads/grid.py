@@ -7,16 +7,19 @@ tens to hundreds of cases: whole channels are dropped, and the last layer starts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
+from embedkit.layers import ViewLinear, first_linear
 from embedkit.places import ChannelDropout, small_linear
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
-from embedkit.pooling import join_tokens, joined_size, masked_max, masked_mean
+from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_max, masked_mean
+from embedkit.viewfusion import merge_views, require_way
 
 __all__ = ["GridHead"]
 
@@ -39,43 +42,66 @@ class GridHead(nn.Module):
         hidden: int = 64,
         width: int = 24,
         dropout: float = 0.3,
+        views: str = "joint",
     ) -> None:
+        """Takes, of its own options, ``views``: ``joint`` (shared network, a weight for every place of every view),
+        or ``late`` or ``early``, see `embedkit.viewfusion`.
+        """
         super().__init__()
+        require_way("grid", views, ("joint", "late", "early"))
         self.token_sets = tuple(token_sets)
-        patches, dim = joined_size(shape, token_sets)
+        self.views = views
+        patches, _ = joined_size(shape, token_sets)
+        late, count = views == "late", len(shape.views)
         self.network = nn.Sequential(
             ChannelDropout(dropout),
-            nn.Linear(dim, hidden),
+            first_linear(shape, token_sets, hidden, per_view=late),
             nn.GELU(),
             ChannelDropout(dropout),
-            nn.Linear(hidden, width),
+            ViewLinear(hidden, width, views=count) if late else nn.Linear(hidden, width),
         )
         self.dropout = ChannelDropout(dropout)
-        self.places = (len(shape.views), patches, 2, width)
-        self.classify = small_linear(len(shape.views) * patches * 2 * width, outputs)
+        self.places = (count if views == "joint" else 1, patches, 2, width)
+        self.fuse = ViewQuery(patches * 2 * width, count) if late else None
+        self.classify = small_linear(math.prod(self.places), outputs)
 
     def forward(self, bag: Bag) -> HeadOutput:
+        bag = merge_views(bag) if self.views == "early" else bag
         features = self.network(join_tokens(bag, self.token_sets))
-        mask = bag.mask[..., None, None]
-        pooled = torch.cat([masked_mean(features, mask, 2), masked_max(features, mask, 2)], -1)
-        embedding = pooled.flatten(1)
-        logits = self.classify(self.dropout(pooled).flatten(1))
-        return HeadOutput(logits, embedding=embedding)
+        pooled = self._pool(features, bag.mask)
+        if self.fuse is not None:
+            pooled = torch.einsum("bv,bvpc->bpc", self._weigh_views(pooled, bag.mask), pooled)
+        return HeadOutput(self.classify(self.dropout(pooled).flatten(1)), embedding=pooled.flatten(1))
 
     def evidence(self, bag: Bag, output: int) -> Tensor:
         """[batch views slices patches]: what each token adds to the logit, against an average token in its place.
 
         Exact: the mean is shared out over the slices, each maximum goes to the slice that holds it; with the logit of
-        an all-average case they sum to the logit.
+        an all-average case (under the weights that the views have here, where these are fused late) they sum to the
+        logit.
         """
+        shape = bag.mask.shape
+        bag = merge_views(bag) if self.views == "early" else bag
         tokens = join_tokens(bag, self.token_sets)
-        mask = bag.mask[..., None, None]
-        average = self.network(tokens.new_zeros(tokens.shape[-1]))
-        features = self.network(tokens) - average
+        found = self.network(tokens)
+        features = found - self.network(tokens.new_zeros(1, tokens.shape[1], 1, 1, tokens.shape[-1]))
         mean_weight, max_weight = self.classify.weight[output].view(self.places).unbind(2)
         slices = bag.mask.sum(2).clamp(min=1)[..., None, None]
-        shared = torch.einsum("bvspc,vpc->bvsp", features, mean_weight) / slices
-        highest = features.masked_fill(~mask, torch.finfo(features.dtype).min).max(2, keepdim=True)
-        credit = (highest.values * max_weight[:, None]).new_zeros(features.shape)
+        shared = (features * mean_weight[:, None]).sum(-1) / slices
+        highest = features.masked_fill(~bag.mask[..., None, None], torch.finfo(features.dtype).min)
+        highest = highest.max(2, keepdim=True)
+        credit = features.new_zeros(features.shape)
         credit.scatter_(2, highest.indices, highest.values * max_weight[:, None])
-        return (shared + credit.sum(-1)).masked_fill(~bag.mask[..., None], 0.0)
+        evidence = shared + credit.sum(-1)
+        if self.fuse is not None:
+            evidence = evidence * self._weigh_views(self._pool(found, bag.mask), bag.mask)[..., None, None]
+        return evidence.masked_fill(~bag.mask[..., None], 0.0).reshape(*shape, -1)
+
+    def _pool(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Mean and maximum over the slices of each view [batch views patches 2*width]."""
+        mask = mask[..., None, None]
+        return torch.cat([masked_mean(features, mask, 2), masked_max(features, mask, 2)], -1)
+
+    def _weigh_views(self, pooled: Tensor, mask: Tensor) -> Tensor:
+        """The weight of each view [batch views] in a late fusion."""
+        return cast(ViewQuery, self.fuse).weigh(pooled.flatten(2), mask.any(2))

@@ -19,6 +19,7 @@ from embedkit.attention import encode_positions
 from embedkit.bags import Bag, BagShape
 from embedkit.dropout import Dropout
 from embedkit.errors import HeadError
+from embedkit.layers import first_linear
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
 
@@ -50,9 +51,9 @@ class GridAttentionHead(nn.Module):
         if places not in _PLACES:
             raise HeadError(f"option places of head 'gridattention' is {places!r}, expected {' or '.join(_PLACES)}")
         self.token_sets = tuple(token_sets)
-        patches, dim = joined_size(shape, token_sets)
+        patches, _ = joined_size(shape, token_sets)
         grid = next((grid for grid in shape.grids.values() if grid[0] * grid[1] == patches), (1, patches))
-        self.project = nn.Linear(dim, width)
+        self.project = first_linear(shape, token_sets, width)
         self.place = LearnedPlaces(patches, width) if places == "learned" else SinePlaces(grid, width)
         self.axial = nn.Linear(width, width, bias=False)
         self.dropout = Dropout(dropout)
