@@ -51,6 +51,12 @@ def train_command(
             " With --sweep each is tried alone as well."
         ),
     ] = "",
+    views: Annotated[
+        str, typer.Option(help="Views that heads see, as flair,post or flair/axial; default: all of the cache.")
+    ] = "",
+    view_dropout: Annotated[
+        float, typer.Option(help="Chance of each view to be masked in training, for cases that will lack one.")
+    ] = 0.0,
     kind: Annotated[
         str | None, typer.Option(help="binary, multiclass, multilabel, regression or survival; default: inferred.")
     ] = None,
@@ -112,6 +118,7 @@ def train_command(
                 heads=head or None,
                 head_options=parse_head_options(head_option or ()),
                 token_sets=split_list(tokens) or None,
+                views=split_list(views) or None,
                 kind=kind,  # type: ignore[arg-type]  # refused with the known kinds by make_task
                 classes=split_list(classes) or None,
                 event=_parse_events(event or []),
@@ -120,7 +127,13 @@ def train_command(
                 repeats=repeats,
                 split=split,
                 group_by=group_by,
-                fit_options={"loss": loss, "gamma": gamma, "sampling": sampling, "mask_weight": mask_weight},
+                fit_options={
+                    "loss": loss,
+                    "gamma": gamma,
+                    "sampling": sampling,
+                    "view_dropout": view_dropout,
+                    "mask_weight": mask_weight,
+                },
                 sweep=sweep,
                 seed=seed,
                 seeds=seeds,

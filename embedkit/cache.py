@@ -198,7 +198,7 @@ class Cache:
         return set(self.stacks.select(*STACK_KEY, "source_digest").iter_rows())
 
     def only_views(self, views: Sequence[str]) -> Self:
-        """The same cache with the stacks of some views alone, which keep their numbers.
+        """The same cache with the stacks of some views alone, numbered anew.
 
         Args:
             views: Each ``flair``, all planes of a view, or ``flair/axial``.
@@ -214,7 +214,9 @@ class Cache:
                 f" {', '.join(self.stacks.select(names).to_series().unique().sort())}. Choose some of these"
             )
         chosen = copy.copy(self)
-        chosen.stacks = self.stacks.filter(pl.col("view").is_in(views) | names.is_in(views))
+        kept = self.stacks.filter(pl.col("view").is_in(views) | names.is_in(views))
+        chosen._rows = [self._rows[stack] for stack in kept["stack"]]
+        chosen.stacks = kept.with_columns(pl.Series("stack", range(len(kept)), kept.schema["stack"]))
         return chosen
 
     def close(self) -> None:

@@ -44,6 +44,7 @@ class FitOptions:
         gamma: Of the focal loss, how little; 0 is cross entropy.
         sampling: ``shuffled``, every training case once an epoch; or ``balanced``, as many cases in all, but of each
             class alike: a rare one's come several times, a common one's not all.
+        view_dropout: Chance of each view of a case to be masked in training, never its last one.
         precision: Of the head's arithmetic, ``fp32`` or ``bf16``; parameters are float32 always.
         mask_weight: What the loss of the predicted mask counts beside that of the label, of a head that learns masks.
     """
@@ -60,6 +61,7 @@ class FitOptions:
     sampling: str = "shuffled"
     precision: str = "fp32"
     mask_weight: float = 1.0
+    view_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name, values in _NAMED.items():
@@ -68,6 +70,8 @@ class FitOptions:
         for name in ("learning_rate", "epochs", "batch_size", "patience"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"fit option {name} is {getattr(self, name)}, expected above 0")
+        if not 0 <= self.view_dropout < 1:
+            raise OptionError(f"fit option view_dropout is {self.view_dropout}, expected from 0 to below 1")
         for name in ("weight_decay", "gamma", "mask_weight"):
             if not getattr(self, name) >= 0:
                 raise OptionError(f"fit option {name} is {getattr(self, name)}, expected 0 or above")

@@ -106,6 +106,11 @@ class RunRecord:
         return self.recipe.fingerprint
 
     @property
+    def views(self) -> tuple[str, ...]:
+        """``view/plane`` names that the head reads, in order."""
+        return self.shape.views
+
+    @property
     def member_count(self) -> int:
         """Number of members."""
         return len(self.members)

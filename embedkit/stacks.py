@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from embedkit.augmentation import drop_views
 from embedkit.bags import Bag
 from embedkit.batching import Deck
 from embedkit.descent import StackedAdamW, one_cycle
@@ -304,6 +305,8 @@ class Stack:
             [self.fits[row].deck.places[cases] for row, cases in zip(call.rows, call.cases, strict=False)]
         )
         bag = self.store.batch(places, self.token_sets, slices=call.slices)
+        if self.head.training and (rate := self.fits[0].how.view_dropout):
+            bag = drop_views(bag, rate, rows=len(call.cases))
         with torch.autocast(self.store.device.type, torch.bfloat16, enabled=self.fits[0].how.precision == "bf16"):
             if len(call.cases) == 1:
                 return self._run_together(parameters, self._standardise(bag, call.rows[:1]))

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from embedkit.answers import score_array, score_columns
+from embedkit.bags import list_views
 from embedkit.cache import Cache, open_cache
 from embedkit.crossfitting import CrossFit, InnerScores
 from embedkit.errors import OptionError
@@ -101,6 +102,7 @@ def train(
     masks: pl.DataFrame | Path | str | None = None,
     heads: Sequence[str] | None = None,
     token_sets: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    views: Sequence[str] | None = None,
     kind: TaskKind | None = None,
     classes: Sequence[str] | None = None,
     event: str | Mapping[str, str] | None = None,
@@ -137,6 +139,7 @@ def train(
             says how much that counts. Their metrics then have ``dice``, out of fold, on the grid of tokens.
         heads: Names; None for `DEFAULT_HEADS` (those that can read this cache). `BASELINES` are always trained too.
         token_sets: What all heads read (each those that it can), or per head; None for what each head prefers.
+        views: What heads see, each as ``flair`` or ``flair/axial``; None for all. Cases without any are left aside.
         kind: Of all targets; None infers it per target.
         classes: Values to learn, as in `make_task`.
         event: Column that says whether the time in the target ended with the event (1) or was censored (0): all targets
@@ -167,10 +170,11 @@ def train(
         TaskError: a target cannot be learned (before anything is trained).
         HeadError: unknown head, or one that cannot read the cache or breaks its contract.
         RunError: a run folder exists, or cannot be written.
-        CacheError: the cache is damaged, holds no stack or lacks a token set.
+        CacheError: the cache is damaged, holds no stack or lacks a token set or view.
         OptionError: an option means nothing.
     """
     source = cache if isinstance(cache, Cache) else open_cache(cache)
+    source = source if views is None else source.only_views(views)
     supervision = Supervision(source, masks)
     labels, targets, heads = supervision.stand_in(labels, targets, heads)
     table = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
@@ -285,6 +289,7 @@ def _is_done(
         "seed": given["seed"],
         "sweep": _describe_sweep(plan, given["sweep"]),
         "fingerprint": source.recipe.fingerprint,
+        "views": list_views(source),
         "event": task.event,
         "times": task.times,
         "member_count": members,

@@ -73,7 +73,7 @@ class QueryHead(nn.Module):
         return (share * torch.einsum("bvspd,d->bvsp", tokens, self.classify.weight[output])).reshape(*shape, -1)
 
     def _attend(self, bag: Bag) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, attention [batch views slices patches] and which views are there, of one view where all are merged."""
+        """Tokens, attention [batch views slices patches] and which views are there, merged to one or not."""
         bag = merge_views(bag) if self.views == "early" else bag
         tokens = join_tokens(bag, self.token_sets)
         scores = score_tokens(tokens, self.query) / math.sqrt(tokens.shape[-1])

@@ -141,6 +141,16 @@ def test_a_fit_becomes_in_a_stack_what_it_becomes_alone(head: str) -> None:
     assert not torch.allclose(together[0].logits, together[1].logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("head", ["linear", "abmil"])
+def test_views_are_dropped_in_a_stack_as_alone(head: str) -> None:
+    fits = [make_fit(head, part=part, view_dropout=0.4) for part in (0, 1, 2)]
+    together = run(fits)
+    for fit, outcome in zip(fits, together, strict=True):
+        assert_same(run([fit])[0], outcome)
+    (plain,) = run([make_fit(head)])
+    assert not torch.allclose(plain.logits, together[0].logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel", "regression"])
 def test_every_kind_of_task_is_trained_side_by_side_as_alone(kind: TaskKind) -> None:
     fits = [make_fit("query", kind=kind, part=part) for part in range(3)]
