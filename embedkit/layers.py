@@ -115,7 +115,7 @@ def _apply(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(values, weight, bias)
     rows = values.transpose(0, 1).flatten(1, -2)
     mapped = torch.baddbmm(bias[:, None], rows, weight.transpose(1, 2))
-    return mapped.unflatten(1, (values.shape[0], *values.shape[2:-1])).transpose(0, 1)
+    return mapped.reshape(values.shape[1], values.shape[0], *values.shape[2:-1], weight.shape[1]).transpose(0, 1)
 
 
 def _draw(fan: int, *size: int) -> Tensor:

@@ -127,7 +127,21 @@ def build_cache(folder: Path) -> Cache:
     return open_cache(folder)
 
 
-def test_a_run_tells_which_layer_mattered(tmp_path: Path) -> None:
+def test_the_layer_that_tells_becomes_the_heavy_one() -> None:
+    torch.manual_seed(0)
+    sets = ("patch@2:4", "patch@2:8")
+    layer, answer = first_linear(SHAPE, sets, 1), torch.arange(400) % 2
+    joined = torch.randn(400, 2 * DIM)
+    joined[:, DIM] += 2 * answer
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=5e-3)
+    for _ in range(200):
+        optimiser.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(layer(joined)[:, 0], answer.float()).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    assert layer_weights(layer)["patch@2:8"] > 0.8
+
+
+def test_a_run_tells_how_heavy_each_layer_is(tmp_path: Path) -> None:
     cache = build_cache(tmp_path / "cache")
     labels = pl.DataFrame({"case_id": [f"c{case:02}" for case in range(30)], "odd": [case % 2 for case in range(30)]})
     labels.write_csv(tmp_path / "labels.csv")
@@ -136,10 +150,14 @@ def test_a_run_tells_which_layer_mattered(tmp_path: Path) -> None:
     run = train(cache, labels, targets=["odd"], heads=["grid"], token_sets={"grid": sets}, out=tmp_path / "a", **how)  # type: ignore[arg-type]
     (grid,) = (each for each in run.runs if each.head == "grid")
     for member in grid.record.members:
-        assert member["layer_weights"]["patch@2:8"] > 0.6
+        assert set(member["layer_weights"]) == set(sets)
         assert sum(member["layer_weights"].values()) == pytest.approx(1, abs=1e-3)
+    for member, told in zip(grid.members, grid.record.members, strict=True):
+        assert layer_weights(member.head) == pytest.approx(told["layer_weights"], abs=1e-4)
     (note,) = (text for text in grid.record.notes if "weighs its layers" in text)
-    assert note.startswith("grid weighs its layers patch@2:8 0.") and note.endswith("over its members")
+    mean = {name: np.mean([each["layer_weights"][name] for each in grid.record.members]) for name in sets}
+    first = max(mean, key=lambda name: mean[name])
+    assert note.startswith(f"grid weighs its layers {first} {mean[first]:.2f} [") and note.endswith("over its members")
     assert not any("layer_weights" in member for each in run.runs if each is not grid for member in each.record.members)
     written = json.loads((grid.path / "run.json").read_text())
     assert written["members"][0]["layer_weights"] == grid.record.members[0]["layer_weights"]
