@@ -29,7 +29,8 @@ def merge_views(bag: Bag) -> Bag:
     """The bag with the slices of all views as those of one, [batch 1 views*slices ...], each at its own position."""
     tokens = {name: values.flatten(1, 2)[:, None] for name, values in bag.tokens.items()}
     mask, positions = (values.flatten(1)[:, None] for values in (bag.mask, bag.positions))
-    return dataclasses.replace(bag, tokens=tokens, mask=mask, positions=positions)
+    cover, clicks = (None if values is None else values.flatten(1, 2)[:, None] for values in (bag.cover, bag.clicks))
+    return dataclasses.replace(bag, tokens=tokens, mask=mask, positions=positions, cover=cover, clicks=clicks)
 
 
 def merge_shape(shape: BagShape) -> BagShape:
