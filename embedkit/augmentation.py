@@ -25,8 +25,4 @@ def drop_views(bag: Bag, rate: float, *, rows: int = 1) -> Bag:
     drawn = torch.rand(len(present) // rows, present.shape[1], device=present.device)
     drawn = drawn.repeat(rows, 1).masked_fill(~present, -1.0)
     stays = drawn >= torch.minimum(drawn.amax(1, keepdim=True), drawn.new_tensor(rate))
-    mask = bag.mask & stays[..., None]
-    cover = (
-        None if bag.cover is None else bag.cover.masked_fill(~mask[..., None], float("nan"))
-    )  # nothing to find there
-    return dataclasses.replace(bag, mask=mask, cover=cover, zeroed=False)
+    return dataclasses.replace(bag, mask=bag.mask & stays[..., None], zeroed=False)

@@ -132,15 +132,12 @@ def test_views_are_dropped_at_the_rate_but_never_the_last_one() -> None:
     assert torch.equal(drop_views(bag, 0.0).mask, bag.mask)
 
 
-def test_the_masks_of_hidden_views_are_not_asked_for() -> None:
-    torch.manual_seed(0)
-    bag = make_bag([[4, 4, 4]] * 30)
-    bag = dataclasses.replace(bag, cover=torch.ones(30, 3, 4, 4))
-    dropped = drop_views(bag, 0.5)
-    assert dropped.cover is not None
-    assert torch.equal(dropped.cover.isfinite(), dropped.mask[..., None].expand(-1, -1, -1, 4))
-    merged = merge_views(dropped).cover
-    assert merged is not None and merged.shape == (30, 1, 12, 4)
+def test_merged_views_keep_their_masks() -> None:
+    bag = make_bag()
+    bag = dataclasses.replace(bag, cover=bag.positions[..., None].expand(-1, -1, -1, 4))
+    merged = merge_views(bag)
+    assert merged.cover is not None and merged.cover.shape == (3, 1, 12, 4)
+    assert torch.equal(merged.cover[..., 0], merged.positions)
 
 
 def test_batches_side_by_side_lose_the_same_views() -> None:
