@@ -45,7 +45,7 @@ from embedkit.volumes import Array, read_mask, read_volume
 BACKBONE, CHANNELS = "deit_tiny_patch16_224", ("pre", "flair", "post")
 RESAMPLES = 2000
 MEASURES = ("pointing", "energy", "auroc", "randomised")
-PHANTOM_HEADS = {"grid": "patch@8", "query": "patch@8", "raptor": "patch@8"}
+PHANTOM_HEADS = {"grid": "patch@4", "query": "patch@4", "raptor": "patch@4"}
 SLAB_HEADS = {"grid": "patch:8", "query": "patch:8", "gridattention": "patch:8", "raptor": "patch:8", "tail": "cut:8"}
 HEAD_OPTIONS = {"tail": {"blocks": 2}}
 DEFAULT: Method = inspect.signature(Run.find_evidence).parameters["method"].default
@@ -81,7 +81,13 @@ def prepare_phantoms(options: argparse.Namespace) -> Data:
     made = make_phantoms(options.work / "phantoms", cases=options.cases, seed=5)
     path = options.work / "cache"
     extract(
-        made.manifest, path, backbone="embedkit/scattering", window="lung", tokens=["cls", "patch@8"], image_size=128
+        made.manifest,
+        path,
+        backbone="embedkit/scattering",
+        window="lung",
+        tokens=["cls", "patch@4"],
+        image_size=64,
+        slices="count:14",
     )
     return Data(made.manifest, made.labels, open_cache(path), "lesion", None, name_sets(path, PHANTOM_HEADS))
 

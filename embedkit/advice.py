@@ -132,13 +132,14 @@ def advise(
     device: str = "auto",
     resamples: int = 2000,
     on_progress: Callable[[AdviceProgress], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Advice:
     """Recommends head, token sets and options for a target, by trying a ladder of settings (`list_settings`).
 
     Every setting is cross-fitted on the same patient-grouped folds. It is judged by the metric of the kind's table
     (AUROC, R2, C-index) on three inner splits of each fold's training cases, the same for all settings, and never by a
-    test case. A setting whose first fold shows that the others would not fit into the budget is left out and said so;
-    the first setting is always tried, so the budget may be passed by one fold.
+    test case. A setting whose first fold shows that all would not fit into the budget is left out and said so, and so
+    are those that are no faster. The first setting is always tried; the budget may be passed by one fold.
 
     Args:
         cache: A cache or its path.
@@ -152,6 +153,7 @@ def advise(
         device: ``auto``, ``cpu``, ``cuda``, ...
         resamples: Of the bootstrap for the intervals.
         on_progress: Called before every setting.
+        clock: Reads seconds.
 
     Raises:
         OptionError: a budget that is not above 0, or another option that means nothing.
@@ -160,7 +162,7 @@ def advise(
     """
     if not budget_s > 0:
         raise OptionError(f"the budget is {budget_s:g} s, expected above 0")
-    started = time.perf_counter()
+    started = clock()
     source = cache if isinstance(cache, Cache) else open_cache(cache)
     if not source.token_sets:
         raise CacheError(f"cache {source.path} holds no stack yet; extract some cases first")
@@ -168,7 +170,7 @@ def advise(
     cases = source.stacks.filter(pl.col("count") > pl.col("blank_count")).select("case_id", "patient_id").unique()
     task, _ = make_task(table, target, cases.sort("case_id"), kind=kind, classes=classes, event=event)
     dealt = make_folds(task, folds, seed=seed) if split is None else folds_from_column(task, table, split)
-    trier = _Trier(source, FoldedTask(task, dealt[None]), choose_device(device), seed, resamples)
+    trier = _Trier(source, FoldedTask(task, dealt[None]), choose_device(device), seed, resamples=resamples, clock=clock)
     found, untried = _climb(trier, list_settings(source, task.kind), started + budget_s, on_progress)
     best = max(found, key=lambda each: _rank(each.trial.inner))
     chosen = _choose_inside(found, trier.folded.tested)
@@ -188,19 +190,29 @@ def advise(
         chosen={fold: each.trial.setting for fold, each in chosen.items()},
         command=_write_command(source, labels, target, best.trial.setting, given),
         untried=(*untried, *list_wanting(source, task.kind)),
-        seconds=time.perf_counter() - started,
+        seconds=clock() - started,
     )
 
 
 class _Trier:
     """Tries settings on one task with its folds."""
 
-    def __init__(self, source: Cache, folded: FoldedTask, device: torch.device, seed: int, resamples: int) -> None:
+    def __init__(
+        self,
+        source: Cache,
+        folded: FoldedTask,
+        device: torch.device,
+        seed: int,
+        *,
+        resamples: int,
+        clock: Callable[[], float],
+    ) -> None:
         self.source = source
         self.folded = folded
         self.device = device
         self.seed = seed
         self.resamples = resamples
+        self.clock = clock
         kind = folded.task.kind
         self.metric = "r2" if kind == "regression" else METRICS[kind][0]
 
@@ -208,9 +220,9 @@ class _Trier:
     def task(self) -> Task:
         return self.folded.task
 
-    def attempt(self, setting: Setting, left_s: float) -> _Found | str:
-        """What became of it; or why it was given up after the first fold."""
-        started = time.perf_counter()
+    def attempt(self, setting: Setting, left_s: float) -> _Found | float:
+        """What became of it; or the seconds that all folds would take, told from the first one, if too many."""
+        started = self.clock()
         names = {setting.head: setting.token_sets}
         plans = plan_heads(self.source, [setting.head], names, {setting.head: setting.options}, {})
         plan = next(each for each in plans if each.head == setting.head)
@@ -223,13 +235,13 @@ class _Trier:
             dealt = np.where(np.isin(self.folded.folds, folds), self.folded.folds, -1)
             part = FoldedTask(self.task, dealt)
             parts += cross_fit(preparation, [(plan, part)], seed=self.seed, inner_splits=_SPLITS)
-            spent = time.perf_counter() - started
-            if folds == [first] and spent * (1 + len(others)) > left_s:
-                return f"one of its {1 + len(others)} folds took {spent:.0f} s, more than the budget had left"
+            spent = self.clock() - started
+            if folds == [first] and (seconds := spent * (1 + len(others))) > left_s:
+                return seconds
         scores = np.where(np.isnan(parts[0].scores[0]), parts[-1].scores[0], parts[0].scores[0])
         inner = {fold: self._judge_inner(parts, fold) for fold in self.folded.tested}
         known = [value for value in inner.values() if not math.isnan(value)]
-        seconds = round(time.perf_counter() - started, 3)
+        seconds = round(self.clock() - started, 3)
         mean = float(np.mean(known)) if known else math.nan
         return _Found(Trial(setting, mean, self.judge(scores), seconds), inner, scores)
 
@@ -264,26 +276,28 @@ def _climb(
     ends: float,
     on_progress: Callable[[AdviceProgress], None] | None,
 ) -> tuple[list[_Found], list[str]]:
-    """Tries settings in turn until the performance counter reads ``ends``; the first one whatever it takes.
+    """Tries settings in turn until the clock reads ``ends``; the first one whatever it takes.
 
     Returns:
         What was found, at least one, and what was left out with the reason.
     """
-    found, untried, too_slow = list[_Found](), list[str](), False
+    found, untried = list[_Found](), list[str]()
+    paces: dict[str, tuple[int, float]] = {}  # of each head: numbers per slice that it read, seconds of all folds
     for number, setting in enumerate(settings):
         if on_progress is not None:
             on_progress(AdviceProgress(number, len(settings), str(setting)))
-        left = ends - time.perf_counter() if found else math.inf
-        outcome: _Found | str = "the budget was spent"
-        if setting.head == "tail" and too_slow:  # more blocks take longer still
-            outcome = "fewer blocks were too slow already"
-        elif left > 0:
+        left = ends - trier.clock() if found else math.inf
+        size = setting.count_numbers(trier.source)
+        least, seconds = paces.get(setting.head, (0, 0.0))
+        if seconds < left or size < least:  # what reads as much, or has more blocks, is no faster
             outcome = trier.attempt(setting, left)
-        if isinstance(outcome, _Found):
-            found.append(outcome)
-            continue
-        too_slow = too_slow or setting.head == "tail"
-        untried.append(f"{setting}: {outcome}; give a larger --budget")
+            if isinstance(outcome, _Found):
+                found.append(outcome)
+                paces[setting.head] = size, outcome.trial.seconds
+                continue
+            paces[setting.head] = size, outcome
+        why = f"takes about {paces[setting.head][1]:.0f} s, {left:.0f} s were left" if left > 0 else "no time was left"
+        untried.append(f"{setting}: {why}; give a larger --budget")
     if on_progress is not None:
         on_progress(AdviceProgress(len(settings), len(settings), ""))
     return found, untried

@@ -8,6 +8,7 @@ from typing import Any
 
 from embedkit.bags import bag_shape
 from embedkit.cache import Cache
+from embedkit.plugins import choose_token_set
 from embedkit.recipe import TokenSet
 from embedkit.targets import TaskKind
 
@@ -28,6 +29,10 @@ class Setting:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.head}{f' ({options})' if options else ''} on {','.join(self.token_sets)}"
 
+    def count_numbers(self, cache: Cache) -> int:
+        """Numbers per slice that it reads, which tells settings of one head apart by what they take."""
+        return sum(patches * dim for patches, dim in bag_shape(cache, self.token_sets).token_sets.values())
+
     def list_flags(self) -> list[str]:
         """The arguments of `embedkit train` that ask for it."""
         flags = ["--head", self.head, "--tokens", ",".join(self.token_sets)]
@@ -40,14 +45,15 @@ def list_settings(cache: Cache, kind: TaskKind) -> tuple[Setting, ...]:
     """The settings that a cache offers for a kind of task, cheapest first.
 
     Both baselines on every token set; query pooling of the deepest class tokens; the grid head on every set of patch
-    tokens, then on all layers of one grid together; LoRA in the last 1, 2 and 4 blocks where there are cut tokens. Of
+    tokens, of one grid first the layer nearest to the depth that the head prefers, then on all layers of one grid
+    together; LoRA in the last 1, 2 and 4 blocks where there are cut tokens. Of
     survival the heads are trunks of ``cox``, and there is no LoRA.
     """
     found = _group(cache)
     settings = [Setting("logistic", (name,)) for name in (*found["cls"], *found["patch"])]
     settings += [Setting("raptor", (name,)) for name in found["patch"]]
     settings += [_trunk("query", kind, found["cls"][-1:])] if found["cls"] else []
-    settings += [_trunk("grid", kind, (name,)) for name in found["patch"]]
+    settings += [_trunk("grid", kind, (name,)) for name in _order_layers(cache, found["patch"])]
     together: dict[int, list[str]] = {}
     for name in found["patch"]:
         together.setdefault(bag_shape(cache, [name]).token_sets[name][0], []).append(name)
@@ -87,6 +93,15 @@ def _group(cache: Cache) -> dict[str, list[str]]:
     sizes = {str(each): bag_shape(cache, [str(each)]).token_sets[str(each)][0] for each in sets}
     ordered = sorted(sets, key=lambda each: (sizes[str(each)], each.layer))
     return {kind: [str(each) for each in ordered if each.kind == kind] for kind in ("cls", "patch", "cut")}
+
+
+def _order_layers(cache: Cache, patch: Sequence[str]) -> list[str]:
+    """Patch sets by size, of one size the layer first that is nearest to the one that the grid head prefers."""
+    if not patch:
+        return []
+    sizes = {name: bag_shape(cache, [name]).token_sets[name] for name in patch}
+    preferred = choose_token_set("grid", [TokenSet.parse(name) for name in cache.token_sets]).layer
+    return sorted(patch, key=lambda name: (sizes[name], abs(TokenSet.parse(name).layer - preferred)))
 
 
 def _trunk(head: str, kind: TaskKind, token_sets: Sequence[str]) -> Setting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -56,6 +57,8 @@ LABELS = pl.DataFrame(
         "case_id": [f"c{case:02}" for case in range(CASES)],
         "side": [("left", "right")[case % 2] for case in range(CASES)],
         "coin": np.random.default_rng(5).integers(2, size=CASES),
+        "months": [10.0 + case + 50 * (case % 2) for case in range(CASES)],
+        "died": [1] * CASES,
         "fold": [case // 2 % 3 for case in range(CASES)],
     }
 )
@@ -129,25 +132,42 @@ def test_the_budget_is_kept_and_what_was_left_out_is_told(cache: Cache) -> None:
     )
     assert [str(trial.setting) for trial in found.trials] == ["logistic on cls:3"]
     assert found.recommended == found.trials[0].setting
-    left_out = [line for line in found.untried if line.endswith("the budget was spent; give a larger --budget")]
+    left_out = [line for line in found.untried if line.endswith("no time was left; give a larger --budget")]
     assert len(left_out) == len(list_settings(cache, "binary")) - 1 == seen[-1].total - 1
     assert seen[-1].done == seen[-1].total
 
 
-def test_a_setting_whose_first_fold_is_too_slow_is_given_up(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedkit import advice as module
+def test_a_setting_whose_first_fold_is_too_slow_is_given_up_and_so_is_what_is_no_faster(cache: Cache) -> None:
+    """By a clock that gains ten seconds whenever it is read."""
+    clock = itertools.count(0.0, 10.0)
+    found = advise(cache, LABELS, target="side", budget_s=95, resamples=0, device="cpu", clock=lambda: next(clock))
+    assert [str(trial.setting) for trial in found.trials] == ["logistic on cls:3"]
+    assert found.untried[:3] == (
+        "logistic on patch@2:1: takes about 50 s, 45 s were left; give a larger --budget",
+        "logistic on patch@2:2: takes about 50 s, 15 s were left; give a larger --budget",
+        "raptor on patch@2:1: takes about 50 s, 5 s were left; give a larger --budget",
+    )
+    assert "no time was left" in found.untried[3]
 
-    clock = iter(range(0, 100_000, 10))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(clock)))
-    found = advise(cache, LABELS, target="side", folds=5, budget_s=75, resamples=0, device="cpu")
-    assert len(found.trials) == 1
-    assert "logistic on patch@2:1: one of its 5 folds took 10 s, more than the budget had left" in found.untried[0]
+
+@pytest.mark.parametrize(("event", "metric", "last"), [(None, "r2", "grid"), ("died", "c_index", "cox")])
+def test_values_and_times_are_advised_on_too(few: Cache, event: str | None, metric: str, last: str) -> None:
+    found = advise(few, LABELS, target="months", event=event, folds=2, resamples=20, device="cpu")
+    assert (found.metric, found.trials[-1].setting.head) == (metric, last)
+    assert found.score.value > (0.6 if event else 0.1)
+    assert found.table["inner"].is_not_null().all()
+    if event:
+        assert "--event died" in found.command
+        assert Setting("cox", ("patch@2:1",), {"trunk": "grid"}).list_flags()[-2:] == [
+            "--head-option",
+            "cox.trunk=grid",
+        ]
 
 
 def test_the_ladder_has_what_the_cache_holds_and_says_what_it_lacks(cache: Cache, tmp_path: Path) -> None:
     assert [str(each) for each in list_settings(cache, "binary")] == [
         "logistic on cls:3", "logistic on patch@2:1", "logistic on patch@2:2", "raptor on patch@2:1",
-        "raptor on patch@2:2", "query on cls:3", "grid on patch@2:1", "grid on patch@2:2",
+        "raptor on patch@2:2", "query on cls:3", "grid on patch@2:2", "grid on patch@2:1",
         "grid on patch@2:1,patch@2:2",
     ]  # fmt: skip
     assert Setting("cox", ("patch@2:1",), {"trunk": "grid"}) in list_settings(cache, "survival")
@@ -168,7 +188,7 @@ def test_the_command_line_prints_evidence_and_command(cache: Cache, tmp_path: Pa
     assert fields["recommended"] == "logistic on cls:3" and len(fields["trials"]) == 1
     assert "--split fold" in fields["command"] and "--head logistic --tokens cls:3" in fields["command"]
     shown = CliRunner().invoke(app, [*asked, "--budget", "0.001s"]).stdout
-    assert "* logistic on cls:3" in shown and "not tried: grid on patch@2:1: the budget was spent" in shown
+    assert "* logistic on cls:3" in shown and "not tried: grid on patch@2:1: no time was left" in shown
     assert shown.rstrip().splitlines()[-1] == fields["command"]
 
 

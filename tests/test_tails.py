@@ -22,6 +22,7 @@ from embedkit.exporting import export_run
 from embedkit.extraction import extract
 from embedkit.features import Backbone
 from embedkit.inspection import verify_cache
+from embedkit.ladder import list_settings, list_wanting
 from embedkit.lora import LowRankUpdates
 from embedkit.packing import pack_cache
 from embedkit.planning import make_recipe
@@ -224,6 +225,13 @@ def test_extracting_again_adds_the_tail_and_packing_carries_it(
         flip_last_byte(tail_path(packed))
         (damage,) = verify_cache(packed)
         assert "its weights are not what was written" in str(damage)
+
+
+def test_advice_would_try_every_number_of_blocks_that_the_tail_has(extracted: tuple[Cache, pl.DataFrame]) -> None:
+    cache, _ = extracted
+    names = [str(setting) for setting in list_settings(cache, "binary")]
+    assert names == ["logistic on cls:6", "query on cls:6", "tail (blocks=1) on cut:4", "tail (blocks=2) on cut:4"]
+    assert not any("cut" in line for line in list_wanting(cache, "binary"))
 
 
 def test_a_tail_is_trained_predicts_and_explains(extracted: tuple[Cache, pl.DataFrame], tmp_path: Path) -> None:
