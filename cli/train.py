@@ -94,6 +94,9 @@ def train_command(
     storage: Annotated[
         str, typer.Option(help="Where tokens lie: device, memory, stream (from the cache); auto takes what fits.")
     ] = "auto",
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Run whose head the new one starts from; its last layer begins anew.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the runs that exist, if they are the same, and train the others.")
@@ -138,6 +141,7 @@ def train_command(
                 seed=seed,
                 seeds=seeds,
                 storage=storage,  # type: ignore[arg-type]  # refused with the known ones by train
+                start=start,
                 device=device,
                 overwrite=overwrite,
                 resume=resume,

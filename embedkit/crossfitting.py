@@ -21,7 +21,7 @@ from embedkit.answers import score_columns
 from embedkit.bags import BagShape, bag_shape
 from embedkit.fitting import FitReport, fit_closed_form
 from embedkit.foldjobs import FoldedTask, FoldJob, make_job, rank
-from embedkit.gradientfits import GradientFitter
+from embedkit.gradientfits import GradientFitter, HeadStart
 from embedkit.headplans import HeadPlan
 from embedkit.losses import TaskLoss
 from embedkit.members import Member
@@ -81,6 +81,7 @@ def cross_fit(
     seed: int,
     seeds: int = 1,
     inner_splits: int | None = None,
+    start: HeadStart | None = None,
     on_fold: OnFold | None = None,
 ) -> list[CrossFit]:
     """Fits heads on every fold of some tasks, those by gradient in common passes over the tokens.
@@ -91,6 +92,7 @@ def cross_fit(
         seed: Of splits, weights, batches and dropout.
         seeds: Members per fold, of heads fitted by gradient.
         inner_splits: As `make_job` takes it.
+        start: What the fits of its head start from.
         on_fold: Called with every fold that is done.
 
     Returns:
@@ -106,7 +108,7 @@ def cross_fit(
         for pair in wanted
     ]
     gradient = [job for each in jobs for job in each if job.plan.by_gradient]
-    fitter = GradientFitter(preparation, seed, seeds=seeds)
+    fitter = GradientFitter(preparation, seed, seeds=seeds, start=start)
 
     def tell(job: FoldJob) -> None:
         if on_fold is not None:

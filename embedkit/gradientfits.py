@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -27,10 +27,19 @@ from embedkit.stacks import Fit, Outcome
 from embedkit.standardisation import Standardiser
 from embedkit.sweeps import Candidate
 
-__all__ = ["GradientFitter"]
+__all__ = ["GradientFitter", "HeadStart"]
 
 _MEMBERS_APART = 7_919
 _SCORED_AT_ONCE = 64
+
+
+class HeadStart(Protocol):
+    """What the fits of one head start from instead of chance; `embedkit.warmstart.WarmStart` is one."""
+
+    @property
+    def head(self) -> str: ...
+    def load(self, head: nn.Module, fold: int, number: int, /) -> None: ...
+    def standardiser(self, fold: int, /) -> Standardiser: ...
 
 
 class GradientFitter:
@@ -40,8 +49,9 @@ class GradientFitter:
         obstacles: Head -> why its fits are run one after the other.
     """
 
-    def __init__(self, preparation: Preparation, seed: int, *, seeds: int) -> None:
-        """Takes what the heads share, the seed of everything, and how many members to fit per fold."""
+    def __init__(self, preparation: Preparation, seed: int, *, seeds: int, start: HeadStart | None = None) -> None:
+        """Takes what heads share, the seed of everything, how many members to fit per fold, and where one starts."""
+        self.start = start
         self.preparation = preparation
         self.seed = seed
         self.seeds = seeds
@@ -166,7 +176,12 @@ class GradientFitter:
         if key not in self._heads:
             torch.manual_seed(seed)
             self._heads[key] = job.build_member(self.preparation.source, candidate).head
+            if (start := self._started(job)) is not None:
+                start.load(self._heads[key], job.fold, number)
         return self._heads[key]
+
+    def _started(self, job: FoldJob) -> HeadStart | None:
+        return self.start if self.start is not None and self.start.head == job.plan.head else None
 
     def _deck(self, job: FoldJob, candidate: Candidate) -> Deck:
         key = (job.plan.head, job.target, candidate.token_sets)
@@ -175,6 +190,8 @@ class GradientFitter:
         return self._decks[key]
 
     def _standardiser(self, job: FoldJob, candidate: Candidate) -> Standardiser:
+        if (start := self._started(job)) is not None:
+            return start.standardiser(job.fold)
         key = (job.target, job.fold, candidate.token_sets)
         if key not in self._standardisers:
             places = self._deck(job, candidate).places[job.training]

@@ -24,7 +24,7 @@ from embedkit.crossfitting import CrossFit, InnerScores, OnFold, cross_fit, isol
 from embedkit.errors import HeadError, OptionError
 from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldedTask, FoldJob, make_job
-from embedkit.gradientfits import GradientFitter
+from embedkit.gradientfits import GradientFitter, HeadStart
 from embedkit.headplans import HeadPlan
 from embedkit.jointlosses import JointLoss
 from embedkit.jointtasks import JointTask, join_tasks
@@ -92,12 +92,17 @@ def cross_fit_all(
     *,
     seed: int,
     seeds: int = 1,
+    start: HeadStart | None = None,
     on_fold: OnFold | None = None,
 ) -> list[CrossFit]:
     """As `cross_fit`, joint heads once for all of their targets."""
     alone = [pair for pair in wanted if not is_joint(pair[0].head)]
     found = dict(
-        zip(map(_name, alone), cross_fit(preparation, alone, seed=seed, seeds=seeds, on_fold=on_fold), strict=True)
+        zip(
+            map(_name, alone),
+            cross_fit(preparation, alone, seed=seed, seeds=seeds, start=start, on_fold=on_fold),
+            strict=True,
+        )
     )
     together: dict[str, list[tuple[HeadPlan, FoldedTask]]] = {}
     for pair in wanted:

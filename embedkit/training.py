@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +43,7 @@ from embedkit.supervision import Supervision
 from embedkit.sweeps import Candidate
 from embedkit.targets import TaskKind
 from embedkit.tasks import Task, TaskReport, folds_from_column, folds_from_groups, make_task, repeat_folds
+from embedkit.warmstart import WarmStart, plan_start, require_fresh
 
 __all__ = ["BASELINES", "DEFAULT_HEADS", "Training", "TrainingProgress", "train"]
 
@@ -121,6 +123,7 @@ def train(
     fit_options: Mapping[str, Any] | None = None,
     resamples: int = 2000,
     storage: Storage = "auto",
+    start: Run | Path | str | None = None,
     on_progress: Callable[[TrainingProgress], None] | None = None,
 ) -> Training:
     """Trains heads on the cached tokens of labelled cases and writes one run folder ``OUT/TARGET.HEAD`` each.
@@ -164,6 +167,9 @@ def train(
         resamples: Of the bootstrap for the intervals.
         storage: Where tokens that are read every epoch lie: ``device``, ``memory``, or ``stream``, block by block from
             the cache; ``auto`` takes the first that holds them. The results are the same.
+        start: A run whose head the new one of the same name starts from, see `embedkit.warmstart`; ``heads`` are then
+            that one unless given, its options and token sets those of the run. Where the run knows patients of a
+            target, its folds are kept.
         on_progress: Called after every fit.
 
     Raises:
@@ -185,6 +191,10 @@ def train(
     chosen = choose_device(device)
     _check_runs(resume=resume, overwrite=overwrite, seeds=seeds)
     _check_folds(repeats=repeats, split=split, group_by=group_by)
+    begun = None
+    if start is not None:
+        require_fresh(sweep=sweep, repeats=repeats, resume=resume, token_sets=token_sets)
+        begun, heads, token_sets, head_options = plan_start(start, source, heads, head_options or {})
     plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {}, sweep=sweep, seed=seed)
     folders = _plan_folders(Path(out), names, plans, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
@@ -196,14 +206,8 @@ def train(
     case_ids = sorted({case for task in tasks for case in task.case_ids})
     _check_imbalance(plans, tasks)
     matched = match_heads(plans, tasks, heads)
-
-    def deal(task: Task) -> FoldedTask:
-        if split is not None:
-            return FoldedTask(task, folds_from_column(task, table, split)[None])
-        if group_by is not None:
-            return FoldedTask(task, folds_from_groups(task, table, group_by)[None])
-        return FoldedTask(task, repeat_folds(task, folds, repeats=repeats, seed=seed))
-
+    ways: dict[str, Any] = {"split": split, "group_by": group_by, "folds": folds, "repeats": repeats, "seed": seed}
+    deal = partial(_deal, table=table, begun=begun, **ways)
     joint = deal_jointly(matched, tasks, deal)
     prepared = [
         _Target(joint.parts.get(task.name) or deal(task), split or group_by or folds, report, blank)
@@ -236,11 +240,17 @@ def train(
         started = time.perf_counter()
         wanted = [(plan, target) for plan, target in pending if plan in together]
         fits = [(plan, target.folded) for plan, target in wanted]
-        how: dict[str, Any] = {"seed": seed, "seeds": seeds, "on_fold": account.after_fold}
+        how: dict[str, Any] = {"seed": seed, "seeds": seeds, "start": begun, "on_fold": account.after_fold}
         found = cross_fit_all(cast(Preparation, preparation), fits, joint, **how)
         seconds = (time.perf_counter() - started) / len(wanted)
         for (plan, target), fitted in zip(wanted, found, strict=True):
-            told: dict[str, Any] = {"sweep": sweep, "seed": seed, "seconds": seconds, "resamples": resamples}
+            told: dict[str, Any] = {
+                "sweep": sweep,
+                "seed": seed,
+                "seconds": seconds,
+                "resamples": resamples,
+                "begun": begun,
+            }
             record = _make_record(source, joint.place(plan, target.task), target, fitted, **told)
             record = supervision.tell(record, plan, target.folded, fitted, resamples=resamples)
             scored, inner = _tabulate_scores(target, fitted.scores), _tabulate_inner(target.task, fitted.inner)
@@ -248,6 +258,27 @@ def train(
             write_run(folder, record, fitted.members, scored, inner, overwrite=overwrite)
     runs = [open_run(folders[target.task.name, plan.head]) for target in prepared for plan in matched[target.task.name]]
     return Training(tuple(runs), _tabulate_runs(runs))
+
+
+def _deal(
+    task: Task,
+    *,
+    table: pl.DataFrame,
+    begun: WarmStart | None,
+    split: str | None,
+    group_by: str | None,
+    folds: int,
+    repeats: int,
+    seed: int,
+) -> FoldedTask:
+    """The folds of a task; the options are those of `train`."""
+    if begun is not None and (kept := begun.deal(task, column=split or group_by)) is not None:
+        return kept
+    if split is not None:
+        return FoldedTask(task, folds_from_column(task, table, split)[None])
+    if group_by is not None:
+        return FoldedTask(task, folds_from_groups(task, table, group_by)[None])
+    return FoldedTask(task, repeat_folds(task, folds, repeats=repeats, seed=seed))
 
 
 class _Account:
@@ -388,8 +419,10 @@ def _make_record(
     seed: int,
     seconds: float,
     resamples: int,
+    begun: WarmStart | None,
 ) -> RunRecord:
     task = target.task
+    start = () if begun is None or begun.head != plan.head else (begun.note,)
     tested = np.flatnonzero(target.folds[0] >= 0)
     patients = [task.patient_ids[case] for case in tested]
     scores = np.stack([score_array(task.kind, each[tested]) for each in fitted.scores])
@@ -428,7 +461,7 @@ def _make_record(
             "without_usable_slice": list(target.blank),
         },
         sweep=_describe_sweep(plan, sweep),
-        notes=(*_notes(plan, fitted.shape.views), *_tell_layers(plan, fitted.members), *fitted.notes),
+        notes=(*_notes(plan, fitted.shape.views), *_tell_layers(plan, fitted.members), *fitted.notes, *start),
     )
 
 

@@ -54,6 +54,7 @@ ABOVE = {
     "suitesearch",
     "survivalsection",
     "training",
+    "warmstart",
     "webapp",
     "worker",
 }
