@@ -28,7 +28,7 @@ from embedkit.members import Member
 from embedkit.preparation import Preparation
 from embedkit.sweeps import Candidate
 
-__all__ = ["CrossFit", "InnerScores", "cross_fit", "isolated_generators", "score_logits"]
+__all__ = ["CrossFit", "InnerScores", "cross_fit", "gather_fits", "isolated_generators", "score_logits"]
 
 OnFold = Callable[[HeadPlan, FoldedTask, int], None]
 
@@ -185,8 +185,22 @@ def _collect(
             for split, (held, logits) in enumerate(zip(job.splits, job.fitted[0][1].inner, strict=True))
         ]
     fitted = [(job.fold, member, report) for job in jobs for member, report in job.fitted]
-    chosen = [plan.candidates[report.candidate].token_sets for _, _, report in fitted]
     obstacle = obstacles.get(plan.head)
+    notes = (f"{plan.head} was fitted one fit after the other ({obstacle})",) if obstacle else ()
+    return gather_fits(preparation, plan, fitted, scores, inner, notes=notes)
+
+
+def gather_fits(
+    preparation: Preparation,
+    plan: HeadPlan,
+    fitted: Sequence[tuple[int, Member, FitReport]],
+    scores: NDArray[np.float64],
+    inner: Sequence[InnerScores],
+    *,
+    notes: tuple[str, ...] = (),
+) -> CrossFit:
+    """The members of all folds, each with its fold and how its fit went, with their scores as `CrossFit` has them."""
+    chosen = [plan.candidates[report.candidate].token_sets for _, _, report in fitted]
     return CrossFit(
         shape=bag_shape(preparation.source, list(dict.fromkeys(name for names in chosen for name in names))),
         folds=tuple(fold for fold, _, _ in fitted),
@@ -194,7 +208,7 @@ def _collect(
         reports=tuple(report for _, _, report in fitted),
         scores=scores,
         inner=tuple(inner),
-        notes=(f"{plan.head} was fitted one fit after the other ({obstacle})",) if obstacle else (),
+        notes=notes,
     )
 
 

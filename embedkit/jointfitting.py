@@ -20,7 +20,15 @@ from torch import Tensor
 
 from embedkit.answers import score_columns
 from embedkit.bags import bag_shape
-from embedkit.crossfitting import CrossFit, InnerScores, OnFold, cross_fit, isolated_generators, score_logits
+from embedkit.crossfitting import (
+    CrossFit,
+    InnerScores,
+    OnFold,
+    cross_fit,
+    gather_fits,
+    isolated_generators,
+    score_logits,
+)
 from embedkit.errors import HeadError, OptionError
 from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldedTask, FoldJob, make_job
@@ -201,15 +209,7 @@ def _collect(
             InnerScores(job.fold, split, cases, score_logits(members[0], logits))
             for split, (cases, logits) in enumerate(zip(held, report.inner, strict=True))
         ]
-    chosen = [jobs[0].plan.candidates[report.candidate].token_sets for _, _, report in fitted]
-    return CrossFit(
-        shape=bag_shape(preparation.source, list(dict.fromkeys(name for names in chosen for name in names))),
-        folds=tuple(fold for fold, _, _ in fitted),
-        members=tuple(member for _, member, _ in fitted),
-        reports=tuple(report for _, _, report in fitted),
-        scores=scores,
-        inner=tuple(inner),
-    )
+    return gather_fits(preparation, jobs[0].plan, fitted, scores, inner)
 
 
 def _judge_part(job: FoldJob, place: int) -> tuple[FitReport, list[NDArray[np.int64]]]:

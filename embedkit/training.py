@@ -206,8 +206,9 @@ def train(
     case_ids = sorted({case for task in tasks for case in task.case_ids})
     _check_imbalance(plans, tasks)
     matched = match_heads(plans, tasks, heads)
-    ways: dict[str, Any] = {"split": split, "group_by": group_by, "folds": folds, "repeats": repeats, "seed": seed}
-    deal = partial(_deal, table=table, begun=begun, **ways)
+    deal = partial(
+        _deal, table=table, begun=begun, split=split, group_by=group_by, folds=folds, repeats=repeats, seed=seed
+    )
     joint = deal_jointly(matched, tasks, deal)
     prepared = [
         _Target(joint.parts.get(task.name) or deal(task), split or group_by or folds, report, blank)

@@ -133,7 +133,12 @@ def test_the_last_layer_begins_anew_even_where_it_has_the_same_shape(
             OptionError,
             "folds from column site were asked for, but run ill.mlp was trained",
         ),
-        ("mlp", {"head_options": {"mlp": {"hidden": 8}}}, RunError, r"is \[16.* in run ill.mlp and \[8.* now"),
+        (
+            "mlp",
+            {"head_options": {"mlp": {"hidden": 8}}},
+            RunError,
+            r"is \[1, 16, 6\] in run ill.mlp and \[1, 8, 6\] now",
+        ),
     ],
 )
 def test_what_cannot_be_a_start_is_said(
