@@ -73,9 +73,11 @@ def list_wanting(cache: Cache, kind: TaskKind) -> tuple[str, ...]:
     if not found["patch"]:
         said.append("heads that keep the place of a patch: no patch tokens; extract with --tokens cls,patch@4")
     elif len({TokenSet.parse(name).layer for name in found["patch"]}) < 2:
+        deepest = max(2, *(TokenSet.parse(name).layer for name in cache.token_sets))
+        layers = sorted({max(1, round(deepest * third / 3)) for third in (1, 2, 3)})
         said.append(
             f"other layers: patch tokens of one alone ({', '.join(found['patch'])}); extract with several, as"
-            " --tokens cls,patch@4:4,patch@4:8,patch@4:12"
+            f" --tokens {','.join(['cls', *(f'patch@4:{layer}' for layer in layers)])}"
         )
     if kind == "survival":
         said.append("LoRA in the last blocks (head tail): it learns no survival")

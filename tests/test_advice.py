@@ -179,6 +179,7 @@ def test_the_ladder_has_what_the_cache_holds_and_says_what_it_lacks(cache: Cache
     assert "no patch tokens; extract with --tokens cls,patch@4" in list_wanting(alone, "binary")[0]
     one = build_cache(tmp_path / "one", ("patch@2:1",))
     assert "patch tokens of one alone (patch@2:1); extract with several" in list_wanting(one, "binary")[0]
+    assert "as --tokens cls,patch@4:1,patch@4:2" in list_wanting(one, "binary")[0]
 
 
 def test_the_command_line_prints_evidence_and_command(cache: Cache, tmp_path: Path) -> None:
