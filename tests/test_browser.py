@@ -165,9 +165,8 @@ def test_a_click_on_the_map_selects_a_case_and_a_pointer_names_it(page: Page) ->
     becomes(lambda: page.evaluate("location.href").endswith("/#case=phantom_007"))
     assert "volume_mm3" in page.inner_text("#labels table")
     page.focus("#map")
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowUp")
+    width = page.evaluate("document.querySelector('#map').clientWidth")
+    page.keyboard.press("ArrowLeft" if place["x"] > width / 2 else "ArrowRight")  # to where there are other cases
     shows(page, "#query-name", re.compile("^phantom_00[^7]|^phantom_01"))
 
 

@@ -225,7 +225,7 @@ def test_the_report_parts_cases_by_predicted_risk_and_follows_the_brier_score(
     third = np.searchsorted(np.quantile(scores[:, 0], [1 / 3, 2 / 3]), scores[:, 0])
     p = multivariate_logrank_test(targets[:, 0], third, targets[:, 1]).p_value
     assert f"p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}." in section.figures[0].caption
-    page = write_evaluation(tmp_path / "months.html", found).read_text()
+    page = write_evaluation(tmp_path / "months.html", found).read_text(encoding="utf-8")
     assert "Survival by predicted risk" in page and page.count("data:image/png") == 2
 
 
