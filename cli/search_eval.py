@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,7 @@ def search_eval_command(
                 row["group"] or "all",
                 row["measure"],
                 f"{row['value']:.3f}",
-                f"{row['low']:.3f}..{row['high']:.3f}",
+                "undefined" if math.isnan(row["low"]) else f"{row['low']:.3f}..{row['high']:.3f}",
                 str(row["queries"]),
                 str(row["patients"]),
             )

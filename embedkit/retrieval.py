@@ -90,7 +90,8 @@ def search(
         where: A polars SQL condition on the index's columns, such as ``sex = 1 AND age < 50``.
         exclude_same: Column whose value must differ from the query's, such as ``patient_id``; with a case only.
         region: A part of the query; only its patches vote. Ranks again, patch by patch.
-        rerank: ``none`` ranks by the vectors; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
+        rerank: ``none`` ranks by the vectors, those of slices by the mean over the query's of the best that a case has
+            among the nearest 64; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
             their slices, as `match_cases` compares them. None is ``ordered``, which did as well as ``free``
             where that was measured; but ``none`` for a vector, and for the vectors of a run, which know its task.
         by_patch: Rank again patch by patch.
@@ -183,9 +184,8 @@ class _Ranking:
 
 def _rank(index: Index, source: Cache | None, query: Query, options: _Ranking) -> pl.DataFrame:
     """The cases most like a query: by the vectors, then by the slices where that is asked for."""
-    by_slices = options.by_slices or index.level == "slice"
-    found = _recall(index, query, max(options.k, options.candidates) if by_slices else options.k, options)
-    if not by_slices or found.is_empty():
+    found = _recall(index, query, max(options.k, options.candidates) if options.by_slices else options.k, options)
+    if not options.by_slices or found.is_empty():
         return found
     scores = _score(index, source, query, found["case_id"].to_list(), options)
     ranked = found.rename({"rank": "recall_rank"}).with_columns(similarity=pl.Series(scores))

@@ -142,6 +142,10 @@ def test_an_index_of_slices_says_where_each_slice_is(cache: Path, tmp_path: Path
     assert hit["similarity"] == pytest.approx(1, abs=1e-3)
     assert search(index, case_id="c06", k=1)["case_id"].to_list() == ["c07"]
     assert search(index, case_id="c06", k=4, where="case_id >= 'c30'").height == 4
+    again, alone = (search(index, case_id="c06", k=12, rerank=how) for how in ("free", "none"))
+    assert "recall_rank" in again.columns and "recall_rank" not in alone.columns  # nothing ranked these again
+    assert alone["similarity"].is_sorted(descending=True)
+    assert again.sort("recall_rank")["case_id"].to_list()[:3] == alone["case_id"].to_list()[:3]
     grown = make_cache(tmp_path / "grown", range(20))
     small = build_index(grown, tmp_path / "small", level="slice", embedding="grid:patch@2")
     make_cache(grown, range(20, 22))

@@ -189,5 +189,8 @@ def test_the_command_prints_measures_with_intervals_and_the_same_as_json(index: 
     assert told["skipped"] == 1 and told["depth"] == 100
     assert told["measures"][0]["measure"] == "precision@1" and told["measures"][0]["value"] == pytest.approx(0.4)
     assert [query["case_id"] for query in told["queries"]] == list("abcde")
+    apart = CliRunner().invoke(app, [*asked, "--by", "site"]).stdout  # the queries of site n are of one patient
+    assert "nan" not in apart
+    assert {line.split()[3] for line in apart.splitlines() if line.split()[0] == "n"} == {"undefined"}
     wrong = CliRunner().invoke(app, [*asked[:-1], "one"])
     assert isinstance(wrong.exception, EmbedkitError) and "k is 'one'" in str(wrong.exception)
