@@ -16,6 +16,7 @@ from embedkit.engines import dispatch_cases
 from embedkit.errors import OptionError
 from embedkit.failures import clear_failures
 from embedkit.features import DEFAULT_BACKBONE, Backbone
+from embedkit.folder import require_writable
 from embedkit.forward import require_precision
 from embedkit.manifest import read_manifest
 from embedkit.orders import Transport
@@ -231,6 +232,7 @@ def extract_cases(
     account = Account(cases=len(cases), pending=len(pending), on_progress=on_progress)
     account.tick()
     if pending:
+        require_writable(cache)
         require_precision(backbone, recipe, device)
     extract_stream(
         pending,

@@ -7,6 +7,7 @@ with the same stack the newer is known, on every machine alike.
 from __future__ import annotations
 
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "list_shards",
     "parse_recipe",
     "require_room",
+    "require_writable",
     "shard_path",
     "stored_recipe",
     "write_shard",
@@ -61,6 +63,19 @@ def create_cache(path: Path | str, recipe: Recipe) -> None:
             _require_recipe(path, recipe)
     except OSError as error:
         raise CacheError(f"cannot make a cache: {explain_os_error(error, path)}") from error
+
+
+def require_writable(path: Path) -> None:
+    """Stops before anything is computed for a cache that could not be kept.
+
+    Raises:
+        CacheError: no file can be made in the cache.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path / _SHARDS_FOLDER):
+            pass
+    except OSError as error:
+        raise CacheError(f"cannot write into the cache: {explain_os_error(error, path)}") from error
 
 
 def _require_recipe(path: Path, recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -260,6 +261,24 @@ def test_a_read_only_folder_is_refused_with_what_to_do(manifest: Path, tmp_path:
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(CacheError, match="locked"):
         run(manifest, tmp_path / "locked" / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_found_out_before_anything_is_computed(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(manifest, tmp_path / "cache", part="1/2")
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("embedkit.folder.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("embedkit.extraction.extract_stream", lambda *_, **__: pytest.fail("cases were computed"))
+    with pytest.raises(CacheError, match=r"cannot write into the cache: .* is read-only"):
+        run(manifest, tmp_path / "cache")
+    monkeypatch.undo()
+    monkeypatch.setattr("embedkit.folder.tempfile.TemporaryFile", refuse)
+    again = run(manifest, tmp_path / "cache", part="1/2")  # nothing is left, so nothing need be written
+    assert (again.cases_before, again.cases_done) == (2, 0)
 
 
 def test_a_packed_copy_holds_the_same_tokens(manifest: Path, tmp_path: Path) -> None:
