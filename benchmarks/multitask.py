@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -22,17 +21,13 @@ from embedkit.canvas import describe_interval
 from embedkit.comparison import compare_runs
 from embedkit.manifest import read_labels
 from embedkit.training import train
-from real_tasks import PROJECT, make_cache
+from real_tasks import make_cache, make_parser
 
 TARGETS = ("laterality", "gender", "death01", "neoplasm_histologic_grade")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=PROJECT.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, default=Path("real-tasks"))
-    parser.add_argument("--backbone", default="embedkit/scattering")
-    parser.add_argument("--weights", type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--trunk", default="grid")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--weighting", default="uncertainty,gradnorm,equal")

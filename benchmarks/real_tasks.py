@@ -43,13 +43,18 @@ TASKS = (
 )
 
 
-def main() -> None:
-    shared = PROJECT.parent / "shared"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=shared / "data")
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark on the real scans is told: where they are, where to work, and through which backbone."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=PROJECT.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=Path("real-tasks"))
     parser.add_argument("--backbone", default="embedkit/scattering")
     parser.add_argument("--weights", type=Path)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--part", choices=("heads", "layers", "retrieval"), default="heads")
     parser.add_argument("--tasks", default=",".join(task.target for task in TASKS))
     parser.add_argument("--head", action="append", default=[], help="beside the baselines; default: the default heads")

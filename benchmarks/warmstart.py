@@ -26,7 +26,7 @@ from embedkit.manifest import read_labels
 from embedkit.metrics import HIGHER_IS_BETTER
 from embedkit.runs import Run
 from embedkit.training import train
-from real_tasks import PROJECT, make_cache
+from real_tasks import make_cache, make_parser
 
 PAIRS = (
     ("hippocampus", "anterior_mm3", "side"),
@@ -55,11 +55,7 @@ def fit(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=PROJECT.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, default=Path("real-tasks"))
-    parser.add_argument("--backbone", default="embedkit/scattering")
-    parser.add_argument("--weights", type=Path)
+    parser = make_parser(__doc__)
     parser.add_argument("--head", default="grid")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
