@@ -17,7 +17,6 @@ from embedkit.cli.console import (
 
 if TYPE_CHECKING:
     from embedkit.advice import Advice
-    from embedkit.bootstrap import Interval
 
 __all__ = ["run"]
 
@@ -42,6 +41,7 @@ def advise_command(
 ) -> None:
     """Which head, tokens and options to train with: tries a ladder within a time budget, judged inside the folds."""
     from embedkit import advise
+    from embedkit.canvas import describe_interval
 
     budget_s = parse_duration(budget, "--budget")
     with show_progress("advise", "settings") as meter:
@@ -69,14 +69,16 @@ def advise_command(
             [
                 f"{'* ' if each.setting == found.recommended else '  '}{each.setting}",
                 f"{each.inner:.3f}",
-                _interval(each.score),
+                describe_interval(each.score),
                 format_seconds(each.seconds),
             ]
             for each in found.trials
         ],
     )
     taken = ", ".join(f"{setting} ({count})" for setting, count in _count_chosen(found).items())
-    typer.echo(f"choosing by inner splits: {found.metric} {_interval(found.score)} out of fold; folds took {taken}")
+    typer.echo(
+        f"choosing by inner splits: {found.metric} {describe_interval(found.score)} out of fold; folds took {taken}"
+    )
     for reason in found.untried:
         typer.echo(f"not tried: {reason}")
     typer.echo(f"recommended, * above: {found.recommended}\n{found.command}")
@@ -88,10 +90,6 @@ run = advise_command
 def _count_chosen(found: Advice) -> dict[str, int]:
     names = [str(setting) for setting in found.chosen.values()]
     return {name: names.count(name) for name in dict.fromkeys(names)}
-
-
-def _interval(found: Interval) -> str:
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _as_fields(found: Advice) -> dict[str, object]:

@@ -166,7 +166,7 @@ def advise(
     source = cache if isinstance(cache, Cache) else open_cache(cache)
     if not source.token_sets:
         raise CacheError(f"cache {source.path} holds no stack yet; extract some cases first")
-    table = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
+    table = read_labels(labels)
     cases = source.stacks.filter(pl.col("count") > pl.col("blank_count")).select("case_id", "patient_id").unique()
     task, _ = make_task(table, target, cases.sort("case_id"), kind=kind, classes=classes, event=event)
     dealt = make_folds(task, folds, seed=seed) if split is None else folds_from_column(task, table, split)

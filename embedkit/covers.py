@@ -41,14 +41,14 @@ class Masks:
     """
 
     def __init__(self, cache: Cache, manifest: pl.DataFrame | Path | str) -> None:
-        """Takes a manifest as `read_manifest` gives it, or its file; opens no mask.
+        """Takes a manifest as `read_manifest` takes it; opens no mask.
 
         Raises:
             ManifestError: the manifest cannot be read, no row has a mask, or none of the cases is in the cache.
         """
-        table = manifest if isinstance(manifest, pl.DataFrame) else read_manifest(manifest)
+        table = read_manifest(manifest)
         where = "the manifest" if isinstance(manifest, pl.DataFrame) else str(manifest)
-        masked = table.drop_nulls("mask") if "mask" in table.columns else table.clear()
+        masked = table.drop_nulls("mask")
         if masked.is_empty():
             raise ManifestError(
                 f"{where}: no row has a mask, expected the file of one in the column mask; fill it in for the cases"

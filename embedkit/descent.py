@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["StackedAdamW", "one_cycle"]
+__all__ = ["Descent", "StackedAdamW", "one_cycle"]
 
 _RISE = 0.2  # part of the steps in which the rate rises
 _FIRST, _LAST = 1 / 25, 1 / 25e4  # the rate at both ends, as a part of its peak
@@ -17,20 +18,33 @@ _SECOND, _EPS = 0.999, 1e-8
 _AT_ONCE = 2**17  # numbers updated together, so that they stay in the processor's own memory between the passes
 
 
-def one_cycle(step: int, steps: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Descent:
+    """Where a descent is.
+
+    Attributes:
+        step: From 1.
+        rate: Learning rate as a part of its peak.
+        momentum: Decay of the first moment.
+    """
+
+    step: int
+    rate: float
+    momentum: float
+
+
+def one_cycle(step: int, steps: int) -> Descent:
     """The one-cycle policy of Smith and Topin (arXiv 1708.07120) with cosine arcs, as torch's `OneCycleLR` has it.
 
     Args:
         step: From 0.
         steps: In the whole schedule.
-
-    Returns:
-        Learning rate as a part of its peak, and the decay of the first moment.
     """
     top, end = _RISE * steps - 1, steps - 1
     if step <= top:
-        return _arc(_FIRST, 1, step, top), _arc(*_MOMENTUM, step, top)
-    return _arc(1, _LAST, step - top, end - top), _arc(*_MOMENTUM[::-1], step - top, end - top)
+        return Descent(step + 1, _arc(_FIRST, 1, step, top), _arc(*_MOMENTUM, step, top))
+    after, rest = step - top, end - top
+    return Descent(step + 1, _arc(1, _LAST, after, rest), _arc(*_MOMENTUM[::-1], after, rest))
 
 
 def _arc(start: float, end: float, at: float, length: float) -> float:
@@ -51,25 +65,15 @@ class StackedAdamW:
         self.decays = decays[:, None]
         self.first = torch.zeros_like(values)
         self.second = torch.zeros_like(values)
-        self.steps = 0
-
-    def begin_step(self, rate: float, momentum: float) -> None:
-        """Starts a step, in which every row is to be updated once.
-
-        Args:
-            rate: Part of the peak rates.
-            momentum: Decay of the first moment.
-        """
-        self.steps += 1
-        self._rate, self._momentum = rate, momentum
 
     @torch.no_grad()
-    def update(self, rows: slice | list[int], slopes: Mapping[tuple[int, int], Tensor]) -> None:
+    def update(self, rows: slice | list[int], slopes: Mapping[tuple[int, int], Tensor], at: Descent) -> None:
         """Updates some rows.
 
         Args:
             rows: Which; a slice has its bounds given.
             slopes: Of the numbers from one place to another, [rows ...]; together of all.
+            at: Where in their descent these rows are.
         """
         state = [self.values, self.first, self.second, self.rates, self.decays]
         own = [each[rows] for each in state]  # views where the rows are a slice
@@ -78,20 +82,21 @@ class StackedAdamW:
             most = max(1, _AT_ONCE // max(1, stop - start))
             for top in range(0, len(slope), most):
                 part = slice(top, top + most)
-                self._update(slope[part].flatten(1), *(each[part] for each in (*columns, *own[3:])))
+                self._update(at, slope[part].flatten(1), *(each[part] for each in (*columns, *own[3:])))
         if not isinstance(rows, slice):
             for whole, changed in zip(state[:3], own[:3], strict=True):
                 whole[rows] = changed
 
-    def _update(self, slopes: Tensor, *state: Tensor) -> None:
+    @staticmethod
+    def _update(at: Descent, slopes: Tensor, *state: Tensor) -> None:
         """Updates values and both moments, of the shape of slopes [rows numbers], by rates and decays [rows 1]."""
         values, first, second, rates, decays = state
-        rates = rates * self._rate
+        rates = rates * at.rate
         values.mul_(1 - rates * decays)
-        first.lerp_(slopes, 1 - self._momentum)
+        first.lerp_(slopes, 1 - at.momentum)
         second.mul_(_SECOND).addcmul_(slopes, slopes, value=1 - _SECOND)
-        spread = second.sqrt().div_(math.sqrt(1 - _SECOND**self.steps)).add_(_EPS)
-        values.addcmul_(first / spread, -rates / (1 - self._momentum**self.steps))
+        spread = second.sqrt().div_(math.sqrt(1 - _SECOND**at.step)).add_(_EPS)
+        values.addcmul_(first / spread, -rates / (1 - at.momentum**at.step))
 
     def keep(self, rows: Tensor) -> None:
         """Leaves only these rows, in this order."""

@@ -46,8 +46,8 @@ def list_settings(cache: Cache, kind: TaskKind) -> tuple[Setting, ...]:
 
     Both baselines on every token set; query pooling of the deepest class tokens; the grid head on every set of patch
     tokens, of one grid first the layer nearest to the depth that the head prefers, then on all layers of one grid
-    together; LoRA in the last 1, 2 and 4 blocks where there are cut tokens. Of
-    survival the heads are trunks of ``cox``, and there is no LoRA.
+    together; LoRA in the last 1, 2 and 4 blocks where there are cut tokens. Of survival the heads are trunks of
+    ``cox``, and there is no LoRA.
     """
     found = _group(cache)
     settings = [Setting("logistic", (name,)) for name in (*found["cls"], *found["patch"])]

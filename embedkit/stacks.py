@@ -181,13 +181,14 @@ class Stack:
             for fit in self.fits
         }
         for step in range(steps):
-            self._adam.begin_step(*one_cycle(self._step, first.how.epochs * first.deck.blocks * steps))
+            at = one_cycle(self._step, first.how.epochs * first.deck.blocks * steps)
             batches = [dealt[fit.key][step] for fit in self.fits]
             for call in self._calls(batches):
                 _seed(self.store.device, (self.fits[call.rows[0]].noise * _APART + self._step) % 2**63)
-                self._adam.update(_as_index(call.rows), self._slopes(call))
+                self._adam.update(_as_index(call.rows), self._slopes(call), at)
             if idle := [row for row, cases in enumerate(batches) if not len(cases)]:
-                self._adam.update(idle, {(0, self._adam.values.shape[1]): torch.zeros_like(self._adam.values[idle])})
+                nothing = torch.zeros_like(self._adam.values[idle])
+                self._adam.update(idle, {(0, nothing.shape[1]): nothing}, at)
             self._step += 1
 
     def judge_part(self, places: _Ints) -> None:
@@ -283,9 +284,11 @@ class Stack:
         leaves = {name: leaf.requires_grad_() for name, leaf in self._leaves(call.rows).items()}
         answers = self._answer(call, leaves)
         cases = torch.from_numpy(call.cases).to(self.store.device).expand(len(call.rows), -1)
-        of_masks = answers.pop("mask_losses", torch.zeros(1, 1)).mean(1).sum()
+        of_masks = answers.pop("mask_losses", None)
         losses = [self._loss.total(answer.float(), cases, call.rows, self.head, leaves) for answer in answers.values()]
-        loss = torch.stack(losses).mean() + self.fits[0].how.mask_weight * of_masks
+        loss = torch.stack(losses).mean()
+        if of_masks is not None:
+            loss = loss + self.fits[0].how.mask_weight * of_masks.mean(1).sum()
         parameters = list(leaves.values())
         found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         return {(start, stop): slope for (start, stop, _), slope in zip(self._layout.values(), found, strict=True)}

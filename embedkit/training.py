@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import polars as pl
-import torch
-from numpy.typing import NDArray
 
-from embedkit.answers import score_array, score_columns
+from embedkit.answers import score_columns
 from embedkit.bags import list_views
 from embedkit.cache import Cache, open_cache
-from embedkit.crossfitting import CrossFit, InnerScores
 from embedkit.errors import OptionError
-from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, match_heads, plan_heads
 from embedkit.jointfitting import cross_fit_all, deal_jointly
-from embedkit.layers import layer_weights
 from embedkit.manifest import read_labels
-from embedkit.members import Member, count_parameters
-from embedkit.metrics import compute_metrics
 from embedkit.planning import choose_device
-from embedkit.plugins import list_heads
 from embedkit.preparation import Preparation
-from embedkit.recipe import TokenSet
 from embedkit.resuming import is_finished
-from embedkit.runfolder import RunRecord, require_absent, write_run
+from embedkit.runfolder import require_absent, write_run
 from embedkit.runs import Run, open_run
-from embedkit.slices import PLANES
 from embedkit.storage import Storage
 from embedkit.supervision import Supervision
-from embedkit.sweeps import Candidate
 from embedkit.targets import TaskKind
-from embedkit.tasks import Task, TaskReport, folds_from_column, folds_from_groups, make_task, repeat_folds
+from embedkit.tasks import Task, folds_from_column, folds_from_groups, make_task, repeat_folds
+from embedkit.trainingrecords import (
+    TrainedTarget,
+    describe_sweep,
+    list_fit_options,
+    make_record,
+    tabulate_inner,
+    tabulate_scores,
+)
 from embedkit.warmstart import WarmStart, plan_start, require_fresh
 
 __all__ = ["BASELINES", "DEFAULT_HEADS", "Training", "TrainingProgress", "train"]
@@ -75,24 +70,6 @@ class Training:
 
     def __str__(self) -> str:
         return str(self.table)
-
-
-@dataclass(frozen=True, eq=False)
-class _Target:
-    """A task with its folds and what was left aside."""
-
-    folded: FoldedTask
-    split: int | str
-    report: TaskReport
-    blank: tuple[str, ...]
-
-    @property
-    def task(self) -> Task:
-        return self.folded.task
-
-    @property
-    def folds(self) -> NDArray[np.int64]:
-        return self.folded.folds
 
 
 def train(
@@ -137,7 +114,7 @@ def train(
             own volume as the target ``mask_ml``, which needs no table.
         targets: One or more columns.
         out: Folder of the run folders.
-        masks: Manifest with a column ``mask``, as read_manifest gives it, or its file. Heads that learn masks
+        masks: Manifest with a column ``mask``, as read_manifest takes it. Heads that learn masks
             (``segment``) learn them beside the label, from the cases that have one; ``mask_weight`` of ``fit_options``
             says how much that counts. Their metrics then have ``dice``, out of fold, on the grid of tokens.
         heads: Names; None for `DEFAULT_HEADS` (those that can read this cache). `BASELINES` are always trained too.
@@ -183,7 +160,7 @@ def train(
     source = source if views is None else source.only_views(views)
     supervision = Supervision(source, masks)
     labels, targets, heads = supervision.stand_in(labels, targets, heads)
-    table = labels if isinstance(labels, pl.DataFrame) else read_labels(labels)
+    table = read_labels(labels)
     names = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
     if not names:
         raise OptionError("no target was given, expected one or more columns of the label table")
@@ -211,8 +188,8 @@ def train(
     )
     joint = deal_jointly(matched, tasks, deal)
     prepared = [
-        _Target(joint.parts.get(task.name) or deal(task), split or group_by or folds, report, blank)
-        for task, report in made
+        TrainedTarget(dealt, split or group_by or len(dealt.tested) // len(dealt.folds), report, blank)
+        for dealt, report in ((joint.parts.get(task.name) or deal(task), report) for task, report in made)
     ]
     fit_count = sum(len(target.folded.tested) * len(matched[target.task.name]) for target in prepared)
     supervision.measure(plans, case_ids)
@@ -252,9 +229,9 @@ def train(
                 "resamples": resamples,
                 "begun": begun,
             }
-            record = _make_record(source, joint.place(plan, target.task), target, fitted, **told)
+            record = make_record(source, joint.place(plan, target.task), target, fitted, **told)
             record = supervision.tell(record, plan, target.folded, fitted, resamples=resamples)
-            scored, inner = _tabulate_scores(target, fitted.scores), _tabulate_inner(target.task, fitted.inner)
+            scored, inner = tabulate_scores(target, fitted.scores), tabulate_inner(target.task, fitted.inner)
             folder = folders[target.task.name, plan.head]
             write_run(folder, record, fitted.members, scored, inner, overwrite=overwrite)
     runs = [open_run(folders[target.task.name, plan.head]) for target in prepared for plan in matched[target.task.name]]
@@ -300,7 +277,7 @@ class _Account:
 
 
 def _is_done(
-    folder: Path, source: Cache, plan: HeadPlan, target: _Target, *, given: Mapping[str, Any], seeds: int
+    folder: Path, source: Cache, plan: HeadPlan, target: TrainedTarget, *, given: Mapping[str, Any], seeds: int
 ) -> bool:
     """Whether a run is there that this training need not make again.
 
@@ -315,11 +292,11 @@ def _is_done(
         "classes": task.classes,
         "head": plan.head,
         "head_options": plan.options,
-        "fit_options": _fit_options(plan, plan.candidates[0]),
+        "fit_options": list_fit_options(plan, plan.candidates[0]),
         "folds": given["folds"],
         "repeats": given["repeats"],
         "seed": given["seed"],
-        "sweep": _describe_sweep(plan, given["sweep"]),
+        "sweep": describe_sweep(plan, given["sweep"]),
         "fingerprint": source.recipe.fingerprint,
         "views": list_views(source),
         "event": task.event,
@@ -330,7 +307,7 @@ def _is_done(
     if given["sweep"] is None:
         fields["token_sets"] = plan.token_sets
     nothing = np.zeros((*target.folds.shape, len(score_columns(task.kind, task.classes, task.times))))
-    return is_finished(folder, fields, _tabulate_scores(target, nothing).select("case_id", "fold", "target"))
+    return is_finished(folder, fields, tabulate_scores(target, nothing).select("case_id", "fold", "target"))
 
 
 def _plan_folders(
@@ -408,174 +385,6 @@ def _split_usable(source: Cache) -> tuple[pl.DataFrame, tuple[str, ...]]:
     )
     blank = cases.filter(pl.col("real") == 0)["case_id"].to_list()
     return cases.filter(pl.col("real") > 0).select("case_id", "patient_id"), tuple(blank)
-
-
-def _make_record(
-    source: Cache,
-    plan: HeadPlan,
-    target: _Target,
-    fitted: CrossFit,
-    *,
-    sweep: str | None,
-    seed: int,
-    seconds: float,
-    resamples: int,
-    begun: WarmStart | None,
-) -> RunRecord:
-    task = target.task
-    start = () if begun is None or begun.head != plan.head else (begun.note,)
-    tested = np.flatnonzero(target.folds[0] >= 0)
-    patients = [task.patient_ids[case] for case in tested]
-    scores = np.stack([score_array(task.kind, each[tested]) for each in fitted.scores])
-    judged: dict[str, Any] = {"repeated": True, "times": task.times, "resamples": resamples, "seed": seed}
-    return RunRecord(
-        name=f"{task.name}.{plan.head}",
-        target=task.name,
-        kind=task.kind,
-        classes=task.classes,
-        head=plan.head,
-        head_options=plan.options,
-        outputs=plan.outputs(task),
-        shape=fitted.shape,
-        recipe=source.recipe,
-        event=task.event,
-        times=task.times,
-        metrics=compute_metrics(task.kind, task.targets[tested], scores, patients, **judged),
-        members=tuple(
-            _describe_member(plan, int((target.folds == fold).sum()), fold, report, member)
-            for fold, report, member in zip(fitted.folds, fitted.reports, fitted.members, strict=True)
-        ),
-        fit_options=_fit_options(plan, plan.candidates[0]),
-        folds=target.split,
-        repeats=len(target.folds),
-        seed=seed,
-        parameters=max(count_parameters(member) for member in fitted.members),
-        seconds=round(seconds, 3),
-        versions=_versions(plan.head),
-        cases={
-            "trained": len(task.case_ids),
-            "patients": len(set(task.patient_ids)),
-            "untested_patients": sorted({task.patient_ids[case] for case in np.flatnonzero(target.folds[0] < 0)}),
-            "unlabelled": list(target.report.unlabelled),
-            "unknown": list(target.report.unknown),
-            "left_out": list(target.report.left_out),
-            "without_usable_slice": list(target.blank),
-        },
-        sweep=_describe_sweep(plan, sweep),
-        notes=(*_notes(plan, fitted.shape.views), *_tell_layers(plan, fitted.members), *fitted.notes, *start),
-    )
-
-
-def _describe_member(plan: HeadPlan, tested: int, fold: int, report: FitReport, member: Member) -> dict[str, Any]:
-    candidate = plan.candidates[report.candidate]
-    described = {
-        "fold": fold,
-        "tested": tested,
-        "token_sets": list(candidate.token_sets),
-        "head_options": candidate.options,
-        "epochs": report.epochs,
-        "held_out_loss": report.held_out_loss,
-        "choices": report.choices,
-    }
-    if weights := layer_weights(member.head):
-        described["layer_weights"] = {name: round(weight, 4) for name, weight in weights.items()}
-    return described | ({"candidate": report.candidate, "ranking": report.ranking} if report.ranking else {})
-
-
-def _describe_sweep(plan: HeadPlan, sweep: str | None) -> dict[str, Any] | None:
-    if sweep is None:
-        return None
-    candidates = [
-        {"token_sets": list(each.token_sets), "head_options": each.options, "fit_options": _fit_options(plan, each)}
-        for each in plan.candidates
-    ]
-    return {"name": sweep, "candidates": candidates}
-
-
-def _fit_options(plan: HeadPlan, candidate: Candidate) -> dict[str, Any]:
-    return asdict(candidate.fit) if plan.by_gradient else {"class_weights": candidate.fit.class_weights}
-
-
-def _versions(head: str) -> dict[str, str]:
-    entry = list_heads()[head]
-    return {
-        "embedkit": importlib.metadata.version("embedkit"),
-        "head": f"{entry.distribution} {entry.version}",
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": importlib.metadata.version("scikit-learn"),
-        "python": platform.python_version(),
-    }
-
-
-def _notes(plan: HeadPlan, views: Sequence[str]) -> tuple[str, ...]:
-    """Where a baseline is not what its paper has."""
-    if plan.head != "raptor":
-        return ()
-    notes = []
-    if absent := [plane for plane in PLANES if not any(view.endswith(f"/{plane}") for view in views)]:
-        notes.append(f"Raptor is defined on three planes; this cache lacks {' and '.join(absent)}")
-    kinds = [TokenSet.parse(name) for name in plan.token_sets]
-    if not any(found.kind == "patch" for found in kinds):
-        notes.append("Raptor is defined on patch tokens; this cache holds none, so it read class tokens")
-    elif any(found.grid is not None for found in kinds):
-        notes.append(f"Raptor is defined on the full patch grid; here it read {', '.join(plan.token_sets)}")
-    return tuple(notes)
-
-
-def _tell_layers(plan: HeadPlan, members: Sequence[Member]) -> tuple[str, ...]:
-    """How heavy each layer is to the members that mix some, and between which bounds."""
-    found: dict[str, list[float]] = {}
-    for member in members:
-        for name, weight in layer_weights(member.head).items():
-            found.setdefault(name, []).append(weight)
-    if not found:
-        return ()
-    told = sorted(found, key=lambda name: -float(np.mean(found[name])))
-    shares = [f"{name} {np.mean(found[name]):.2f} [{min(found[name]):.2f}, {max(found[name]):.2f}]" for name in told]
-    return (f"{plan.head} weighs its layers {', '.join(shares)}: mean and range over its members",)
-
-
-def _tabulate_scores(target: _Target, scores: NDArray[np.float64]) -> pl.DataFrame:
-    """Out-of-fold predictions [repeats cases columns] of the cases that are in a fold, one deal after the other."""
-    tested = np.flatnonzero(target.folds[0] >= 0)
-    tables = [
-        _tabulate_cases(target.task, tested, each[tested]).insert_column(2, pl.Series("fold", folds[tested]))
-        for folds, each in zip(target.folds, scores, strict=True)
-    ]
-    return pl.concat(tables)
-
-
-def _tabulate_inner(task: Task, inner: Sequence[InnerScores]) -> pl.DataFrame:
-    """Scores of held-out training cases: fold, split, then the columns of `_tabulate_cases`."""
-    parts = [
-        _tabulate_cases(task, each.cases, each.scores).select(
-            pl.lit(each.fold, pl.Int64).alias("fold"), pl.lit(each.split, pl.Int64).alias("split"), pl.all()
-        )
-        for each in inner
-    ]
-    return pl.concat(parts)
-
-
-def _tabulate_cases(task: Task, cases: NDArray[np.int64], scores: NDArray[np.float64]) -> pl.DataFrame:
-    """``case_id``, ``patient_id``, ``target``, for survival ``event``, and the scores [cases columns] of some cases."""
-    if task.kind == "survival":
-        truth: list[Any] = task.targets[:, 0].tolist()
-    elif task.kind == "regression":
-        truth = task.targets.tolist()
-    elif task.kind == "multilabel":
-        truth = [";".join(name for name, has in zip(task.classes, row, strict=True) if has) for row in task.targets]
-    else:
-        truth = [task.classes[code] for code in task.targets]
-    return pl.DataFrame(
-        {
-            "case_id": [task.case_ids[case] for case in cases],
-            "patient_id": [task.patient_ids[case] for case in cases],
-            "target": [truth[case] for case in cases],
-            **({"event": task.targets[cases, 1].astype(np.int64)} if task.kind == "survival" else {}),
-            **dict(zip(score_columns(task.kind, task.classes, task.times), scores.T, strict=True)),
-        }
-    )
 
 
 def _tabulate_runs(runs: Sequence[Run]) -> pl.DataFrame:

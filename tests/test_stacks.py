@@ -213,10 +213,9 @@ def test_stacked_adamw_is_torchs_row_by_row() -> None:
     ]
     for step in range(20):
         slopes = torch.randn(3, 7, generator=generator)
-        stacked.begin_step(*one_cycle(step, 20))
         for rows_of in (slice(0, 1), [2, 1]):  # a view, and rows that lie apart
             part = slopes[rows_of]
-            stacked.update(rows_of, {(0, 4): part[:, :4].reshape(-1, 2, 2), (4, 7): part[:, 4:]})
+            stacked.update(rows_of, {(0, 4): part[:, :4].reshape(-1, 2, 2), (4, 7): part[:, 4:]}, one_cycle(step, 20))
         for row, slope, optimiser, schedule in zip(rows, slopes, optimisers, schedules, strict=True):
             row.grad = slope.clone()
             optimiser.step()
@@ -231,13 +230,14 @@ def test_the_schedule_is_torchs(steps: int) -> None:
     parameter = nn.Parameter(torch.zeros(1))
     optimiser = torch.optim.AdamW([parameter], lr=3.0)
     if steps == 5:  # torch divides by zero there: the rate rises over no step at all
-        assert one_cycle(0, 5)[0] == 1.0
+        assert one_cycle(0, 5).rate == 1.0
         return
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3.0, total_steps=steps, pct_start=0.2)
     for step in range(steps):
-        rate, momentum = one_cycle(step, steps)
-        assert rate * 3 == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-6)
-        assert momentum == pytest.approx(optimiser.param_groups[0]["betas"][0], rel=1e-6)
+        at = one_cycle(step, steps)
+        assert at.step == step + 1
+        assert at.rate * 3 == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-6)
+        assert at.momentum == pytest.approx(optimiser.param_groups[0]["betas"][0], rel=1e-6)
         optimiser.step()
         if step < steps - 1:
             schedule.step()

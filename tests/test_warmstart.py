@@ -88,6 +88,7 @@ def test_a_head_starts_from_the_member_of_its_fold_and_the_folds_of_the_old_run_
     assert trained.table["head"].to_list() == ["logistic", "raptor", "mlp"]
     new = trained.runs[-1]
     assert [member["fold"] for member in new.record.members] == [0, 0, 1, 1]
+    assert {run.record.folds for run in trained.runs} == {2}  # those of the old run, not the three asked for
     require_taken_over(new, old["mlp"], [(0, 0), (1, 0), (2, 1), (3, 1)])
     before = dict(old["mlp"].predictions.select("patient_id", "fold").iter_rows())
     for run in trained.runs:
