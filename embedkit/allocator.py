@@ -17,7 +17,7 @@ def keep_freed_memory() -> bool:
 
     A pass through a network on a CPU takes and frees the same activations again and again; given back to the system in
     between, every page of them is faulted in anew, which costs a tenth of the time of extraction
-    (`benchmarks/extract.py`) and a quarter of that of light heads. The setting is of the whole process and cannot be
+    (`benchmarks/extract.py`); light heads in bfloat16 gain as well. The setting is of the whole process and cannot be
     undone, so it is for programs, not for a library call. See mallopt(3).
 
     Returns:

@@ -227,7 +227,7 @@ def train(
                 "seed": seed,
                 "seconds": seconds,
                 "resamples": resamples,
-                "begun": begun,
+                "more": (begun.note,) if begun is not None and begun.head == plan.head else (),
             }
             record = make_record(source, joint.place(plan, target.task), target, fitted, **told)
             record = supervision.tell(record, plan, target.folded, fitted, resamples=resamples)

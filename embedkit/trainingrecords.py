@@ -31,7 +31,6 @@ from embedkit.runfolder import RunRecord
 from embedkit.slices import PLANES
 from embedkit.sweeps import Candidate
 from embedkit.tasks import Task, TaskReport
-from embedkit.warmstart import WarmStart
 
 __all__ = ["TrainedTarget", "describe_sweep", "list_fit_options", "make_record", "tabulate_inner", "tabulate_scores"]
 
@@ -71,7 +70,7 @@ def make_record(
     seed: int,
     seconds: float,
     resamples: int,
-    begun: WarmStart | None,
+    more: Sequence[str] = (),
 ) -> RunRecord:
     """The record of a run.
 
@@ -84,10 +83,9 @@ def make_record(
         seed: Of the training.
         seconds: That its fits took.
         resamples: Of the bootstrap for the intervals.
-        begun: What the fits of one head started from.
+        more: Notes for the reader, beside those that follow from the rest.
     """
     task = target.task
-    start = () if begun is None or begun.head != plan.head else (begun.note,)
     tested = np.flatnonzero(target.folds[0] >= 0)
     patients = [task.patient_ids[case] for case in tested]
     scores = np.stack([score_array(task.kind, each[tested]) for each in fitted.scores])
@@ -126,7 +124,7 @@ def make_record(
             "without_usable_slice": list(target.blank),
         },
         sweep=describe_sweep(plan, sweep),
-        notes=(*_notes(plan, fitted.shape.views), *_tell_layers(plan, fitted.members), *fitted.notes, *start),
+        notes=(*_notes(plan, fitted.shape.views), *_tell_layers(plan, fitted.members), *fitted.notes, *more),
     )
 
 

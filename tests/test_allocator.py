@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from embedkit.cli.main import app
+from typer.testing import CliRunner
 
 PROGRAM = """
 import resource, sys
@@ -36,3 +38,18 @@ def test_freed_memory_is_taken_again_without_faulting_its_pages_in_anew() -> Non
     took_effect, faults_kept = run("keep")
     assert took_effect == "True"
     assert int(faults_kept) < 100 < int(faults_plain)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "absent", "--labels", "absent.csv", "--target", "y", "-o", "runs"],
+        ["bench", "absent", "-o", "bench"],
+        ["demo", "--cases", "2", "--out", "demo"],
+    ],
+)
+def test_programs_that_train_keep_freed_memory(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("embedkit.allocator.keep_freed_memory", lambda: asked.append(command[0]))
+    assert CliRunner().invoke(app, command).exit_code != 0  # nothing is there to work on
+    assert asked == [command[0]]
