@@ -32,6 +32,7 @@ from embedkit.cli import (
 )
 
 from embedkit.errors import EmbedkitError
+from embedkit.termination import end_on_terminate
 
 __all__ = ["app", "main"]
 
@@ -81,9 +82,13 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Runs the program; an EmbedkitError becomes one line on stderr and exit code 2, anything else a traceback."""
+    """Runs the program; an EmbedkitError becomes one line on stderr and exit code 2, anything else a traceback.
+
+    SIGTERM ends it by way of every clean-up, with code 143.
+    """
     try:
-        app()
+        with end_on_terminate():
+            app()
     except EmbedkitError as error:
         typer.echo(f"embedkit: {error}", err=True)
         sys.exit(2)

@@ -40,7 +40,10 @@ def search_command(
         str | None, typer.Option(help='SQL condition on the index\'s columns: "sex = 1 AND age < 50".')
     ] = None,
     exclude_same: Annotated[
-        str | None, typer.Option(help="Column that must differ from the query's: patient_id.")
+        str | None,
+        typer.Option(
+            help="Column that must differ from the query's: patient_id; of a volume or vector: patient_id=ID."
+        ),
     ] = None,
     region: Annotated[
         str | None,
@@ -72,23 +75,29 @@ def search_command(
         _require_alone("only a new image has a view and needs a backbone", "", view=view, weights=weights)
     if manifest is not None:
         _require_alone("a manifest", "names the views itself", view=view)
+    if vector is not None:
+        _require_alone("a vector has no slices to draw or to compare", "", montage=montage, region=region)
+    if montage is not None and pairs == 0:
+        raise typer.BadParameter("a picture of 0 pairs shows nothing; give 1 or more", param_hint="--pairs")
     part = None if region is None else Region.parse(region)
     ranking: dict[str, Any] = {"k": k, "where": where, "rerank": rerank, "by_patch": by_patch, "candidates": candidates}
     reading: dict[str, Any] = {"weights": weights, "device": device}
     if manifest is not None:
         single = {"case": case, "volume": volume, "vector": vector, "text": text or None}
-        _require_alone("a manifest", **single, region=region, exclude_same=exclude_same, montage=montage)
+        _require_alone("a manifest", **single, region=region, montage=montage)
+        reading["exclude_same"] = exclude_same
         _search_manifest(opened, manifest, {**ranking, **reading, "cache": cache}, json=json)
     elif text or text_vectors is not None:
         others = {"case": case, "volume": volume, "vector": vector, "rerank": rerank, "montage": montage}
         _require_alone("a text", **others, region=region, exclude_same=exclude_same, by_patch=by_patch or None)
         _search_texts(opened, text or [], text_vectors, shared_space=shared_space, k=k, where=where, json=json)
     else:
+        excluding = _parse_exclusion(opened, exclude_same, case)
         asked = _read_query(opened, case, volume, vector, view=view, region=part, **reading)
         _search_one(
             opened,
             asked,
-            {**ranking, "exclude_same": exclude_same},
+            {**ranking, **excluding},
             cache=cache,
             montage=montage,
             pairs=pairs,
@@ -118,6 +127,18 @@ def _search_texts(
     print_json(found.to_dicts()) if json else _print_found(found)
 
 
+def _parse_exclusion(index: Index, text: str | None, case: str | None) -> dict[str, Any]:
+    """``COLUMN`` or ``COLUMN=VALUE`` as arguments of `embedkit.search`, checked before a new image is computed."""
+    from embedkit.ranking import list_excluded
+
+    if text is None:
+        return {}
+    column, _, value = text.partition("=")
+    if case is None and not list_excluded(index, column, known={column: value} if value else {}):
+        typer.echo(f"no case of the index has {column} {value!r}, so none is left out", err=True)
+    return {"exclude_same": column, "exclude_value": value or None}
+
+
 def _read_query(
     index: Index,
     case: str | None,
@@ -128,11 +149,11 @@ def _read_query(
     **reading: Any,
 ) -> dict[str, Any]:
     """The arguments of `embedkit.search` that say what is looked for; a new image is read once, here."""
-    from embedkit.queries import read_volume_query
-
     if volume is None or case is not None or vector is not None:
         read = None if vector is None else _read_vector(vector)
         return {"case_id": case, "volume": volume, "vector": read, "region": region}
+    from embedkit.imagequeries import read_volume_query
+
     return {"query": read_volume_query(index, volume, region=region, **reading)}
 
 
@@ -147,20 +168,40 @@ def _search_one(
     json: bool,
 ) -> None:
     """Searches for one query, prints the cases, and what matched where that is asked for and can be told."""
+    from embedkit.errors import SearchError
     from embedkit.retrieval import search
 
+    explained = (json or montage is not None) and pairs > 0 and asked.get("vector") is None
+    if explained:
+        _require_source(index, cache)
     found = search(index, cache=cache, **asked, **options)
-    wanted = (json or montage is not None) and pairs > 0
     matches = None
-    if wanted and asked.get("vector") is None and not found.is_empty():
+    if explained and not found.is_empty():
         matches = _explain(index, found, asked, options, cache=cache, montage=montage, pairs=pairs)
     if matches is not None and json:
         rows = zip(found.to_dicts(), matches, strict=True)
-        print_json([row | {"matches": _describe_match(match, pairs)} for row, match in rows])
+        print_json(
+            [
+                row | {"slices_similarity": match.similarity, "matches": _describe_match(match, pairs)}
+                for row, match in rows
+            ]
+        )
     else:
         print_json(found.to_dicts()) if json else _print_found(found)
     if montage is not None and matches is None:
-        raise typer.BadParameter("a picture needs a query with slices and a case found", param_hint="--montage")
+        raise SearchError(f"no case was found, so {montage} was not drawn; loosen the filter")
+
+
+def _require_source(index: Index, cache: Path | None) -> None:
+    """Stops before a search whose reasons could not be told."""
+    from embedkit.errors import SearchError
+
+    place = Path(cache or index.details["cache"])
+    if not place.exists():
+        raise SearchError(
+            f"the slices that matched are read from the cache that was indexed, but {place} is gone; say where it is"
+            " (--cache), or leave them out (--pairs 0, and no --montage)"
+        )
 
 
 def _explain(
@@ -174,19 +215,16 @@ def _explain(
     pairs: int,
 ) -> list[Match]:
     """Which slices of the query match which of the cases found; drawn too where a picture is asked for."""
+    from embedkit.matching import has_votes
     from embedkit.queries import open_source, read_case_query
+    from embedkit.ranking import Ranking
     from embedkit.retrieval import match_cases
 
     source, part = open_source(index, cache), asked.get("region")
     query = asked.get("query") or read_case_query(index, source, asked["case_id"], region=part)
-    matches = match_cases(
-        index,
-        query,
-        found["case_id"].to_list(),
-        cache=source,
-        order="free" if options["rerank"] == "free" else "ordered",
-        by_patch=options["by_patch"] or part is not None,
-    )
+    by_patch = options["by_patch"] or has_votes(query.slices)
+    order = Ranking.for_index(index, rerank=options["rerank"], by_patch=by_patch).order
+    matches = match_cases(index, query, found["case_id"].to_list(), cache=source, order=order, by_patch=by_patch)
     if montage is not None:
         from embedkit.pictures import draw_similar_cases
 

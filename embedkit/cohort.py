@@ -20,9 +20,10 @@ from embedkit.answers import choose_class, stated_times, word_answer
 from embedkit.cache import Cache, open_cache
 from embedkit.errors import OptionError, RecipeError, RequestError, RunError, SearchError
 from embedkit.index import Index, open_index
+from embedkit.indexbuilding import join_labels
 from embedkit.manifest import read_labels
 from embedkit.queries import Query, open_slices
-from embedkit.retrieval import join_labels, search
+from embedkit.retrieval import search
 from embedkit.runs import Run, check_cache, open_run, predict
 
 __all__ = ["Cohort", "Subject", "column_kind", "open_cohort", "query_views"]

@@ -15,7 +15,7 @@ import polars as pl
 
 from embedkit.errors import ManifestError
 
-__all__ = ["MANIFEST_COLUMNS", "read_labels", "read_manifest", "write_manifest", "write_table"]
+__all__ = ["MANIFEST_COLUMNS", "list_columns", "read_labels", "read_manifest", "write_manifest", "write_table"]
 
 MANIFEST_COLUMNS = ("case_id", "patient_id", "view", "path", "mask")
 
@@ -66,6 +66,15 @@ def read_manifest(manifest: Path | str | pl.DataFrame) -> pl.DataFrame:
         return os.path.normpath(folder / text)
 
     return frame.with_columns(pl.col("path", "mask").map_elements(absolute, pl.String, skip_nulls=True))
+
+
+def list_columns(manifest: Path | str | pl.DataFrame) -> list[str]:
+    """The columns that a manifest names itself, before `read_manifest` fills in others.
+
+    Raises:
+        ManifestError: the file cannot be read, or has no row.
+    """
+    return _open_table(manifest, "manifest")[1].columns
 
 
 def read_labels(labels: Path | str | pl.DataFrame) -> pl.DataFrame:

@@ -97,12 +97,14 @@ class Match:
         similarity: Mean over the pairs by their votes, -1..1.
         pairs: One for every slice of the query in a view that both cases have, in the order of views and slices.
         query, other: The slices matched.
+        by_patch: Whether slices were compared patch by patch.
     """
 
     similarity: float
     pairs: tuple[SlicePair, ...]
     query: CaseSlices
     other: CaseSlices
+    by_patch: bool = False
 
     def top(self, count: int) -> tuple[SlicePair, ...]:
         """The ``count`` most similar pairs, in the order of the query's slices, no slice of either case twice."""
@@ -122,13 +124,23 @@ class Match:
         return cast(FloatArray, mine @ theirs.T)
 
     def heat(self, pair: SlicePair) -> tuple[FloatArray, FloatArray]:
-        """The best cosine of each patch in the other slice, of the query and of the other: [height width] each."""
-        cosines = self.patch_similarities(pair)
+        """The best cosine of each patch in the other slice, of the query and of the other: [height width] each.
+
+        Of a region only the patches that vote are looked for: the query's others are -1.
+        """
+        cosines, voting = self.patch_similarities(pair), self._voting(pair)
         grid = self.query[pair.view].grid
-        return cosines.max(1).reshape(grid), cosines.max(0).reshape(grid)
+        mine = np.where(voting, cosines.max(1), np.float32(-1))
+        return mine.reshape(grid), cosines[voting].max(0).reshape(grid)
+
+    def locate_region(self, pair: SlicePair) -> NDArray[np.bool_]:
+        """The patches of the other slice in which those that vote are best found, bool [height width]."""
+        found = np.zeros(self.other[pair.view].patches.shape[1], bool)
+        found[self.patch_similarities(pair).argmax(1)[self._voting(pair)]] = True
+        return found.reshape(self.other[pair.view].grid)
 
     def patch_pairs(self, pair: SlicePair, count: int) -> list[tuple[tuple[int, int], tuple[int, int], float]]:
-        """The ``count`` patches of the query's slice that are best found in the other slice, best first.
+        """The ``count`` patches of the query's slice that vote and are best found in the other slice, best first.
 
         Returns:
             (row, column) in the query's grid, (row, column) in the other's, and their cosine.
@@ -136,11 +148,19 @@ class Match:
         cosines = self.patch_similarities(pair)
         best = cosines.argmax(1)
         width = self.query[pair.view].grid[1]
-        order = np.argsort(-cosines.max(1), kind="stable")[:count]
+        voting = np.flatnonzero(self._voting(pair))
+        order = voting[np.argsort(-cosines.max(1)[voting], kind="stable")][:count]
         return [
             (divmod(int(patch), width), divmod(int(best[patch]), width), float(cosines[patch, best[patch]]))
             for patch in order
         ]
+
+    def _voting(self, pair: SlicePair) -> NDArray[np.bool_]:
+        """Which patches of the query's slice have a vote, [patches]."""
+        stack = self.query[pair.view]
+        if stack.votes is None:
+            return np.ones(stack.patches.shape[1], bool)
+        return np.asarray(stack.votes[np.searchsorted(stack.rows, pair.query_row)] > 0)
 
 
 def match_slices(query: CaseSlices, other: CaseSlices, *, order: Order = "free", by_patch: bool = False) -> Match:
@@ -176,7 +196,7 @@ def match_slices(query: CaseSlices, other: CaseSlices, *, order: Order = "free",
             f"the cases have no view in common: {', '.join(query)} and {', '.join(other)}; nothing can be matched"
         )
     similarity = np.average([pair.similarity for pair in pairs], weights=[pair.votes for pair in pairs])
-    return Match(float(similarity), tuple(pairs), query, other)
+    return Match(float(similarity), tuple(pairs), query, other, by_patch)
 
 
 def has_votes(slices: CaseSlices) -> bool:

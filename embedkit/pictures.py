@@ -6,6 +6,7 @@ Draws no chart.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,54 +67,77 @@ def draw_similar_cases(
     if matches is None:
         matches = match_cases(index, asked, others, cache=source, order="ordered")
     previews = [_require_previews(read_previews(source, case_id), source) for case_id in others]
-    titles = [
-        f"{rank}. {case}\n{similarity:.3f}"
-        for rank, case, similarity in found.select("rank", "case_id", "similarity").iter_rows()
+    titles = _name_scores(found, matches)
+    shown = replace(asked, previews=_require_previews(asked.previews, source))
+    write_picture(out, draw_matches(matches, previews, titles, query=shown, pairs=pairs))
+
+
+def _name_scores(found: pl.DataFrame, matches: Sequence[Match]) -> list[str]:
+    """Rank and case, by what it was ranked and how similar it is; also how similar its slices are, where they did not.
+
+    Each slice of the query has a part in that similarity: the pairs shown are the best of them.
+    """
+    what = "patches" if matches[0].by_patch else "slices"
+    rows = found.select("rank", "case_id", "similarity").iter_rows()
+    if "recall_rank" in found.columns:
+        return [f"{rank}. {case}\nall {what} {similarity:.3f}" for rank, case, similarity in rows]
+    return [
+        f"{rank}. {case}\nvectors {similarity:.3f}\nall {what} {match.similarity:.3f}"
+        for (rank, case, similarity), match in zip(rows, matches, strict=True)
     ]
-    shown = _require_previews(asked.previews, source)
-    write_picture(out, draw_matches(matches, previews, titles, query=shown, name=asked.name, pairs=pairs))
 
 
 def draw_matches(
-    matches: Sequence[Match],
-    previews: Sequence[Previews],
-    titles: Sequence[str],
-    *,
-    query: Previews,
-    name: str,
-    pairs: int,
+    matches: Sequence[Match], previews: Sequence[Previews], titles: Sequence[str], *, query: Query, pairs: int
 ) -> bytes:
     """PNG bytes of the best pairs of slices of each match, one row per match; the query's slices are framed.
+
+    The rim of a query's region is drawn, and in the other slice that of the patches in which it is best found.
 
     Args:
         matches: Of one query with several cases.
         previews: Of these cases.
         titles: Of these cases.
-        query: Previews of the query.
-        name: Of the query.
+        query: The query, with its previews.
         pairs: Per row at most.
     """
     images: list[NDArray[np.uint8]] = []
     overlays: list[NDArray[np.floating] | None] = []
     captions: list[str] = []
+    rims: dict[int, NDArray[np.floating]] = {}
+    mine = cast(Previews, query.previews)
     width = max(len(match.top(pairs)) for match in matches)
     for match, theirs, title in zip(matches, previews, titles, strict=True):
         chosen = match.top(pairs)
         for pair in chosen:
-            images += [query[pair.view][pair.query_row], theirs[pair.view][pair.other_row]]
+            images += [mine[pair.view][pair.query_row], theirs[pair.view][pair.other_row]]
             overlays += _heat(match, pair, images[-2].shape[0])
+            if query.outlines:
+                rims[len(images) - 2] = query.outlines[pair.view][pair.query_row]
+                rims[len(images) - 1] = _enlarge(match.locate_region(pair), images[-1].shape[0])
             captions += [
-                f"{name}\n{pair.view} {pair.query_slice}",
-                f"{title}\n{pair.other_slice}: {pair.similarity:.2f}",
+                f"{query.name}\n{pair.view} slice {pair.query_slice}",
+                f"{title}\nslice {pair.other_slice}: {pair.similarity:.2f}",
             ]
         for _ in range(2 * (width - len(chosen))):
             images.append(np.zeros_like(images[-1]))
             overlays.append(None)
             captions.append("")
-    framed = range(0, len(images), 2)
     return plot_montage(
-        images, captions, overlays=overlays, columns=2 * width, outlined=framed, scale="best cosine of each patch"
+        images,
+        captions,
+        overlays=overlays,
+        columns=2 * width,
+        outlined=range(0, len(images), 2),
+        regions=rims,
+        scale="best cosine of each patch",
     )
+
+
+def _enlarge(patches: NDArray[np.bool_], side: int) -> NDArray[np.floating]:
+    """Patches of a grid as pixels, float64 [side side]."""
+    rows, columns = (np.arange(side) * count // side for count in patches.shape)
+    return patches[np.ix_(rows, columns)].astype(np.float64)
 
 
 def _heat(match: Match, pair: SlicePair, side: int) -> list[NDArray[np.floating] | None]:

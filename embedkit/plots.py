@@ -34,7 +34,7 @@ from embedkit.metrics import Interval, RocCurve
 
 __all__ = ["DPI", "RocLine", "Score", "describe_interval", "plot_montage", "plot_roc", "plot_scores"]
 
-_NIGHT, _NIGHT_INK, _OUTLINE = "#101418", "#d7dde4", "#f0a830"
+_NIGHT, _NIGHT_INK, _OUTLINE, _RIM = "#101418", "#d7dde4", "#f0a830", "#3fd0ff"
 _HEAT = "inferno"  # perceptually uniform, legible with any colour vision
 
 
@@ -138,6 +138,7 @@ def plot_montage(
     overlays: Sequence[NDArray[np.floating] | None] | None = None,
     columns: int = 6,
     outlined: Collection[int] = (),
+    regions: Mapping[int, NDArray[np.floating]] | None = None,
     scale: str = "attention",
 ) -> bytes:
     """Slices side by side on a dark ground, with a heatmap over them where there is one.
@@ -148,6 +149,7 @@ def plot_montage(
         overlays: Each float [height width] in 0..1, or None for a bare slice. 0 is clear, 1 is brightest and densest.
         columns: At most so many beside each other.
         outlined: Places of the images that get a frame.
+        regions: By place of an image, how much of each pixel lies in a region, 0..1 [height width]; its rim is drawn.
         scale: What an overlay shows, for its colour scale.
 
     Returns:
@@ -174,6 +176,8 @@ def plot_montage(
         place = (edge + column * (side + gap)) / width, bottom / height, side / width, side / height
         axes = canvas.add_axes(place)
         _draw_slice(axes, image, overlay)
+        if regions is not None and number in regions:
+            _draw_rim(axes, regions[number])
         show_plainly([axes.set_title(text, color=_NIGHT_INK, fontsize=8.5, pad=4, linespacing=1.15)])
         for spine in axes.spines.values():
             spine.set(visible=number in outlined, color=_OUTLINE, linewidth=2.2)
@@ -229,6 +233,18 @@ def _draw_slice(axes: Axes, image: NDArray[np.uint8], overlay: NDArray[np.floati
     heat = mpl.colormaps[_HEAT](0.15 + 0.85 * strength)
     heat[..., 3] = 0.75 * np.sqrt(strength) * (strength > 0.02)
     axes.imshow(heat, interpolation="bilinear")
+
+
+def _draw_rim(axes: Axes, region: NDArray[np.floating]) -> None:
+    """The rim of a region, also of one that lies at the edge of the slice or fills no pixel by half."""
+    padded = np.pad(np.asarray(region, np.float64), 1)
+    most = padded.max()
+    if not most > 0:
+        return
+    height, width = padded.shape
+    places = np.arange(width) - 1, np.arange(height) - 1
+    axes.contour(*places, padded, levels=[most / 2], colors=[_RIM], linewidths=1.3)
+    axes.set(xlim=(-0.5, width - 2.5), ylim=(height - 2.5, -0.5))
 
 
 def _draw_scale(canvas: Canvas, size: tuple[float, float], edge: float, what: str) -> None:

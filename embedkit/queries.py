@@ -1,46 +1,43 @@
-"""Owns queries: a case of a cache or a new image as what an index compares, its vector, its slices and their pictures.
+"""Owns queries: what an index compares of a case in a cache, its vector, its slices and their pictures.
 
 Searches nothing.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embedkit.backbones import load_backbone
-from embedkit.cache import Cache, create_cache, open_cache
+from embedkit.cache import Cache, open_cache
 from embedkit.embeddings import Embedding, embed_new_cases, parse_embeddings
 from embedkit.errors import SearchError
-from embedkit.extraction import extract_cases
-from embedkit.features import Backbone
 from embedkit.index import Index
-from embedkit.manifest import read_manifest
 from embedkit.matching import CaseSlices
-from embedkit.planning import choose_device
 from embedkit.recipe import require_same_recipe
 from embedkit.regions import Region
-from embedkit.runs import Run, open_run
 from embedkit.slicereading import SliceReader
-from embedkit.sources import Case, group_cases
+
+if TYPE_CHECKING:
+    from embedkit.runs import Run
 
 __all__ = [
     "Previews",
     "Query",
+    "embed_queries",
+    "embed_region",
     "embed_run",
+    "open_index_run",
     "open_slices",
     "open_source",
+    "outline_region",
     "read_case_query",
-    "read_manifest_queries",
     "read_previews",
-    "read_volume_query",
 ]
 
 FloatArray = NDArray[np.float32]
@@ -58,6 +55,9 @@ class Query:
         vector: float32 [dim], made as the vectors of the index, not yet centred; None for a case of the index.
         slices: As the index compares slices.
         previews: Pictures of its slices; None where the cache keeps none.
+        known: What is known of a new image by column, such as its ``patient_id``: cases alike in it can be left out.
+        outlines: By ``view/plane``, how much of each pixel of ``previews`` lies in the region that votes, 0..1 [slices
+            height width]; empty without a region.
     """
 
     name: str
@@ -65,6 +65,8 @@ class Query:
     vector: FloatArray | None
     slices: CaseSlices
     previews: Previews | None
+    known: Mapping[str, object] = field(default_factory=dict)
+    outlines: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 def open_source(index: Index, cache: str | Path | Cache | None = None) -> Cache:
@@ -108,38 +110,24 @@ def read_case_query(index: Index, cache: Cache, case_id: str, *, region: Region 
         SearchError: the cache lacks the case, or it cannot be searched for by a region.
     """
     slices = open_slices(index, cache).read(case_id, region=region)
-    vector = None if region is None else _embed_region(index, cache, case_id, slices)
-    return Query(case_id, case_id, vector, slices, read_previews(cache, case_id))
+    vector = None if region is None else embed_region(index, cache, case_id, slices)
+    previews = read_previews(cache, case_id)
+    return Query(case_id, case_id, vector, slices, previews, outlines=outline_region(cache, case_id, previews, region))
 
 
-def read_volume_query(
-    index: Index,
-    volume: Path,
-    *,
-    view: str | None = None,
-    weights: str | Path | None = None,
-    device: str = "auto",
-    region: Region | None = None,
-) -> Query:
-    """A new image as a query, extracted with the recipe that the index keeps; the arguments are those of `search`.
-
-    Raises:
-        SearchError: the index does not know the view, or the image cannot be extracted.
-        VolumeError: ``volume`` cannot be read.
-        RecipeError: ``weights`` are not those of the index's recipe.
-    """
-    backbone = load_query_backbone(index, weights=weights, device=device)
-    with (
-        tempfile.TemporaryDirectory(prefix="embedkit-query-") as folder,
-        extract_query(index, volume, Path(folder) / "cache", backbone, view=view, device=device) as cache,
-    ):
-        slices = open_slices(index, cache).read("query", region=region)
-        vector: FloatArray | None
-        if region is not None:
-            vector = _embed_region(index, cache, "query", slices)
-        else:
-            vector = embed_query(index, cache) if index.level == "case" else None
-        return Query(volume.name, None, vector, slices, read_previews(cache, "query"))
+def outline_region(
+    cache: Cache, case_id: str, previews: Previews | None, region: Region | None
+) -> Mapping[str, FloatArray]:
+    """Where a region lies in the previews of a case; see `Query`."""
+    if region is None or previews is None:
+        return {}
+    found = {}
+    stacks = cache.stacks.filter(pl.col("case_id") == case_id).select("stack", "view", "plane").iter_rows()
+    for stack, view, plane in stacks:
+        shape = previews[f"{view}/{plane}"].shape
+        cover = region.measure_cover(cache.record(stack), cache.slices(stack).indices, shape[1] * shape[2])
+        found[f"{view}/{plane}"] = cover.reshape(shape)
+    return found
 
 
 def read_previews(cache: Cache, case_id: str) -> Previews | None:
@@ -162,7 +150,7 @@ def embed_run(run: Run, cache: Cache) -> tuple[pl.DataFrame, FloatArray]:
     return table, vectors
 
 
-def _embed_region(index: Index, cache: Cache, case_id: str, slices: CaseSlices) -> FloatArray:
+def embed_region(index: Index, cache: Cache, case_id: str, slices: CaseSlices) -> FloatArray:
     """The vector of the part of a case that votes, [dim]: of its tokens less the view's mean, zero where none votes.
 
     Raises:
@@ -202,52 +190,12 @@ def open_index_run(index: Index) -> Run:
         SearchError: it was trained again since.
         RunError: it is gone or damaged.
     """
+    from embedkit.runs import open_run  # slow to load, and only an index of a run needs it
+
     run = open_run(index.details["run"])
     if run.digest != index.details["run_digest"]:
         raise SearchError(f"run {run.path} was trained again since index {index.path} was made; build the index anew")
     return run
-
-
-def load_query_backbone(index: Index, *, weights: str | Path | None = None, device: str = "auto") -> Backbone:
-    """The backbone that made the cache behind an index, to extract new images with.
-
-    Raises:
-        BackboneError: its weights cannot be had.
-        RecipeError: ``weights`` are not those of the index's recipe.
-    """
-    recipe = index.recipe
-    backbone = load_backbone(
-        recipe.backbone,
-        weights=None if weights is None else Path(weights),
-        image_size=recipe.image_size,
-        channels=max(len(recipe.channels), len(recipe.windows)),
-        device=str(choose_device(device)),
-    )
-    found = replace(recipe, weights=backbone.info.weights)
-    require_same_recipe(recipe, found, where=f"index {index.path}", ways_out="Give the weights that made it")
-    return backbone
-
-
-def extract_query(
-    index: Index, volume: Path, out: Path, backbone: Backbone, *, view: str | None = None, device: str = "auto"
-) -> Cache:
-    """Extracts a new image with the recipe of an index: a cache of one case, ``query``, at ``out``.
-
-    Raises:
-        SearchError: the image gives no tokens, or ``view`` is not one of the index's.
-    """
-    case = Case("query", "query", {query_view(index, view): volume.resolve()})
-    create_cache(out, index.recipe)
-    summary = extract_cases([case], out, backbone, index.recipe, device=choose_device(device))
-    if summary.failures:
-        raise SearchError(f"{volume} cannot be a query: {summary.failures[0].reason}")
-    return open_cache(out)
-
-
-def embed_query(index: Index, cache: Cache) -> FloatArray:
-    """The vector, [dim], of the one case of a cache that `extract_query` made."""
-    (vector,) = embed_queries(index, cache).values()
-    return vector
 
 
 def embed_queries(index: Index, cache: Cache) -> dict[str, FloatArray]:
@@ -263,77 +211,3 @@ def embed_queries(index: Index, cache: Cache) -> dict[str, FloatArray]:
         found = embed_new_cases(cache, parts, index.details["views"], index.extras["view_means"])
         table, vectors = found.cases, found.vectors
     return dict(zip(table["case_id"].to_list(), vectors, strict=True))
-
-
-def read_manifest_queries(
-    index: Index,
-    manifest: str | Path | pl.DataFrame,
-    *,
-    weights: str | Path | None = None,
-    device: str = "auto",
-    on_failure: Callable[[str, str], None],
-) -> Iterator[Query]:
-    """New cases as queries, of any number of views each, extracted with the recipe that the index keeps.
-
-    Args:
-        index: What is to be searched.
-        manifest: As `embedkit.extract` takes it.
-        weights: Of the backbone, as they were given to `extract`.
-        device: Where the backbone runs.
-        on_failure: Told each case that could not be extracted, and why; the others are given all the same.
-
-    Raises:
-        ManifestError: the manifest is unreadable or contradicts itself.
-        SearchError: it has a view that the index does not know.
-        RecipeError: ``weights`` are not those of the index's recipe.
-    """
-    cases = group_cases(read_manifest(manifest))
-    _require_known_views(index, cases)
-    backbone = load_query_backbone(index, weights=weights, device=device)
-    with tempfile.TemporaryDirectory(prefix="embedkit-queries-") as folder:
-        place = Path(folder) / "cache"
-        create_cache(place, index.recipe)
-        summary = extract_cases(cases, place, backbone, index.recipe, device=choose_device(device))
-        for failure in summary.failures:
-            on_failure(failure.case_id, failure.reason)
-        with open_cache(place) as cache:
-            vectors = embed_queries(index, cache) if len(cache) and index.level == "case" else {}
-            reader = open_slices(index, cache)
-            for case in cases:
-                if reader.holds(case.case_id):
-                    slices = reader.read(case.case_id)
-                    previews = read_previews(cache, case.case_id)
-                    yield Query(case.case_id, None, vectors.get(case.case_id), slices, previews)
-
-
-def _require_known_views(index: Index, cases: Sequence[Case]) -> None:
-    """Stops where new cases have a view that the index does not know; of channels extraction tells by itself."""
-    known = sorted({name.rpartition("/")[0] for name in index.details["views"]})
-    unknown = sorted({view for case in cases for view in case.images} - set(known))
-    if unknown and not index.recipe.channels:
-        raise SearchError(
-            f"the manifest has view {', '.join(unknown)}, but index {index.path} knows {', '.join(known)}; name the"
-            " views in its column view as the index does"
-        )
-
-
-def query_view(index: Index, view: str | None) -> str:
-    """Which view a new image is: ``view``, or the only one of the index.
-
-    Raises:
-        SearchError: it is not one of the index's, or the index is over several channels.
-    """
-    recipe = index.recipe
-    if recipe.channels:
-        raise SearchError(
-            f"index {index.path} was made with channels {', '.join(recipe.channels)}, and one image has no such"
-            " channels; extract the new case to a cache of its own and search by its vector"
-        )
-    views = sorted({name.rpartition("/")[0] for name in index.details["views"]})
-    if view is None and len(views) == 1:
-        return str(views[0])
-    if view is None or view not in views:
-        raise SearchError(
-            f"view {view!r} is not one of the index's: {', '.join(views)}; say which one the image is (--view)"
-        )
-    return view

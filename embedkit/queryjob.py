@@ -21,9 +21,9 @@ from torch import Tensor
 from embedkit.cohort import Subject
 from embedkit.errors import EmbedkitError, OptionError, RequestError
 from embedkit.features import Backbone, BackboneInfo, BackboneOutput, LayerTokens
+from embedkit.imagequeries import embed_query, extract_query, load_query_backbone, query_view
 from embedkit.index import Index
 from embedkit.pipeline import explain_failure
-from embedkit.retrieval import embed_query, extract_query, load_query_backbone, query_view
 from embedkit.slices import plan_stacks
 from embedkit.uploads import Upload
 from embedkit.volumes import read_volume

@@ -5,6 +5,7 @@ Knows no index and no similarity.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,15 @@ class Region:
             self._fill(record), indices=indices, box=record.box, plane=record.plane, grid=(side, side)
         )
         return cast(NDArray[np.float32], cover.reshape(len(indices), patches))
+
+    def describe_extent(self, record: StackRecord) -> str:
+        """The whole image behind a stack as a box of this kind, for people; a mask's in world coordinates."""
+        if self.kind == "voxels":
+            return "voxels:0,0,0," + ",".join(str(size) for size in record.source_shape[::-1])
+        affine = np.asarray(record.source_affine)
+        corners = np.array(list(itertools.product(*((0, size - 1) for size in record.source_shape))))
+        places = corners @ affine[:3, :3].T + affine[:3, 3]
+        return "mm:" + ",".join(f"{value:.0f}" for value in (*places.min(0), *places.max(0)))
 
     def _fill(self, record: StackRecord) -> NDArray[Any]:
         """bool canonical volume of the stack's source, True in the region."""

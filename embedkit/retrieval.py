@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -14,34 +14,16 @@ from numpy.typing import NDArray
 from embedkit.cache import Cache
 from embedkit.errors import ExtractionError, OptionError, SearchError
 from embedkit.index import Index, open_index
-from embedkit.indexbuilding import join_labels
 from embedkit.matching import ORDERS, Match, Order, has_votes, match_slices
-from embedkit.queries import (
-    Query,
-    embed_query,
-    extract_query,
-    load_query_backbone,
-    open_slices,
-    open_source,
-    query_view,
-    read_case_query,
-    read_manifest_queries,
-    read_volume_query,
-)
+from embedkit.queries import Query, open_slices, open_source, read_case_query
+from embedkit.ranking import RERANKS, Ranking, list_excluded, open_store, rank_cases
 from embedkit.regions import Region
-from embedkit.slicescores import score_slices
-from embedkit.slicestore import SliceStore
 from embedkit.textqueries import read_text_queries
 
 __all__ = [
     "RERANKS",
-    "embed_query",
-    "extract_query",
-    "join_labels",
-    "load_query_backbone",
     "match_cases",
     "open_index",
-    "query_view",
     "search",
     "search_each",
     "search_manifest",
@@ -49,11 +31,6 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float32]
-
-RERANKS = ("none", *ORDERS)
-"""How cases found by their vectors are ranked again by their slices."""
-
-_HITS_PER_SLICE = 64
 
 
 def search(
@@ -69,6 +46,7 @@ def search(
     k: int = 10,
     where: str | None = None,
     exclude_same: str | None = None,
+    exclude_value: object = None,
     region: Region | None = None,
     rerank: str | None = None,
     by_patch: bool = False,
@@ -88,10 +66,12 @@ def search(
         device: For ``volume``: where the backbone runs.
         k: How many cases at most.
         where: A polars SQL condition on the index's columns, such as ``sex = 1 AND age < 50``.
-        exclude_same: Column whose value must differ from the query's, such as ``patient_id``; with a case only.
+        exclude_same: Column whose value must differ from the query's, such as ``patient_id``.
+        exclude_value: The query's value there, where it is no case of the index: the patient of a new image. What
+            ``query`` knows of itself is used where this is None.
         region: A part of the query; only its patches vote. Ranks again, patch by patch.
         rerank: ``none`` ranks by the vectors, those of slices by the mean over the query's of the best that a case has
-            among the nearest 64; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
+            among the nearest 64 or more; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
             their slices, as `match_cases` compares them. None is ``ordered``, which did as well as ``free``
             where that was measured; but ``none`` for a vector, and for the vectors of a run, which know its task.
         by_patch: Rank again patch by patch.
@@ -110,25 +90,47 @@ def search(
         OptionError: an option that means nothing.
     """
     opened = index if isinstance(index, Index) else open_index(index)
-    rerank = _default_rerank(opened, "none" if rerank is None and vector is not None else rerank)
-    votes = region is not None or (query is not None and has_votes(query.slices))
-    options = _Ranking(k, where, exclude_same, rerank, by_patch or votes, candidates)
     _require_one({"case": case_id, "volume": volume, "vector": vector, "query": query})
-    if exclude_same is not None and case_id is None and (query is None or query.case_id is None):
-        raise SearchError(f"exclude_same {exclude_same!r} needs a query that is a case of the index")
+    votes = region is not None or (query is not None and has_votes(query.slices))
+    options = Ranking.for_index(
+        opened,
+        k=k,
+        where=where,
+        exclude_same=exclude_same,
+        rerank="none" if rerank is None and vector is not None else rerank,
+        by_patch=by_patch or votes,
+        candidates=candidates,
+    )
+    own = case_id if query is None else query.case_id
+    known = _tell_known(own, exclude_same, exclude_value)
     if vector is not None:
-        return _search_vector(opened, vector, options)
+        return _search_vector(opened, vector, options, known)
     if case_id is not None and not options.by_slices and region is None and opened.level == "case":
         return opened.search_cases([case_id], k, where=where, exclude_same=exclude_same).drop("query")
     source = _open_needed(opened, cache, options)
     if case_id is not None:
         query = _read_case(opened, source, case_id, region)
     elif volume is not None:
+        from embedkit.imagequeries import read_volume_query  # loads what extracts, which no other query needs
+
+        list_excluded(opened, exclude_same, known=known)  # says what is wrong before anything is computed
         query = read_volume_query(opened, Path(volume), view=view, weights=weights, device=device, region=region)
-    return _rank(opened, source, cast(Query, query), options)
+    asked = cast(Query, query)
+    return rank_cases(opened, source, replace(asked, known={**asked.known, **known}), options)
 
 
-def _search_vector(index: Index, vector: FloatArray, options: _Ranking) -> pl.DataFrame:
+def _tell_known(case_id: str | None, exclude_same: str | None, exclude_value: object) -> dict[str, object]:
+    """What the caller tells of a query that is no case of the index."""
+    if exclude_value is None:
+        return {}
+    if exclude_same is None:
+        raise SearchError(f"exclude_value {exclude_value!r} is of no column; name it (exclude_same)")
+    if case_id is not None:
+        raise SearchError(f"exclude_value {exclude_value!r}: case {case_id} of the index has its own {exclude_same}")
+    return {exclude_same: exclude_value}
+
+
+def _search_vector(index: Index, vector: FloatArray, options: Ranking, known: Mapping[str, object]) -> pl.DataFrame:
     if options.by_slices or index.level == "slice":
         raise SearchError("a vector has no slices to rank by: search by case or volume, or by the vector alone")
     given = np.asarray(vector)
@@ -137,7 +139,8 @@ def _search_vector(index: Index, vector: FloatArray, options: _Ranking) -> pl.Da
             f"the query vector is {given.dtype} of shape {list(given.shape)}, expected {index.dim} numbers in a row;"
             f" make it with the index's embedding, {index.embedding}"
         )
-    return index.search(given[None], options.k, where=options.where).drop("query")
+    excluded = list_excluded(index, options.exclude_same, known=known)
+    return index.search(given[None], options.k, where=options.where, exclude_case_ids=excluded).drop("query")
 
 
 def _read_case(index: Index, source: Cache | None, case_id: str, region: Region | None) -> Query:
@@ -145,104 +148,13 @@ def _read_case(index: Index, source: Cache | None, case_id: str, region: Region 
     if source is not None:
         return read_case_query(index, source, case_id, region=region)
     (number,) = index.number_cases([case_id])
-    return Query(case_id, case_id, None, _open_store(index).read(number), None)
+    return Query(case_id, case_id, None, open_store(index).read(number), None)
 
 
-def _open_needed(index: Index, cache: Cache | str | Path | None, options: _Ranking) -> Cache | None:
+def _open_needed(index: Index, cache: Cache | str | Path | None, options: Ranking) -> Cache | None:
     """The cache where a search needs its patches, or where it was given; else what the index keeps is enough."""
     needed = options.by_patch or index.level == "slice" or cache is not None
     return open_source(index, cache) if needed else None
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """The options of `search` that are not the query."""
-
-    k: int
-    where: str | None
-    exclude_same: str | None
-    rerank: str
-    by_patch: bool
-    candidates: int
-
-    def __post_init__(self) -> None:
-        if self.rerank not in RERANKS:
-            raise OptionError(f"rerank {self.rerank!r} is unknown; give {', '.join(RERANKS)}")
-        if self.k < 1:
-            raise SearchError(f"k is {self.k}, expected at least 1 case")
-        if self.candidates < 1:
-            raise OptionError(f"candidates is {self.candidates}, expected at least 1 case")
-
-    @property
-    def by_slices(self) -> bool:
-        return self.rerank != "none" or self.by_patch
-
-    @property
-    def order(self) -> Order:
-        return "ordered" if self.rerank == "ordered" else "free"
-
-
-def _rank(index: Index, source: Cache | None, query: Query, options: _Ranking) -> pl.DataFrame:
-    """The cases most like a query: by the vectors, then by the slices where that is asked for."""
-    found = _recall(index, query, max(options.k, options.candidates) if options.by_slices else options.k, options)
-    if not options.by_slices or found.is_empty():
-        return found
-    scores = _score(index, source, query, found["case_id"].to_list(), options)
-    ranked = found.rename({"rank": "recall_rank"}).with_columns(similarity=pl.Series(scores))
-    ranked = ranked.sort("similarity", descending=True, maintain_order=True).head(min(options.k, len(ranked)))
-    return ranked.select(
-        pl.int_range(1, pl.len() + 1).alias("rank"),
-        "case_id",
-        "patient_id",
-        "similarity",
-        "recall_rank",
-        pl.exclude("case_id", "patient_id", "similarity", "recall_rank"),
-    )
-
-
-def _recall(index: Index, query: Query, wanted: int, options: _Ranking) -> pl.DataFrame:
-    """The cases that the vectors find, most similar first."""
-    excluded = index.find_same(query.case_id, options.exclude_same) if query.case_id is not None else []
-    if index.level == "slice":
-        return _recall_by_slices(index, query, wanted, options.where, excluded)
-    if query.vector is not None:
-        found = index.search(query.vector[None], wanted, where=options.where, exclude_case_ids=excluded)
-    else:
-        own = [cast(str, query.case_id)]
-        found = index.search_cases(own, wanted, where=options.where, exclude_same=options.exclude_same)
-    return found.drop("query")
-
-
-def _score(index: Index, source: Cache | None, query: Query, case_ids: Sequence[str], options: _Ranking) -> FloatArray:
-    """How alike the query is to cases of the index: by vectors that the index keeps, or by patches from the cache."""
-    if options.by_patch or (source is not None and index.level == "slice"):
-        reader = open_slices(index, cast(Cache, source))
-        others = [reader.read(case_id) for case_id in case_ids]
-        return score_slices(query.slices, others, order=options.order, by_patch=options.by_patch)
-    return _open_store(index).score(query.slices, index.number_cases(case_ids), order=options.order)
-
-
-def _open_store(index: Index) -> SliceStore:
-    return SliceStore(index.extras["slices"], index.extras["slice_places"], index.details["views"])
-
-
-def _recall_by_slices(
-    index: Index, query: Query, wanted: int, where: str | None, excluded: Sequence[str]
-) -> pl.DataFrame:
-    """Candidates from an index of slices: the cases whose slices the slices of the query find, best sum first."""
-    vectors = np.concatenate([stack.vectors for stack in query.slices.values()])
-    hits = index.search(vectors, _HITS_PER_SLICE, where=where, exclude_case_ids=excluded)
-    best = hits.group_by("query", "case_id", maintain_order=True).agg(pl.col("similarity").max())
-    cases = best.group_by("case_id", maintain_order=True).agg(similarity=pl.col("similarity").sum() / len(vectors))
-    cases = cases.sort("similarity", descending=True, maintain_order=True).head(wanted)
-    table = cases.join(index.cases, on="case_id", how="left", maintain_order="left")
-    return table.select(
-        pl.int_range(1, pl.len() + 1).alias("rank"),
-        "case_id",
-        "patient_id",
-        "similarity",
-        pl.exclude("case_id", "patient_id", "similarity"),
-    )
 
 
 def _require_one(given: Mapping[str, object]) -> None:
@@ -271,22 +183,25 @@ def search_each(
     Raises:
         SearchError, RecipeError, OptionError: as `search`.
     """
-    options = _Ranking(k, where, exclude_same, _default_rerank(index, rerank), by_patch, candidates)
+    options = Ranking.for_index(
+        index,
+        k=k,
+        where=where,
+        exclude_same=exclude_same,
+        rerank=rerank,
+        by_patch=by_patch,
+        candidates=candidates,
+    )
     if not options.by_slices and index.level == "case":
         return index.search_cases(case_ids, k, where=where, exclude_same=exclude_same)
     source = _open_needed(index, cache, options)
     frames = [
-        _rank(index, source, _read_case(index, source, case_id, None), options).select(
+        rank_cases(index, source, _read_case(index, source, case_id, None), options).select(
             pl.lit(place, pl.Int64).alias("query"), pl.all()
         )
         for place, case_id in enumerate(case_ids)
     ]
     return pl.concat(frames) if frames else pl.DataFrame(schema={"query": pl.Int64})
-
-
-def _default_rerank(index: Index, rerank: str | None) -> str:
-    """What ranks again where nothing was said: not the vectors of a run, which know its task."""
-    return rerank or ("none" if "run" in index.details else "ordered")
 
 
 def search_manifest(
@@ -297,6 +212,7 @@ def search_manifest(
     device: str = "auto",
     k: int = 10,
     where: str | None = None,
+    exclude_same: str | None = None,
     rerank: str | None = None,
     by_patch: bool = False,
     candidates: int = 100,
@@ -308,6 +224,7 @@ def search_manifest(
     Args:
         index, weights, device, k, where, rerank, by_patch, candidates, cache: As in `search`.
         manifest: As `embedkit.extract` takes it; a case may have any of the index's views.
+        exclude_same: As in `search`; the manifest must have the column.
         on_failure: Told each case that could not be read, and why; None stops with it, once all others are done.
 
     Returns:
@@ -318,19 +235,26 @@ def search_manifest(
         ManifestError: the manifest is unreadable or contradicts itself.
         ExtractionError: cases could not be read, and ``on_failure`` is None.
     """
+    from embedkit.batchqueries import read_manifest_queries
+
     opened = index if isinstance(index, Index) else open_index(index)
     failed: list[str] = []
 
     def note(case_id: str, reason: str) -> None:
         failed.append(f"{case_id}: {reason}")
 
-    asked = read_manifest_queries(opened, manifest, weights=weights, device=device, on_failure=on_failure or note)
+    if exclude_same is not None:
+        opened.group_cases(exclude_same)  # says what is wrong with the column before anything is computed
+    asked = read_manifest_queries(
+        opened, manifest, weights=weights, device=device, needed=exclude_same, on_failure=on_failure or note
+    )
     frames = [
         search(
             opened,
             query=query,
             k=k,
             where=where,
+            exclude_same=exclude_same,
             rerank=rerank,
             by_patch=by_patch,
             candidates=candidates,

@@ -200,17 +200,19 @@ def _name_groups(index: Index, name: str) -> pl.Series:
 def _count_relevant(index: Index, codes: RowArray, allowed: NDArray[np.bool_], exclude_same: str | None) -> _Lists:
     """The queries: cases with a value that some other case which may be found shares; their lists still empty."""
     same = index.group_cases(exclude_same)
-    own, relevant, free = [], [], []
-    for row in range(len(index)):
-        others = allowed & ((same != same[row]) | (same < 0))
-        others[row] = False
-        count = int((codes[others] == codes[row]).sum()) if codes[row] >= 0 else 0
-        if count:
-            own.append(row)
-            relevant.append(count)
-            free.append(int(others.sum()))
-    as_rows = [np.array(each, np.int64) for each in (own, relevant, free)]
-    return _Lists(as_rows[0], np.empty((len(own), 0), np.int64), codes, as_rows[1], as_rows[2])
+    own = np.arange(len(index))
+    group = np.where(same >= 0, same, same.max(initial=-1) + 1 + own)  # a case without a value is alone
+    _, alike = np.unique(np.stack([group, codes]), axis=1, return_inverse=True)
+    relevant = _count_members(codes, allowed) - _count_members(alike.reshape(-1), allowed)
+    free = allowed.sum() - _count_members(group, allowed)
+    queries = np.flatnonzero((codes >= 0) & (relevant > 0))
+    return _Lists(queries, np.empty((len(queries), 0), np.int64), codes, relevant[queries], free[queries])
+
+
+def _count_members(numbers: RowArray, allowed: NDArray[np.bool_]) -> RowArray:
+    """For each case how many that are allowed have its number, int64 [cases]."""
+    shifted = numbers - numbers.min(initial=0)
+    return np.asarray(np.bincount(shifted[allowed], minlength=int(shifted.max(initial=0)) + 1)[shifted])
 
 
 def _fill_rows(index: Index, found: pl.DataFrame, queries: int, depth: int) -> RowArray:

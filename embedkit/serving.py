@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import secrets
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 from embedkit.errors import OptionError
+from embedkit.termination import end_on_terminate
 
 __all__ = ["UPLOAD_LIMIT_BYTES", "serve"]
 
@@ -74,7 +71,7 @@ def serve(
     cohort = open_cohort(cache, index, runs, labels=labels)
     token = secrets.token_urlsafe(24)
     with (
-        _end_on_terminate(),
+        end_on_terminate(),
         _bind(port) as bound,
         QueryDesk(cohort.index, limit_bytes=upload_limit_bytes, weights=weights, device=device) as desk,
     ):
@@ -91,23 +88,6 @@ def serve(
         )
         on_ready(f"http://{_HOST}:{bound.getsockname()[1]}/?token={token}")
         uvicorn.Server(config).run(sockets=[bound])
-
-
-@contextmanager
-def _end_on_terminate() -> Iterator[None]:
-    """Makes SIGTERM leave by way of every clean-up, with exit code 143: uvicorn ends, then raises the signal anew."""
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _bind(port: int) -> socket.socket:

@@ -81,9 +81,10 @@ class SliceReader:
             return found
         chosen = {view: self._keep_region(found[view], stack, region) for view, stack in self._stacks[case_id].items()}
         if not any(len(stack.rows) for stack in chosen.values()):
+            extent = region.describe_extent(self._cache.record(next(iter(self._stacks[case_id].values()))))
             raise SearchError(
                 f"the region touches no patch of {case_id}: it lies outside of what the backbone saw; give a box or"
-                " mask in the coordinates of the query's own image"
+                f" mask within the query's own image, {extent}"
             )
         return {view: stack for view, stack in chosen.items() if len(stack.rows)}
 

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils.extmath import randomized_svd
 
 from embedkit.errors import OptionError
 
@@ -50,6 +49,8 @@ def fit_whitening(vectors: NDArray[Any], mean: FloatArray, components: int) -> F
     if min(centred.shape) <= _EXACT_UP_TO:
         _, spreads, axes = np.linalg.svd(centred, full_matrices=False)
     else:
+        from sklearn.utils.extmath import randomized_svd  # slow to load, and no search needs it
+
         _, spreads, axes = randomized_svd(centred, components, n_iter=4, random_state=_SEED)
     variances = np.asarray(spreads, np.float64) ** 2 / len(rows)
     share = min(1.0, components / len(rows))

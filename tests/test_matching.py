@@ -119,6 +119,22 @@ def test_votes_weigh_patches_and_slices() -> None:
     assert score_slices(query, [other], by_patch=True)[0] == pytest.approx(3 / 4)
 
 
+def test_only_patches_that_vote_are_looked_for_in_the_other_slice() -> None:
+    rows, indices = np.arange(1), np.zeros(1, np.int32)
+    mine, theirs = np.float32([[UP, RIGHT, RIGHT, DOWN]]), np.float32([[DOWN, UP, UP, RIGHT]])
+    votes = np.float32([[0, 0, 0.5, 1]])
+    query = {"v": StackSlices(rows, indices, unit(mine.reshape(1, -1)), mine, votes)}
+    other = {"v": StackSlices(rows, indices, unit(theirs.reshape(1, -1)), theirs)}
+    match = match_slices(query, other, by_patch=True)
+    (pair,) = match.pairs
+    assert match.by_patch and pair.votes == 1.5
+    heat, found = match.heat(pair)
+    assert heat.tolist() == [[-1, -1], [1, 1]]
+    assert found.tolist() == [[1, 0], [0, 1]]
+    assert match.locate_region(pair).tolist() == [[True, False], [False, True]]
+    assert sorted(match.patch_pairs(pair, 9)) == [((1, 0), (1, 1), 1.0), ((1, 1), (0, 0), 1.0)]
+
+
 def test_the_top_pairs_use_no_slice_twice() -> None:
     match = match_slices({"v": slices_of([UP, UP, RIGHT])}, {"v": slices_of([UP, [1, 0.2]])})
     assert [(pair.query_row, pair.other_row) for pair in match.top(3)] == [(0, 0), (2, 1)]

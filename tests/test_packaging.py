@@ -15,6 +15,7 @@ HEAVY = {"torch", "timm", "faiss", "polars", "SimpleITK", "h5py", "sklearn", "ma
 STAGES = {"manifest", "volumes", "slices", "backbones", "tokens", "cache", "tasks", "bags", "metrics", "index"}
 ABOVE = {
     "account",
+    "batchqueries",
     "benching",
     "benchpage",
     "casework",
@@ -29,6 +30,7 @@ ABOVE = {
     "explanation",
     "exporting",
     "extraction",
+    "imagequeries",
     "indexbuilding",
     "ledger",
     "orders",
@@ -38,6 +40,7 @@ ABOVE = {
     "processes",
     "queries",
     "queryjob",
+    "ranking",
     "rayengine",
     "report",
     "retrieval",

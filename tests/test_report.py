@@ -266,6 +266,25 @@ def test_an_outlined_slice_has_a_frame_and_the_others_none() -> None:
     assert framed((1,)) == [False, True]
 
 
+def test_a_region_has_a_rim_where_it_lies_also_at_the_edge_and_smaller_than_a_pixel() -> None:
+    slices, titles = [np.zeros((20, 20), np.uint8)] * 2, ["", ""]
+
+    def rim(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        image = pixels(plot_montage(slices, titles, regions={1: region}))
+        blue = (image[..., 2] > 200) & (image[..., 0] < 120)
+        assert not blue[:, : image.shape[1] // 2].any()
+        bare = pixels(plot_montage(slices, titles))
+        assert image.shape == bare.shape and (image[~blue] == bare[~blue]).mean() > 0.98
+        return blue.nonzero()
+
+    corner, small = np.zeros((20, 20)), np.zeros((20, 20))
+    corner[:10, :10], small[15, 15] = 1, 0.02
+    upper, lower = rim(corner), rim(small)
+    assert upper[0].max() < lower[0].min() and upper[1].max() < lower[1].min()
+    assert len(upper[0]) > 5 * len(lower[0]) > 0
+    assert not rim(np.zeros((20, 20)))[0].size
+
+
 def test_a_montage_grows_by_rows_not_beyond_its_columns() -> None:
     slices = [np.zeros((8, 8), np.uint8)] * 7
     two_rows, one_row = (pixels(plot_montage(slices[:count], [""] * count, columns=4)).shape for count in (7, 4))

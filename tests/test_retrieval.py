@@ -124,7 +124,7 @@ def test_a_query_must_be_exactly_one_thing(cache: Path, tmp_path: Path) -> None:
         search(index)
     with pytest.raises(SearchError, match="case and volume, expected exactly one"):
         search(index, case_id="a1", volume="x.nii")
-    with pytest.raises(SearchError, match="needs a query that is a case"):
+    with pytest.raises(SearchError, match="the query is no case of the index; say its value"):
         search(index, vector=np.ones(2, np.float32), exclude_same="patient_id")
 
 

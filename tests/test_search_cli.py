@@ -83,7 +83,7 @@ def test_what_is_no_vector_of_the_index_is_refused(explored: Explored, tmp_path:
     with pytest.raises(SearchError, match="a vector has no slices to rank by"):
         call("search", explored.index, "--vector", tmp_path / "good.npy", "--rerank", "ordered")
     message = refused(explored.index, "--vector", tmp_path / "good.npy", "--montage", tmp_path / "m.png")
-    assert "a picture needs a query with slices" in message
+    assert "a vector has no slices to draw or to compare; leave out --montage" in message
 
 
 def test_every_case_of_a_manifest_finds_itself_in_the_index(
@@ -144,6 +144,11 @@ def test_more_cases_than_there_are_may_be_asked_for(explored: Explored) -> None:
         (["--case", "a", "--weights", "w.pt"], "only a new image has a view and needs a backbone; leave out --weights"),
         (["--manifest", "m.csv", "--view", "ct"], "a manifest names the views itself; leave out --view"),
         (["--case", "a", "--pairs", "-1"], "-1 pairs are none; give 0 or more"),
+        (["--case", "a", "--pairs", "0", "--montage", "m.png"], "a picture of 0 pairs shows nothing; give 1 or more"),
+        (
+            ["--vector", "v.npy", "--region", "mm:0,0,0,1,1,1"],
+            "has no slices to draw or to compare; leave out --region",
+        ),
     ],
 )
 def test_options_that_would_be_passed_over_are_refused(explored: Explored, options: list[str], message: str) -> None:
@@ -183,6 +188,59 @@ def test_a_manifest_is_asked_for_alone(explored: Explored, tmp_path: Path) -> No
     assert "a manifest is a query of its own; leave out --case, --region" in message
 
 
+def test_cases_of_the_patient_of_a_new_query_are_left_out_once_the_patient_is_told(
+    explored: Explored, asked: pl.DataFrame, tmp_path: Path
+) -> None:
+    index = embedkit.open_index(explored.index)
+    path, case = asked["path"][0], asked["case_id"][0].removeprefix("new_")
+    (patient,) = index.cases.filter(pl.col("case_id") == case)["patient_id"]
+    own = index.cases.filter(pl.col("patient_id") == patient)["case_id"].to_list()
+    assert ask(explored.index, "--volume", path, "-k", 1)[0]["case_id"] == case
+
+    def others(rows: list[dict[str, Any]]) -> bool:
+        return len(rows) == len(index) - len(own) and not {row["case_id"] for row in rows} & set(own)
+
+    told = ("--exclude-same", f"patient_id={patient}", "-k", len(index), "--pairs", 0)
+    assert others(ask(explored.index, "--volume", path, *told))
+    np.save(tmp_path / "vector.npy", index.read_vectors()[3])
+    assert others(ask(explored.index, "--vector", tmp_path / "vector.npy", *told))
+    asked.head(1).with_columns(patient_id=pl.lit(patient)).write_csv(tmp_path / "new.csv")
+    assert others(ask(explored.index, "--manifest", tmp_path / "new.csv", *told[:1], "patient_id", *told[2:]))
+    _, said = call("search", explored.index, "--volume", path, "--exclude-same", "patient_id=nobody", "-k", 1)
+    assert "no case of the index has patient_id 'nobody', so none is left out" in said
+
+
+def test_a_query_whose_value_nobody_told_leaves_nobody_out_in_silence(
+    explored: Explored, asked: pl.DataFrame, tmp_path: Path
+) -> None:
+    path, case = asked["path"][0], asked["case_id"][0].removeprefix("new_")
+    for query, column, message in (
+        (("--volume", path), "patient_id", r"no case of the index; say its value \(--exclude-same patient_id=VALUE\)"),
+        (("--volume", path), "site=a", "exclude_same names 'site', but the cases have case_id, patient_id"),
+        (("--volume", path), "volume_mm3=big", "'big' is no value of column 'volume_mm3', which holds Float64"),
+        (("--case", case), "patient_id=p", f"exclude_value 'p': case {case} of the index has its own patient_id"),
+    ):
+        with pytest.raises(SearchError, match=message):
+            call("search", explored.index, *query, "--exclude-same", column)
+    asked.write_csv(tmp_path / "new.csv")
+    with pytest.raises(SearchError, match="'patient_id', but the manifest has case_id, path, view; add the column"):
+        call("search", explored.index, "--manifest", tmp_path / "new.csv", "--exclude-same", "patient_id")
+    twice = pl.concat([asked.head(1)] * 2).with_columns(view=pl.Series(["ct", "mr"]), site=pl.Series(["a", "b"]))
+    with pytest.raises(SearchError, match=r"has 'a' and 'b' in column 'lesion' of the manifest, expected one value"):
+        embedkit.search_manifest(explored.index, twice.rename({"site": "lesion"}), exclude_same="lesion")
+    with pytest.raises(SearchError, match=r"exclude_value 'p' is of no column; name it"):
+        embedkit.search(explored.index, volume=path, exclude_value="p")
+
+
+def test_why_a_case_was_found_is_told_only_where_its_slices_still_are(explored: Explored, tmp_path: Path) -> None:
+    case = embedkit.open_index(explored.index).cases["case_id"][3]
+    gone = ("--case", case, "--cache", tmp_path / "gone")
+    for options in (("--json",), ("--montage", tmp_path / "m.png")):
+        with pytest.raises(SearchError, match=r"is gone; say where it is \(--cache\), or leave them out \(--pairs 0"):
+            call("search", explored.index, *gone, *options)
+    assert "matches" not in ask(explored.index, "--case", case, "--pairs", 0)[0]
+
+
 def test_the_patches_of_a_region_alone_vote(explored: Explored) -> None:
     case = embedkit.open_index(explored.index).cases["case_id"][3]
     whole = ask(explored.index, "--case", case, "-k", 3, "--by-patch")
@@ -197,7 +255,8 @@ def test_the_patches_of_a_region_alone_vote(explored: Explored) -> None:
     [
         ("voxels:0,0,0,1,1", "is no box: give six numbers"),
         ("nowhere.nii", "is no file and no box"),
-        ("mm:9000,9000,9000,9001,9001,9001", "the region touches no patch of"),
+        ("mm:9000,9000,9000,9001,9001,9001", r"the region touches no patch of .* within the query's own image, mm:-"),
+        ("voxels:900,0,0,901,1,1", r"within the query's own image, voxels:0,0,0,\d+,\d+,\d+$"),
     ],
 )
 def test_a_region_that_is_none_is_refused(explored: Explored, region: str, message: str) -> None:

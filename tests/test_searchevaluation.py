@@ -96,6 +96,34 @@ def test_excluded_cases_are_neither_found_nor_missed(index: Index) -> None:
     assert filtered.queries["relevant"].to_list() == [2, 1, 2, 2]
 
 
+def test_what_there_is_to_be_found_is_counted_as_one_would_by_hand(tmp_path: Path) -> None:
+    random = np.random.default_rng(4)
+
+    def draw(most: int) -> list[int | None]:
+        return [None if value == most else int(value) for value in random.integers(0, most + 1, 40)]
+
+    table = pl.DataFrame(
+        {"case_id": [f"c{n}" for n in range(40)], "patient_id": ["p"] * 40, "kind": draw(4), "site": draw(5)}
+    )
+    vectors = random.standard_normal((40, 4)).astype(np.float32)
+    index = write_index(vectors, table, embedding="mean:cls:2", recipe=RECIPE, out=tmp_path / "index")
+    for exclude_same in (None, "site"):
+        expected = {}
+        for mine in table.rows(named=True):
+            found = [
+                other["kind"] == mine["kind"]
+                for other in table.filter(pl.col("site") > 1).rows(named=True)
+                if other["case_id"] != mine["case_id"] and (exclude_same is None or other["site"] != mine["site"])
+            ]
+            if mine["kind"] is not None and any(found):
+                expected[mine["case_id"]] = (sum(found), sum(found) / len(found))
+        scores = judge(index, exclude_same=exclude_same, where="site > 1")
+        assert dict(scores.queries.select("case_id", "relevant").iter_rows()) == {
+            name: count for name, (count, _) in expected.items()
+        }
+        assert values(scores)["chance"] == pytest.approx(np.mean([share for _, share in expected.values()]))
+
+
 @pytest.fixture(scope="module")
 def sliced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, Path]:
     """An index of 24 cases with slices, two and two alike."""
