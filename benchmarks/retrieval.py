@@ -38,8 +38,9 @@ from embedkit.bootstrap import Interval, bootstrap_values, form_interval
 from embedkit.cache import open_cache
 from embedkit.extraction import extract
 from embedkit.formulas import weigh_mean
-from embedkit.index import Index, rewrite_index, write_index
+from embedkit.index import Index
 from embedkit.indexbuilding import add_cases, build_index
+from embedkit.indexwriting import rewrite_index, write_index
 from embedkit.plots import describe_interval
 from embedkit.recipe import Recipe
 from embedkit.searchevaluation import evaluate_search

@@ -41,7 +41,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embedkit.index import Index, open_index, write_index
+from embedkit.index import Index, open_index
+from embedkit.indexwriting import write_index
 from embedkit.recipe import Recipe
 from embedkit.retrieval import search
 from embedkit.tuning import DEPTH
@@ -58,7 +59,7 @@ EMBEDKIT = """
 import json, sys, time
 from pathlib import Path
 import faiss, numpy as np, polars as pl
-from embedkit.index import write_index
+from embedkit.indexwriting import write_index
 from embedkit.recipe import Recipe
 
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import typer
 
+from embedkit.sizes import format_bytes
+
 __all__ = [
     "Meter",
     "format_bytes",
@@ -80,15 +82,6 @@ def format_seconds(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def format_bytes(count: float) -> str:
-    """A size for people, in powers of ten: ``834 B``, ``13.3 kB``, ``1.25 GB``."""
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB" if count < 999.5 else f"{count / 1000:,.3g} TB"
 
 
 def print_json(value: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from embedkit.cli.console import parse_size, print_json, split_list
+
+from embedkit.errors import RecallWarning
 
 if TYPE_CHECKING:
     from embedkit.index import Index
@@ -36,7 +39,10 @@ def index_command(
     ] = None,
     memory: Annotated[str | None, typer.Option(help="What the index may take in memory, such as 8GB.")] = None,
     recall: Annotated[
-        float, typer.Option(help="Share of the ten nearest to be found by an index that does not compare all.")
+        float,
+        typer.Option(
+            help="Share of the ten nearest to be found by an index that does not compare all; exit code 1 if it is not."
+        ),
     ] = 0.95,
     run: Annotated[Path | None, typer.Option(help="Use the pooled vector of this run instead.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Table by case_id whose columns can be filtered by.")] = None,
@@ -58,6 +64,7 @@ def index_command(
     if remove is not None and not withdrawn:
         raise typer.BadParameter(f"{remove!r} names no case; give ID,ID,...", param_hint="--remove")
     changed: dict[str, Any] = {}
+    warnings.simplefilter("ignore", RecallWarning)  # said below
     if add:
         index, taken = add_cases(out, cache=cache, labels=labels)
         changed = {"added": taken}
@@ -80,10 +87,13 @@ def index_command(
         )
     if json:
         print_json(_as_fields(index) | changed)
-        return
-    for word, cases in changed.items():
-        typer.echo(f"{word} {len(cases)} cases{': ' + ', '.join(cases[:5]) if cases else ''}")
-    typer.echo(_describe(index))
+    else:
+        for word, cases in changed.items():
+            typer.echo(f"{word} {len(cases)} cases{': ' + ', '.join(cases[:5]) if cases else ''}")
+        typer.echo(_describe(index))
+    if index.shortfall is not None:
+        typer.echo(index.shortfall, err=True)
+        raise typer.Exit(1)
 
 
 run = index_command
@@ -109,7 +119,12 @@ def _as_fields(index: Index) -> dict[str, Any]:
         "refine": index.tuning.refine,
         "recall_asked": index.options.recall,
         "recall": index.tuning.recall,
+        "recall_low": index.tuning.recall_low,
+        "recall_high": index.tuning.recall_high,
         "recall_queries": index.tuning.queries,
+        "recall_reached": index.tuning.reached,
+        "built_on": index.built_on,
+        "searched_on": index.searched_on,
         "fingerprint": index.fingerprint,
         "columns": index.cases.columns,
     }
@@ -119,7 +134,9 @@ def _describe(index: Index) -> str:
     whitened = "" if index.whitening is None else f", whitened to {index.whitening.shape[1]}"
     found = "every vector compared"
     if index.kind != "flat":
-        found = f"recall {index.tuning.recall:.3f} on {index.tuning.queries} held-out queries"
+        reached = index.tuning
+        interval = f"[{reached.recall_low:.3f}, {reached.recall_high:.3f}]"
+        found = f"recall {reached.recall:.3f} {interval} on {reached.queries} queries held out"
     return (
         f"{index.path}: {len(index)} cases, {index.embedding}, {index.dim} dims{whitened};"
         f" {index.kind} of {index.count} {index.level} vectors, {found}; columns {', '.join(index.cases.columns)}"

@@ -1,4 +1,4 @@
-"""Owns `embedkit verify`: parses, calls `embedkit.verify_cache`, lists the damage."""
+"""Owns `embedkit verify`: parses, calls `embedkit.verify_cache` or `embedkit.verify_index`, lists the damage."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ __all__ = ["run"]
 
 
 def verify_command(
-    cache: Annotated[Path, typer.Argument(help="Folder or packed file of the cache.")],
+    cache: Annotated[Path, typer.Argument(help="Folder or packed file of a cache, or folder of a search index.")],
     json: Annotated[bool, typer.Option("--json", help="Print the damage as JSON.")] = False,
 ) -> None:
-    """Check every byte of a cache against its checksums."""
-    from embedkit import verify_cache
+    """Check every byte of a cache, or of a search index, against its checksums."""
+    from embedkit import verify_cache, verify_index
 
+    is_index = (cache / "index.json").exists()
     with show_progress("verify", "bytes") as meter:
-        damages = verify_cache(cache, progress=meter)
+        damages = (verify_index if is_index else verify_cache)(cache, progress=meter)
     if json:
-        print_json({"cache": str(cache), "damages": [dataclasses.asdict(damage) for damage in damages]})
+        print_json(
+            {
+                "index" if is_index else "cache": str(cache),
+                "damages": [dataclasses.asdict(damage) for damage in damages],
+            }
+        )
         raise typer.Exit(1 if damages else 0)
     for damage in damages:
         typer.echo(f"{damage.file} {damage.part}: {damage.problem}", err=True)
     if damages:
         remedy = "delete the files named and run the extraction again"
-        if not cache.is_dir():
+        if is_index:
+            remedy = "build the index again"
+        elif not cache.is_dir():
             remedy = "if it is a packed cache, restore a copy or pack it again"
         typer.echo(f"{cache}: {len(damages)} damaged; {remedy}", err=True)
         raise typer.Exit(1)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from embedkit.indexbuilding import add_cases as add_cases
     from embedkit.indexbuilding import build_index as build_index
     from embedkit.indexbuilding import remove_cases as remove_cases
+    from embedkit.indexinspection import verify_index as verify_index
     from embedkit.inspection import describe_cache as describe_cache
     from embedkit.inspection import verify_cache as verify_cache
     from embedkit.manifest import read_labels as read_labels
@@ -72,6 +73,7 @@ _HOMES = {
     "exporting": ("export_run",),
     "extraction": ("extract",),
     "indexbuilding": ("add_cases", "build_index", "remove_cases"),
+    "indexinspection": ("verify_index",),
     "inspection": ("describe_cache", "verify_cache"),
     "manifest": ("read_labels", "read_manifest", "write_manifest"),
     "neighbours": ("probe_neighbours",),

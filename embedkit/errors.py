@@ -16,7 +16,7 @@
     ├── SearchError             an index is damaged, does not fit, or a query or filter is wrong
     └── RequestError            what the explore page asks for is not there, is too large, or must wait its turn
 
-A message says what was found, what was expected and what to do.
+A message says what was found, what was expected and what to do. `RecallWarning` is no error: the index is there.
 """
 
 from typing import Literal
@@ -30,6 +30,7 @@ __all__ = [
     "HeadError",
     "ManifestError",
     "OptionError",
+    "RecallWarning",
     "RecipeError",
     "RequestError",
     "RunError",
@@ -46,6 +47,10 @@ class EmbedkitError(Exception):
 
 class OptionError(EmbedkitError):
     """An option has a value that means nothing."""
+
+
+class RecallWarning(UserWarning):
+    """An index was made, and finds fewer of the nearest than was asked for."""
 
 
 class ManifestError(EmbedkitError):

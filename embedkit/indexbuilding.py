@@ -17,8 +17,9 @@ from embedkit.bags import list_views
 from embedkit.cache import Cache, open_cache
 from embedkit.embeddings import Embedding, embed_new_cases, join_embeddings, name_layer, parse_embeddings
 from embedkit.errors import OptionError, SearchError
-from embedkit.index import Index, open_index, rewrite_index, write_index
+from embedkit.index import Index, open_index
 from embedkit.indextypes import IndexOptions
+from embedkit.indexwriting import rewrite_index, write_index
 from embedkit.manifest import read_labels
 from embedkit.queries import embed_run, open_index_run, open_source
 from embedkit.runs import open_run

@@ -1,7 +1,7 @@
 """Owns the folder of a search index: whole or absent, every file checked before it is parsed; searches nothing.
 
 ``index.json``
-    What made the vectors, how the index is searched, a SHA-256 of every other file, and one of itself.
+    What made the vectors, how the index is searched, the seal of every other file, and a SHA-256 of itself.
 ``index.faiss``
     The vectors, centred and whitened if asked for and of length 1, as a FAISS index.
 ``vectors.npy``
@@ -21,7 +21,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -35,17 +34,23 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.errors import OptionError, RecipeError, SearchError
+from embedkit.faisssearching import FaissSearcher, measure_payload
 from embedkit.files import explain_os_error, publish_folder, remove_stale, replace_folder, temporary_path
-from embedkit.indextypes import FaissSearcher, IndexOptions, faiss
+from embedkit.indexseals import check_file, read_fields, seal_fields, seal_file
+from embedkit.indextypes import IndexOptions, faiss
 from embedkit.recipe import Recipe
 from embedkit.tuning import Tuning
 
-__all__ = ["IndexContent", "check_table", "read_index_files", "read_vectors", "require_free", "write_index_files"]
+__all__ = [
+    "IndexContent",
+    "check_table",
+    "measure_beside",
+    "read_index_files",
+    "read_vectors",
+    "require_free",
+    "write_index_files",
+]
 
-_FORMAT = "embedkit-index"
-_FORMAT_VERSION = 2
-_CHUNK_BYTES = 1 << 23
-_MOST_JSON_BYTES = 1 << 26
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OptionError)
 _PLACES = ("cache", "run")  # details that are folders: given and read in full, kept relative to the index
 _RESERVED = ("query", "rank", "similarity", "recall_rank", "view", "plane", "slice")
@@ -68,6 +73,7 @@ class IndexContent:
         whitening: float32 [dim kept] or None.
         details: Plain JSON values; ``cache`` and ``run`` are folders, absolute here and relative to the index on disk.
         extras: Arrays by name.
+        built_on: ``GPU``, or ``CPU: `` and why.
     """
 
     embedding: str
@@ -81,6 +87,7 @@ class IndexContent:
     whitening: NDArray[np.float32] | None
     details: dict[str, Any]
     extras: dict[str, NDArray[Any]]
+    built_on: str = ""
 
 
 def check_table(vectors: NDArray[Any], table: pl.DataFrame, rows: pl.DataFrame | None) -> None:
@@ -156,21 +163,30 @@ def _write_files(folder: Path, content: IndexContent, vectors: NDArray[np.float3
     content.cases.write_parquet(folder / "cases.parquet")
     if content.rows is not None:
         content.rows.write_parquet(folder / "rows.parquet")
+    index = cast(FaissSearcher, content.vectors).index
     with (folder / "index.faiss").open("xb") as file:  # serialize_index fails where SimpleITK was loaded after faiss
-        faiss.write_index(cast(FaissSearcher, content.vectors).index, faiss.PyCallbackIOWriter(file.write))
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+    payloads = {name: array.nbytes for name, array in arrays.items() if array.dtype.kind == "f"}
+    payloads["index.faiss"] = measure_payload(index)
     fields = {
-        "format": _FORMAT,
-        "format_version": _FORMAT_VERSION,
         "embedding": content.embedding,
         "recipe": content.recipe.to_json(),
         "options": asdict(content.options),
         "tuning": asdict(content.tuning),
+        "built_on": content.built_on,
         "details": _map_places(content.details, lambda place: os.path.relpath(place, folder.resolve())),
-        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: seal_file(path, payloads.get(path.name, 0)) for path in sorted(folder.iterdir())},
     }
-    fields = json.loads(json.dumps(fields))
-    fields["sha256"] = _sha256_of_fields(fields)
-    (folder / "index.json").write_text(json.dumps(fields, indent=1, sort_keys=True, ensure_ascii=True) + "\n")
+    sealed = seal_fields(fields)
+    (folder / "index.json").write_text(json.dumps(sealed, indent=1, sort_keys=True, ensure_ascii=True) + "\n")
+
+
+def measure_beside(content: IndexContent) -> int:
+    """Bytes of memory that an open index takes beside its FAISS index: tables, and arrays that are not mapped."""
+    arrays = [array for array in (content.mean, content.whitening, *content.extras.values()) if array is not None]
+    tables = [table for table in (content.cases, content.rows) if table is not None]
+    held = [array.nbytes for array in arrays if array.nbytes < _MAPPED_FROM_BYTES]
+    return sum(held) + sum(int(table.estimated_size()) for table in tables)
 
 
 def _map_places(details: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
@@ -182,12 +198,15 @@ def _map_places(details: Mapping[str, Any], change: Callable[[str], str]) -> dic
 
 
 def read_index_files(path: Path) -> IndexContent:
-    """Reads an index folder; no file is parsed before its checksum was found right.
+    """Reads an index folder; of no file is anything parsed that was not found right before.
+
+    Of files beyond 64 MiB what is parsed is checked, not the numbers, which can be wrong but break nothing:
+    `embedkit.verify_index` checks these too.
 
     Raises:
         SearchError: no index, damaged, or of a newer format; names the file.
     """
-    fields = _read_fields(path)
+    fields = read_fields(path)
     try:
         return _parse_files(path, fields)
     except (*_UNREADABLE, RecipeError, pl.exceptions.PolarsError) as error:
@@ -195,11 +214,9 @@ def read_index_files(path: Path) -> IndexContent:
 
 
 def _parse_files(path: Path, fields: dict[str, Any]) -> IndexContent:
-    names: dict[str, str] = {name: sha256 for name, sha256 in fields["files"].items() if name != "vectors.npy"}
-    for name, sha256 in names.items():
-        if Path(name).name != name:
-            raise SearchError(f"index {path} names a file outside of it, {name}: refused")
-        _require_sha256(path / name, sha256)
+    names = [name for name in fields["files"] if name != "vectors.npy"]
+    for name in names:
+        check_file(path, name, fields["files"][name])
     arrays = {name: _read_array(path / name) for name in names if name.endswith(".npy")}
     cases, vectors = pl.read_parquet(path / "cases.parquet"), _read_faiss(path / "index.faiss")
     rows = pl.read_parquet(path / "rows.parquet") if "rows.parquet" in names else None
@@ -216,6 +233,7 @@ def _parse_files(path: Path, fields: dict[str, Any]) -> IndexContent:
         tuning=Tuning(**fields["tuning"]),
         mean=arrays.get("mean.npy"),
         whitening=arrays.get("whitening.npy"),
+        built_on=str(fields["built_on"]),
         details=_map_places(fields["details"], lambda place: os.path.normpath(path.resolve() / place)),
         extras={
             name.removeprefix("extra-").removesuffix(".npy"): array
@@ -235,7 +253,7 @@ def _read_array(file: Path) -> NDArray[Any]:
 def _read_faiss(file: Path) -> FaissSearcher:
     """An index of a known type; a large one stays on disk and is mapped, so that it may exceed the memory."""
     mapped = file.stat().st_size >= _MAPPED_FROM_BYTES
-    return FaissSearcher(faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0), gpu=not mapped)
+    return FaissSearcher(faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
 
 
 def read_vectors(path: Path) -> NDArray[Any]:
@@ -244,54 +262,6 @@ def read_vectors(path: Path) -> NDArray[Any]:
     Raises:
         SearchError: the index or their file is damaged.
     """
-    _require_sha256(path / "vectors.npy", _read_fields(path)["files"].get("vectors.npy", ""))
+    check_file(path, "vectors.npy", read_fields(path)["files"]["vectors.npy"])
     vectors: NDArray[Any] = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
     return vectors
-
-
-def _read_fields(path: Path) -> dict[str, Any]:
-    file = path / "index.json"
-    try:
-        if file.stat().st_size > _MOST_JSON_BYTES:
-            raise SearchError(f"{file} is too large to be an index description; give the folder of an index")
-        fields = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise SearchError(
-            f"{path} is no index: it has no index.json; give the folder that embedkit index wrote"
-        ) from error
-    except OSError as error:
-        raise SearchError(f"cannot open index: {explain_os_error(error, file)}") from error
-    except (ValueError, RecursionError) as error:
-        raise SearchError(f"{file} is damaged: it is not JSON; build the index again") from error
-    if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
-        raise SearchError(f"{file} describes no embedkit index; give the folder that embedkit index wrote")
-    version = fields.get("format_version")
-    if isinstance(version, int) and version > _FORMAT_VERSION:
-        raise SearchError(f"{path} has index format {version}, this embedkit reads {_FORMAT_VERSION}; upgrade embedkit")
-    if fields.pop("sha256", None) != _sha256_of_fields(fields):
-        raise SearchError(f"{file} is damaged: it is not what was written; build the index again")
-    if version != _FORMAT_VERSION:
-        raise SearchError(f"{path} has index format {version}, this embedkit reads {_FORMAT_VERSION}; build it again")
-    return fields
-
-
-def _sha256_of_fields(fields: dict[str, Any]) -> str:
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while data := stream.read(_CHUNK_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def _require_sha256(file: Path, sha256: str) -> None:
-    try:
-        found = _sha256(file)
-    except OSError as error:
-        raise SearchError(f"cannot read index: {explain_os_error(error, file)}") from error
-    if found != sha256:
-        raise SearchError(f"{file} is damaged: it is not what was written; build the index again")

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from embedkit.errors import SearchError
 from embedkit.files import temporary_path
-from embedkit.index import Index, open_index, write_index
+from embedkit.index import Index, open_index
+from embedkit.indexseals import seal_file
+from embedkit.indexwriting import write_index
 from embedkit.recipe import Recipe
 
 RECIPE = Recipe("toy", "builtin:1", ("cls:2",), 32, (0.5,), (0.25,))
@@ -348,20 +350,17 @@ def test_what_is_no_index_or_a_newer_one_is_refused(index: Index, tmp_path: Path
     (tmp_path / "index.json").write_text('{"format": "other"}')
     with pytest.raises(SearchError, match="describes no embedkit index"):
         open_index(tmp_path)
-    rewrite(index, {"format_version": 3})
-    with pytest.raises(SearchError, match="has index format 3, this embedkit reads 2; upgrade embedkit"):
+    rewrite(index, {"format_version": 4})
+    with pytest.raises(SearchError, match="has index format 4, this embedkit reads 3; upgrade embedkit"):
         open_index(index.path)
-    rewrite(index, {"format_version": 1})
-    with pytest.raises(SearchError, match="has index format 1, this embedkit reads 2; build it again"):
+    rewrite(index, {"format_version": 2})
+    with pytest.raises(SearchError, match="has index format 2, this embedkit reads 3; build it again"):
         open_index(index.path)
 
 
 def test_an_index_that_names_files_elsewhere_or_contradicts_itself_is_refused(index: Index) -> None:
-    import hashlib
-
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in index.path.iterdir()}
-    files.pop("index.json")
-    rewrite(index, {"files": files | {"../../secret": "0" * 64}})
+    files = {path.name: seal_file(path, 0) for path in index.path.iterdir() if path.name != "index.json"}
+    rewrite(index, {"files": files | {"../../secret": files["cases.parquet"]}})
     with pytest.raises(SearchError, match=r"names a file outside of it, ../../secret: refused"):
         open_index(index.path)
     other = replace(RECIPE, image_size=64).to_json().replace('"image_size"', '"image_scale"')
@@ -372,7 +371,7 @@ def test_an_index_that_names_files_elsewhere_or_contradicts_itself_is_refused(in
     with pytest.raises(SearchError, match="cannot be read"):
         open_index(index.path)
     index.cases[:5].write_parquet(index.path / "cases.parquet")
-    files["cases.parquet"] = hashlib.sha256((index.path / "cases.parquet").read_bytes()).hexdigest()
+    files["cases.parquet"] = seal_file(index.path / "cases.parquet", 0)
     rewrite(index, {"files": files, "recipe": RECIPE.to_json()})
     with pytest.raises(SearchError, match="holds 40 vectors and 5 cases; build it again"):
         open_index(index.path)
@@ -387,7 +386,8 @@ def test_faiss_is_imported_without_a_warning() -> None:
 def test_an_index_is_written_where_faiss_was_loaded_before_simpleitk(tmp_path: Path) -> None:
     code = f"""
 import faiss, SimpleITK, numpy as np, polars as pl
-from embedkit.index import open_index, write_index
+from embedkit.index import open_index
+from embedkit.indexwriting import write_index
 from embedkit.recipe import Recipe
 recipe = Recipe("toy", "builtin:1", ("cls:2",), 32, (0.5,), (0.25,))
 table = pl.DataFrame({{"case_id": ["a", "b"], "patient_id": ["a", "b"]}})

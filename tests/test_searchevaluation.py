@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from embedkit.cache import StackTokens, create_cache, write_shard
 from embedkit.errors import EmbedkitError, OptionError, SearchError
-from embedkit.index import Index, write_index
+from embedkit.index import Index
 from embedkit.indexbuilding import build_index
+from embedkit.indexwriting import write_index
 from embedkit.recipe import Recipe
 from embedkit.retrieval import search, search_each
 from embedkit.searchevaluation import SearchScores, evaluate_search

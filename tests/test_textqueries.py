@@ -9,7 +9,8 @@ import polars as pl
 import pytest
 
 from embedkit.errors import HeadError, SearchError
-from embedkit.index import Index, write_index
+from embedkit.index import Index
+from embedkit.indexwriting import write_index
 from embedkit.recipe import Recipe
 from embedkit.retrieval import search_texts
 

@@ -1,0 +1,127 @@
+"""Owns the building of a FAISS index in bounded memory: learned on a sample, filled block by block, some vectors held
+back until it is tuned; on a GPU where it may. Knows no case and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedkit.gpusearch import explain_stay, fetch_from_gpu, send_to_gpu
+from embedkit.indextypes import CODES, POINTS_PER_CELL, IndexPlan, faiss, measure_sample
+from embedkit.unitvectors import split_rows
+
+__all__ = ["Prepare", "add_held_out", "build_without", "find_rows"]
+
+FloatArray = NDArray[np.float32]
+RowArray = NDArray[np.int64]
+Prepare = Callable[[NDArray[Any]], FloatArray]
+
+_SEED = 1234
+
+
+def build_without(
+    plan: IndexPlan, vectors: Any, held_out: RowArray, *, prepare: Prepare, gpu: bool = True
+) -> tuple[Any, str | None]:
+    """Builds an index of all vectors but some, which `add_held_out` adds; learned from them only if others are too few.
+
+    Args:
+        plan: The type.
+        vectors: [vectors dim], read in blocks; may be a memory map.
+        held_out: Rows to leave out, sorted.
+        prepare: From a block of ``vectors`` to float32 [vectors dim] of length 1, as they are to be compared.
+        gpu: Whether a GPU may build it.
+
+    Returns:
+        A FAISS index of inner products, on the CPU; and why no GPU built it, None where one did.
+    """
+    index = _make_empty(plan, prepare(np.asarray(vectors[:1])).shape[1])
+    stays = explain_stay(plan.kind, bytes_=plan.bytes, code_bytes=plan.code_bytes) if gpu else "none was to"
+    if stays is None:
+        try:
+            target = send_to_gpu(index)
+            _fill(target, plan, vectors, held_out, prepare)
+            return fetch_from_gpu(target), None
+        except RuntimeError as error:  # FAISS's own, where a kernel or the memory falls short
+            stays = f"FAISS could not: {str(error).splitlines()[0]}"
+            index = _make_empty(plan, index.d)
+    _fill(index, plan, vectors, held_out, prepare)
+    return index, stays
+
+
+def find_rows(index: Any, found: RowArray, count: int, held_out: RowArray) -> RowArray:
+    """The rows of vectors that an index of `build_without` found, as it numbers them; -1 stays.
+
+    Args:
+        index: The index.
+        found: Of any shape.
+        count: How many vectors there are with those held out.
+        held_out: These, sorted.
+    """
+    if _has_ids(index):
+        return found
+    return np.where(found < 0, -1, _list_kept(count, held_out)[found])
+
+
+def add_held_out(index: Any, vectors: Any, held_out: RowArray, *, prepare: Prepare) -> None:
+    """Adds the vectors that `build_without` left out, in place; row i is then id i."""
+    base = faiss.downcast_index(index)
+    for part in split_rows(len(held_out), vectors.shape[1]):
+        block = prepare(np.asarray(vectors[held_out[part]]))
+        if _has_ids(base):
+            base.add_with_ids(block, held_out[part])
+        else:
+            base.add(block)
+    if len(held_out) and not _has_ids(base):
+        order = np.concatenate([_list_kept(len(vectors), held_out), held_out])
+        base.permute_entries(np.argsort(order))
+
+
+def _has_ids(index: Any) -> bool:
+    """Whether an index keeps the number of each vector; another counts them as they come."""
+    return hasattr(faiss.downcast_index(index), "nlist")
+
+
+def _list_kept(count: int, held_out: RowArray) -> RowArray:
+    kept = np.ones(count, bool)
+    kept[held_out] = False
+    return np.flatnonzero(kept)
+
+
+def _make_empty(plan: IndexPlan, dim: int) -> Any:
+    index = faiss.index_factory(dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
+    base = faiss.downcast_index(index)
+    if plan.kind == "ivfpq":
+        # Codes ordered for a Hamming filter that nothing here uses; it takes most of the time of learning them.
+        base.do_polysemous_training = False
+    if plan.kind == "hnsw":
+        base.hnsw.efConstruction = plan.breadth
+    return index
+
+
+def _fill(target: Any, plan: IndexPlan, vectors: Any, held_out: RowArray, prepare: Prepare) -> None:
+    """Learns what there is to learn, and adds all rows that are not held out."""
+    kept = _list_kept(len(vectors), held_out)
+    if not target.is_trained:
+        needed = POINTS_PER_CELL * max(plan.cells, CODES if plan.code_bytes else 0)
+        known = kept if len(kept) >= needed else np.arange(len(vectors))
+        target.train(_sample(vectors, known, target.d, prepare))
+    for part in split_rows(len(kept), vectors.shape[1]):
+        block = prepare(np.asarray(vectors[kept[part]]))
+        if plan.cells:
+            target.add_with_ids(block, kept[part])
+        else:
+            target.add(block)
+
+
+def _sample(vectors: Any, rows: RowArray, dim: int, prepare: Prepare) -> FloatArray:
+    """Vectors to learn cells and codes from, drawn evenly, as they are compared."""
+    number = measure_sample(len(rows), dim)
+    if number < len(rows):
+        rows = np.sort(np.random.default_rng(_SEED).choice(rows, number, replace=False))
+    sample = np.empty((len(rows), dim), np.float32)
+    for part in split_rows(len(rows), vectors.shape[1]):
+        sample[part] = prepare(np.asarray(vectors[rows[part]]))
+    return sample

@@ -1,0 +1,194 @@
+"""Owns the searching of a FAISS index: under filters, again by exact vectors where it holds codes, on a GPU where it
+may. Knows no case and no file, and not how many of the neighbours found are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedkit.errors import OptionError, SearchError
+from embedkit.gpusearch import explain_search_refusal, explain_stay, send_to_gpu
+from embedkit.indextypes import KINDS, Kind, faiss
+from embedkit.unitvectors import split_rows
+
+__all__ = ["FaissSearcher", "measure_payload", "search_exactly"]
+
+FloatArray = NDArray[np.float32]
+RowArray = NDArray[np.int64]
+
+_RARE = 0.1
+
+
+class FaissSearcher:
+    """A FAISS index of inner products, searched under filters; on a GPU where FAISS has one and nothing is filtered.
+
+    Attributes:
+        index: On the CPU.
+        kind: One of `KINDS`.
+        most: The greatest effort that changes anything.
+    """
+
+    def __init__(self, index: Any, *, rows: int | None = None, gpu: bool = True) -> None:
+        """Takes a FAISS index.
+
+        Args:
+            index: Of one of the kinds.
+            rows: What its numbers of vectors are below; None is how many it holds.
+            gpu: Whether a GPU may search it.
+
+        Raises:
+            OptionError: another type of index, or not of inner products.
+        """
+        self._owner = index  # what downcast_index gives does not keep it alive
+        self.index = faiss.downcast_index(index)
+        self.kind = _find_kind(self.index)
+        self._cells = self.kind in ("ivf", "sq", "ivfpq")
+        self.most = int(self.index.nlist) if self._cells else int(self.index.ntotal)
+        self._rows = len(self) if rows is None else rows
+        self._gpu_wanted = gpu
+
+    def __len__(self) -> int:
+        return int(self.index.ntotal)
+
+    @property
+    def stays(self) -> str | None:
+        """Why a GPU does not search it; None where one does."""
+        return self._moved[1]
+
+    @cached_property
+    def _moved(self) -> tuple[Any, str | None]:
+        """The index on the GPU, or why it is not there; copied at the first search."""
+        if not self._gpu_wanted:
+            return None, "no GPU was to"
+        code_bytes = int(self.index.code_size) if self.kind == "ivfpq" else 0
+        stays = explain_stay(self.kind, bytes_=measure_payload(self.index), code_bytes=code_bytes)
+        if stays is not None:
+            return None, stays
+        try:
+            return send_to_gpu(self._owner), None
+        except RuntimeError as error:  # FAISS's own, where a kernel or the memory falls short
+            return None, f"FAISS could not: {str(error).splitlines()[0]}"
+
+    def search(
+        self, queries: FloatArray, k: int, *, effort: int, allowed: NDArray[np.bool_] | None = None
+    ) -> tuple[FloatArray, RowArray]:
+        """The k nearest of each query by the index's own arithmetic; as many as are allowed, where k asks for them.
+
+        Under a filter the effort grows as what is allowed shrinks. Where it allows less than a tenth, and for a query
+        that finds fewer than it should, all allowed vectors are compared.
+
+        Args:
+            queries: float32 [queries dim], of length 1.
+            k: At least 1.
+            effort: efSearch of ``hnsw``, cells looked into of ``ivf``, ``sq``, ``ivfpq``; ``flat`` takes none.
+            allowed: [vectors], the filter; None allows all.
+
+        Returns:
+            Similarities and rows, [queries min(k, allowed)] each.
+        """
+        count = len(self) if allowed is None else int(allowed.sum())
+        k = min(k, count)
+        if k == 0 or len(queries) == 0:
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        share = count / len(self)
+        selector = None
+        if allowed is not None and share < 1:
+            selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        if self.kind == "flat" or share < _RARE:
+            return self._compare_all(queries, k, selector)
+        widened = min(max(math.ceil(effort / share), k if self.kind == "hnsw" else 1), self.most)
+        similarities, rows = self._ask(queries, k, selector, widened)
+        if (short := (rows < 0).any(1)).any():
+            similarities[short], rows[short] = self._compare_all(queries[short], k, selector)
+        return similarities, rows
+
+    def _compare_all(self, queries: FloatArray, k: int, selector: Any) -> tuple[FloatArray, RowArray]:
+        if self.kind != "hnsw":
+            return self._ask(queries, k, selector, self.most if self._cells else 0)
+        flat = faiss.downcast_index(self.index.storage)
+        chosen = {} if selector is None else {"sel": selector}
+        return cast(tuple[FloatArray, RowArray], flat.search(queries, k, params=faiss.SearchParameters(**chosen)))
+
+    def _ask(self, queries: FloatArray, k: int, selector: Any, effort: int) -> tuple[FloatArray, RowArray]:
+        """Asks FAISS: the GPU's index where there is one and it can answer, which knows no selector of ours."""
+        gpu = None if selector is not None or explain_search_refusal(k, effort) else self._moved[0]
+        target = self.index if gpu is None else gpu
+        similarities, rows = target.search(queries, k, params=self._params(selector, effort))
+        if rows.min() < -1 or rows.max() >= self._rows:
+            raise SearchError(
+                f"index.faiss is damaged: it names vectors other than its {self._rows}; build the index again"
+            )
+        return similarities, rows
+
+    def _params(self, selector: Any, effort: int) -> Any:
+        """Search parameters; a selector that is None is left out."""
+        chosen = {} if selector is None else {"sel": selector}
+        if self.kind == "flat":
+            return faiss.SearchParameters(**chosen) if chosen else None
+        if self.kind == "hnsw":
+            return faiss.SearchParametersHNSW(efSearch=effort, **chosen)
+        if self.kind == "ivfpq":
+            return faiss.IVFPQSearchParameters(nprobe=effort, **chosen)
+        return faiss.SearchParametersIVF(nprobe=effort, **chosen)
+
+
+def search_exactly(
+    searcher: FaissSearcher,
+    queries: FloatArray,
+    k: int,
+    *,
+    effort: int,
+    refine: int,
+    read: Callable[[RowArray], FloatArray],
+    allowed: NDArray[np.bool_] | None = None,
+) -> tuple[FloatArray, RowArray]:
+    """As `FaissSearcher.search`, and ``refine`` times k rows are found by their codes and then compared exactly.
+
+    Args:
+        searcher, queries, k, effort, allowed: As there.
+        refine: 1 compares nothing again.
+        read: From rows to their vectors as they are compared, float32 [rows dim].
+    """
+    similarities, rows = searcher.search(queries, k * refine, effort=effort, allowed=allowed)
+    if refine == 1 or rows.shape[1] == 0:
+        return similarities, rows
+    parts = [
+        _compare(queries[part], rows[part], min(k, rows.shape[1]), read)
+        for part in split_rows(len(queries), queries.shape[1] * rows.shape[1])
+    ]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _compare(
+    queries: FloatArray, rows: RowArray, k: int, read: Callable[[RowArray], FloatArray]
+) -> tuple[FloatArray, RowArray]:
+    """The k best of the rows [queries candidates] by exact vectors, each of which is read once."""
+    distinct, places = np.unique(rows, return_inverse=True)
+    similarities = np.einsum("qd,qrd->qr", queries, read(distinct)[places.reshape(rows.shape)])
+    order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(similarities, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def measure_payload(index: Any) -> int:
+    """Bytes that the vectors or codes of an index take with their ids, without what finds them."""
+    stored = faiss.downcast_index(index.storage) if hasattr(index, "storage") else index
+    return int(index.ntotal) * (int(stored.code_size) + (8 if hasattr(index, "nlist") else 0))
+
+
+def _find_kind(base: Any) -> Kind:
+    kinds: tuple[tuple[Any, Kind], ...] = (
+        (faiss.IndexFlat, "flat"),
+        (faiss.IndexHNSWFlat, "hnsw"),
+        (faiss.IndexIVFFlat, "ivf"),
+        (faiss.IndexIVFScalarQuantizer, "sq"),
+        (faiss.IndexIVFPQ, "ivfpq"),
+    )
+    for cls, kind in kinds:
+        if isinstance(base, cls) and base.metric_type == faiss.METRIC_INNER_PRODUCT:
+            return kind
+    raise OptionError(f"FAISS index {type(base).__name__} is none of embedkit's: {', '.join(KINDS)}")
