@@ -9,7 +9,10 @@ check and no measure). Each case is a query once; 95% intervals are over patient
 
 `pixels` crops or pads each volume around its centre to the median shape, takes the mean of blocks down to 48 voxels or
 fewer per axis, and compares by cosine after centring; `whitened` as embedkit whitens its own vectors. Whitening is
-fitted on all cases without labels, in all lines of the tables.
+fitted on all cases without labels, in all lines of the tables. `slices` is an index of slices: a case is as similar as
+the best that the query's slices find in it. `run` lines are pooled vectors of heads trained here for the target of the
+truth (the side of the hippocampus, of the tumour), five patient-grouped folds: a query is searched for with the vectors
+of the fold's model that never saw its patient, which saw most of the others.
 
 The honest choice splits the patients in two halves, at random, once per seed. Level and rerank are chosen on the first
 half alone: most often right at place 1, of equals by the mean reciprocal rank, then by that of the level's vectors
@@ -27,7 +30,7 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +45,11 @@ from embedkit.index import Index
 from embedkit.indexbuilding import add_cases, build_index
 from embedkit.indexwriting import rewrite_index, write_index
 from embedkit.plots import describe_interval
+from embedkit.queries import embed_run
 from embedkit.recipe import Recipe
+from embedkit.runs import Run
 from embedkit.searchevaluation import evaluate_search
+from embedkit.training import train
 from embedkit.volumes import read_volume
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -65,6 +71,7 @@ class Truth:
         exclude_same: The column that they must not share.
         view: Whose pixels are compared.
         crop: Of the extraction.
+        target: What runs are trained for; None trains none.
     """
 
     name: str
@@ -72,13 +79,15 @@ class Truth:
     exclude_same: str | None
     view: str
     crop: str
+    target: str | None = None
 
 
 TRUTHS = (
-    Truth("hippocampus", "patient_id", None, "t1", "none"),
-    Truth("lgg", "laterality", "patient_id", "flair", "foreground"),
+    Truth("hippocampus", "patient_id", None, "t1", "none", "side"),
+    Truth("lgg", "laterality", "patient_id", "flair", "foreground", "laterality"),
     Truth("sts", "modality", "patient_id", "image", "foreground"),
 )
+RUN_HEADS = ("grid", "abmil")
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,12 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Level:
-    """What the vector of a case is: an embedding, and so many whitened components, 0 for none."""
+    """What a vector is: an embedding of a case or slice, and so many whitened components, 0 for none."""
 
     label: str
     embedding: str
     whiten: int | None
+    unit: str = "case"
 
 
 def main() -> None:
@@ -136,6 +146,8 @@ def measure_truth(truth: Truth, backbones: dict[str, Backbone], options: argpars
     for name, backbone in backbones.items():
         caches[name] = make_cache(truth, manifest, backbone, options.cache_dir / f"{truth.name}-{name}")
         print_levels(truth, backbone, caches[name], labels, Path(folder) / name)
+        if truth.target is not None:
+            print_runs(truth, backbone, caches[name], options.data / truth.name / "labels.csv", labels)
     if truth.name == "sts" or not options.seeds:
         return float("nan")
     return print_choice(truth, backbones, caches, labels=labels, pixels=pixels, seeds=options.seeds)
@@ -191,6 +203,7 @@ def list_levels(backbone: Backbone) -> list[Level]:
         Level("mean patch", patch, 0),
         Level("both side by side", f"{cls}+{patch}", 0),
         Level("both side by side, whitened", f"{cls}+{patch}", None),
+        Level("slices", f"grid:{backbone.patch}", 0, "slice"),
         Level("aligned grid", f"aligned:{backbone.patch}", 0),
         Level("aligned grid, whitened (default)", f"aligned:{backbone.patch}", None),
     ]
@@ -220,11 +233,41 @@ def build(
         cache,
         out,
         embedding=level.embedding,
-        slices=f"grid:{backbone.patch}",
+        level=level.unit,
+        slices=None if level.unit == "slice" else f"grid:{backbone.patch}",
         whiten=level.whiten,
         labels=labels,
         cases=cases,
     )
+
+
+def print_runs(truth: Truth, backbone: Backbone, cache: Path, targets: Path, labels: pl.DataFrame) -> None:
+    """A line for the pooled vectors of each head that is trained for the truth's target, out of fold."""
+    with tempfile.TemporaryDirectory() as folder:
+        trained = train(cache, targets, targets=[str(truth.target)], heads=list(RUN_HEADS), out=Path(folder) / "runs")
+        for run in (run for run in trained.runs if run.head in RUN_HEADS):
+            firsts = [
+                list_held_out_firsts(truth, run, cache, labels, fold=fold, out=Path(folder) / f"{run.head}-{fold}")
+                for fold in sorted({int(member["fold"]) for member in run.record.members})
+            ]
+            print_line(backbone.name, f"run: {run.name}, out of fold", "none", summarise(pl.concat(firsts)))
+
+
+def list_held_out_firsts(
+    truth: Truth, run: Run, cache: Path, labels: pl.DataFrame, *, fold: int, out: Path
+) -> pl.DataFrame:
+    """A row per query that the fold held out, among all cases, by the vectors of the fold's models."""
+    members = [
+        member for member, made in zip(run.members, run.record.members, strict=True) if int(made["fold"]) == fold
+    ]
+    opened = open_cache(cache)
+    table, vectors = embed_run(replace(run, members=tuple(members)), opened)
+    table = table.join(labels.drop("patient_id"), on="case_id", how="left", maintain_order="left")
+    index = write_index(
+        vectors, table, embedding=run.name, recipe=opened.recipe, out=out, centre=True, details={"run": "x"}
+    )
+    held_out = run.predictions.filter(pl.col("fold") == fold)["case_id"]
+    return list_firsts(index, truth, "none").filter(pl.col("case_id").is_in(held_out.to_list()))
 
 
 def judge(index: Index, truth: Truth, rerank: str, *, by_patch: bool = False) -> dict[str, Interval]:

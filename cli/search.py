@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from embedkit.index import Index
-    from embedkit.matching import Match
+    from embedkit.matching import Match, SlicePair
     from embedkit.regions import Region
 
 __all__ = ["run"]
@@ -254,7 +254,10 @@ def _read_vector(path: Path) -> Any:
 
 
 def _describe_match(match: Match, pairs: int) -> list[dict[str, Any]]:
-    """The best pairs of slices, each with its best pairs of patches as (row, column) of their grids."""
+    """The best pairs of slices, each with its best pairs of patches, and what made the slices alike as wholes.
+
+    Patches are (row, column) of their grids.
+    """
     return [
         {
             "view": pair.view,
@@ -266,8 +269,16 @@ def _describe_match(match: Match, pairs: int) -> list[dict[str, Any]]:
                 for mine, theirs, similarity in match.patch_pairs(pair, _PATCHES)
             ],
         }
+        | ({} if match.by_patch else {"parts": _describe_parts(match, pair)})
         for pair in match.top(pairs)
     ]
+
+
+def _describe_parts(match: Match, pair: SlicePair) -> list[dict[str, Any]]:
+    """The patches of the query's slice that add most to the similarity of two slices, and how much."""
+    heat, _ = match.heat(pair)
+    order = heat.reshape(-1).argsort()[::-1][:_PATCHES].tolist()
+    return [{"patch": divmod(place, heat.shape[1]), "adds": float(heat.flat[place])} for place in order]
 
 
 def _print_found(found: pl.DataFrame) -> None:

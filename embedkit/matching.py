@@ -49,6 +49,9 @@ class StackSlices:
             only vectors were kept.
         votes: float32 [slices patches], how much each patch counts where patches are compared; None where all count
             alike.
+        lengths: float32 [slices patches], of each patch before it was brought to 1, in parts of that of the slice's
+            vector; None where only vectors were kept.
+        whitening: float32 [dim kept] that the vectors were multiplied with; None where they were not.
     """
 
     rows: NDArray[np.int64]
@@ -56,12 +59,30 @@ class StackSlices:
     vectors: FloatArray
     patches: FloatArray
     votes: FloatArray | None = None
+    lengths: FloatArray | None = None
+    whitening: FloatArray | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
         """(height, width) of the patches; (1, patches) where they are no square."""
         side = round(self.patches.shape[1] ** 0.5)
         return (side, side) if side * side == self.patches.shape[1] else (1, self.patches.shape[1])
+
+    def split_cosine(self, row: int, vector: FloatArray) -> FloatArray:
+        """What each patch of a slice adds to its cosine with another slice's vector, float32 [patches].
+
+        A slice's vector is its patches side by side, or their mean, and then whitened: in any case a sum over patches.
+
+        Args:
+            row: Of ``rows``.
+            vector: float32 [kept], of length 1.
+        """
+        place = int(np.searchsorted(self.rows, row))
+        whole = vector if self.whitening is None else self.whitening @ vector
+        patches, dim = self.patches.shape[1:]
+        toward = np.broadcast_to(whole / patches, (patches, dim)) if len(whole) == dim else whole.reshape(patches, dim)
+        lengths = cast(FloatArray, self.lengths)[place]
+        return np.asarray(lengths * np.einsum("pd,pd->p", self.patches[place], toward), np.float32)
 
 
 CaseSlices = Mapping[str, StackSlices]
@@ -124,14 +145,21 @@ class Match:
         return cast(FloatArray, mine @ theirs.T)
 
     def heat(self, pair: SlicePair) -> tuple[FloatArray, FloatArray]:
-        """The best cosine of each patch in the other slice, of the query and of the other: [height width] each.
+        """What made two slices alike, of each patch of the query's slice and of the other's: [height width] each.
 
-        Of a region only the patches that vote are looked for: the query's others are -1.
+        Where slices were compared as wholes, what each patch adds to their cosine, which is the sum over either slice.
+        Patch by patch the best cosine in the other slice; of a region only the patches that vote are looked for: the
+        query's others are -1.
         """
+        query, other = self.query[pair.view], self.other[pair.view]
+        if not self.by_patch:
+            mine = query.vectors[np.searchsorted(query.rows, pair.query_row)]
+            theirs = other.vectors[np.searchsorted(other.rows, pair.other_row)]
+            split = query.split_cosine(pair.query_row, theirs), other.split_cosine(pair.other_row, mine)
+            return split[0].reshape(query.grid), split[1].reshape(other.grid)
         cosines, voting = self.patch_similarities(pair), self._voting(pair)
-        grid = self.query[pair.view].grid
-        mine = np.where(voting, cosines.max(1), np.float32(-1))
-        return mine.reshape(grid), cosines[voting].max(0).reshape(grid)
+        found = np.where(voting, cosines.max(1), np.float32(-1))
+        return found.reshape(query.grid), cosines[voting].max(0).reshape(other.grid)
 
     def locate_region(self, pair: SlicePair) -> NDArray[np.bool_]:
         """The patches of the other slice in which those that vote are best found, bool [height width]."""

@@ -28,6 +28,7 @@ from embedkit.retrieval import match_cases
 __all__ = ["draw_matches", "draw_similar_cases", "picture_case", "upsample_heat", "write_picture"]
 
 _PLACES = (0.3, 0.5, 0.7)
+_LEAST = 1e-6
 
 Pictures = list[NDArray[np.uint8]]
 
@@ -44,7 +45,8 @@ def draw_similar_cases(
 ) -> None:
     """Writes a PNG of why cases were found: in the row of each, slices of the query beside the slices that match them.
 
-    The heat over both is how well each patch is found in the other slice, its best cosine there from 0 to 1.
+    The heat over both is what each patch adds to the similarity of the two slices, the most of the pair brightest;
+    where slices were compared patch by patch, the best cosine of each in the other slice, from 0 to 1.
 
     Args:
         index: What was searched.
@@ -130,7 +132,7 @@ def draw_matches(
         columns=2 * width,
         outlined=range(0, len(images), 2),
         regions=rims,
-        scale="best cosine of each patch",
+        scale="best cosine of each patch" if matches[0].by_patch else "part of each patch in the similarity",
     )
 
 
@@ -144,7 +146,9 @@ def _heat(match: Match, pair: SlicePair, side: int) -> list[NDArray[np.floating]
     """The heat over the query's slice and over the other; none where slices have no patches."""
     if match.query[pair.view].patches.shape[1] < 2:
         return [None, None]
-    return [upsample_heat(np.clip(heat, 0, 1), side) for heat in match.heat(pair)]
+    both = match.heat(pair)
+    highest = 1.0 if match.by_patch else max(float(heat.max()) for heat in both)
+    return [upsample_heat(np.clip(heat / max(highest, _LEAST), 0, 1), side) for heat in both]
 
 
 def upsample_heat(heat: NDArray[np.float32], side: int) -> NDArray[np.float32]:

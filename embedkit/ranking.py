@@ -151,16 +151,31 @@ def list_excluded(
 
 def _score(index: Index, source: Cache | None, query: Query, case_ids: Sequence[str], options: Ranking) -> FloatArray:
     """How alike the query is to cases of the index: by vectors that the index keeps, or by patches from the cache."""
-    if options.by_patch or (source is not None and index.level == "slice"):
+    if options.by_patch:
         reader = open_slices(index, cast(Cache, source))
         others = [reader.read(case_id) for case_id in case_ids]
-        return score_slices(query.slices, others, order=options.order, by_patch=options.by_patch)
-    return open_store(index).score(query.slices, index.number_cases(case_ids), order=options.order)
+        return score_slices(query.slices, others, order=options.order, by_patch=True)
+    numbers = index.number_cases(case_ids)
+    return open_store(index, numbers).score(query.slices, numbers, order=options.order)
 
 
-def open_store(index: Index) -> SliceStore:
-    """The slices that an index of cases keeps."""
-    return SliceStore(index.extras["slices"], index.extras["slice_places"], index.details["views"])
+def open_store(index: Index, numbers: Sequence[int]) -> SliceStore:
+    """The slices that an index keeps, of the cases of these numbers at least."""
+    views = index.details["views"]
+    if index.rows is None:
+        return SliceStore(index.extras["slices"], index.extras["slice_places"], views)
+    owners, wanted = index.rows["case"].to_numpy(), np.unique(np.asarray(numbers, np.int64))
+    starts, stops = np.searchsorted(owners, wanted), np.searchsorted(owners, wanted, "right")
+    chosen = np.concatenate([np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)])
+    number_of = {name: number for number, name in enumerate(views)}
+    places = np.array(
+        [
+            (case, number_of[f"{view}/{plane}"], row, slice_)
+            for case, view, plane, row, slice_ in index.rows[chosen].iter_rows()
+        ],
+        np.int32,
+    )
+    return SliceStore(index.read_vectors()[chosen], places.reshape(-1, 4), views)
 
 
 def _recall_by_slices(
@@ -170,6 +185,8 @@ def _recall_by_slices(
 
     Each slice finds 64 at first, then twice as many until the cases suffice, or there are no more.
     """
+    if not query.slices:
+        raise SearchError(f"every slice of {query.name} is blank, so there is nothing to search for")
     vectors = np.concatenate([stack.vectors for stack in query.slices.values()])
     hits_per_slice, found = _HITS_PER_SLICE, -1
     while True:

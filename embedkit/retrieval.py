@@ -148,12 +148,12 @@ def _read_case(index: Index, source: Cache | None, case_id: str, region: Region 
     if source is not None:
         return read_case_query(index, source, case_id, region=region)
     (number,) = index.number_cases([case_id])
-    return Query(case_id, case_id, None, open_store(index).read(number), None)
+    return Query(case_id, case_id, None, open_store(index, [number]).read(number), None)
 
 
 def _open_needed(index: Index, cache: Cache | str | Path | None, options: Ranking) -> Cache | None:
     """The cache where a search needs its patches, or where it was given; else what the index keeps is enough."""
-    needed = options.by_patch or index.level == "slice" or cache is not None
+    needed = options.by_patch or cache is not None
     return open_source(index, cache) if needed else None
 
 

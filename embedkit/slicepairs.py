@@ -14,7 +14,6 @@ __all__ = ["Comparer"]
 
 _TOP_PAIRS = 6
 _PAIR_BYTES = 200
-_HIGHEST = 1.0  # of a cosine
 
 
 class Comparer:
@@ -52,11 +51,11 @@ class Comparer:
         }
 
     def heat(self, subject: Subject, case_id: str, view: str, row: int) -> dict[str, Any]:
-        """How well each patch of a slice and of its match is found in the other, as heat over both.
+        """What each patch of a slice and of its match adds to the similarity of the two, as heat over both.
 
         Returns:
-            ``grid`` (height, width), ``query`` and ``other``: base64 of uint8 [height width], 0 for the cosine ``low``
-            or less and 255 for ``high``, the same of all cases; and the ``row`` and ``match``.
+            ``grid`` (height, width), ``query`` and ``other``: base64 of uint8 [height width], 0 for ``low`` or less and
+            255 for ``high``, the most of both; ``row``, ``match`` and ``similarity`` of the pair.
 
         Raises:
             RequestError: the slice is blank or not there.
@@ -66,14 +65,16 @@ class Comparer:
         if not found:
             raise RequestError(f"{subject.name} has no slice {row} of view {view!r} that could be matched")
         query, other = match.heat(found[0])
+        high = float(max(query.max(), other.max(), 0))
         return {
             "grid": list(query.shape),
             "row": row,
             "match": found[0].other_row,
+            "similarity": found[0].similarity,
             "low": 0.0,
-            "high": _HIGHEST,
-            "query": encode_heat(query, _HIGHEST),
-            "other": encode_heat(other, _HIGHEST),
+            "high": high,
+            "query": encode_heat(query, high),
+            "other": encode_heat(other, high),
         }
 
     def _match(self, subject: Subject, case_id: str) -> Match:

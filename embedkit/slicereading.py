@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -91,8 +92,14 @@ class SliceReader:
     def _keep_region(self, slices: StackSlices, stack: int, region: Region) -> StackSlices:
         votes = region.measure_cover(self._cache.record(stack), slices.indices, slices.patches.shape[1])
         kept = votes.sum(1) > 0
-        return StackSlices(
-            slices.rows[kept], slices.indices[kept], slices.vectors[kept], slices.patches[kept], votes[kept]
+        return replace(
+            slices,
+            rows=slices.rows[kept],
+            indices=slices.indices[kept],
+            vectors=slices.vectors[kept],
+            patches=slices.patches[kept],
+            votes=votes[kept],
+            lengths=None if slices.lengths is None else slices.lengths[kept],
         )
 
     def _read_stack(self, view: str, stack: int) -> StackSlices:
@@ -101,11 +108,15 @@ class SliceReader:
         tokens = self._cache.read(stack, self.embedding.token_set)[rows].reshape(len(rows), *self._centres[view].shape)
         centred = np.subtract(tokens, self._centres[view], dtype=np.float32)
         vectors = self.embedding.slice_vectors(centred)
+        moved = vectors if self._whitening is None else vectors @ self._whitening
+        lengths, whole = _measure_lengths(centred), _measure_lengths(moved)
         return StackSlices(
             rows=rows,
             indices=table.indices[rows],
-            vectors=_unit(vectors if self._whitening is None else vectors @ self._whitening),
-            patches=_unit(centred),
+            vectors=moved / whole[..., None],
+            patches=centred / lengths[..., None],
+            lengths=lengths / whole[..., None],
+            whitening=self._whitening,
         )
 
 
@@ -148,7 +159,7 @@ def measure_centres(cache: Cache, embedding: Embedding, views: Sequence[str]) ->
     return cast(FloatArray, means.astype(np.float32))
 
 
-def _unit(vectors: FloatArray) -> FloatArray:
-    """Vectors of length 1 along the last axis; zero where they were zero."""
+def _measure_lengths(vectors: FloatArray) -> FloatArray:
+    """Lengths along the last axis; next to nothing for those of length 0, which then stay zero when divided by it."""
     lengths = np.sqrt(np.einsum("...i,...i->...", vectors, vectors))
-    return cast(FloatArray, vectors / np.maximum(lengths, np.finfo(np.float32).tiny)[..., None])
+    return cast(FloatArray, np.maximum(lengths, np.finfo(np.float32).tiny))

@@ -235,7 +235,7 @@ def test_a_run_is_laid_over_the_slices_and_taken_off_again(page: Page) -> None:
     becomes(lambda: not coloured(page))
     assert page.input_value("#heat") == ""
     page.select_option("#heat", "match")
-    shows(page, "#heat-note", re.compile("best cosine"))
+    shows(page, "#heat-note", re.compile("what each patch adds to the similarity of the two slices, 0"))
     becomes(lambda: coloured(page) and coloured(page, "other-image"))
 
 

@@ -196,6 +196,31 @@ def test_slices_are_read_without_the_blank_ones_and_less_the_mean_of_their_place
     np.testing.assert_allclose(np.linalg.norm(found.vectors, axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("slices", ["grid:patch@2", "mean:patch@2", "mean:cls"])
+@pytest.mark.parametrize("whitened", [False, True])
+def test_what_the_patches_of_either_slice_add_is_their_cosine(cache: Path, slices: str, whitened: bool) -> None:
+    opened, embedding = open_cache(cache), Embedding.parse(f"{slices}:{2 if 'cls' in slices else 1}")
+    centres = measure_centres(opened, embedding, ["t1/axial"])
+    dim = 8 if slices.startswith("grid") else 2
+    whitening = np.random.default_rng(0).standard_normal((dim, 3)).astype(np.float32) if whitened else None
+    reader = SliceReader(opened, embedding, ["t1/axial"], centres, whitening)
+    match = match_slices(reader.read("a1"), reader.read("b1"))
+    for pair in match.pairs:
+        for heat in match.heat(pair):
+            assert heat.shape == ((1, 1) if "cls" in slices else (2, 2))
+            assert heat.sum() == pytest.approx(pair.similarity, abs=1e-5)
+
+
+def test_a_patch_adds_what_it_has_in_common_with_its_place_in_the_other_slice(cache: Path) -> None:
+    opened, embedding = open_cache(cache), Embedding.parse("grid:patch@2:1")
+    reader = SliceReader(opened, embedding, ["t1/axial"], measure_centres(opened, embedding, ["t1/axial"]))
+    match = match_slices(reader.read("a1"), reader.read("b1"))
+    mine, theirs = match.heat(match.pairs[0])
+    expected = match.pairs[0].similarity * np.arange(1, 5) ** 2 / 30  # the patches are multiples of the first
+    np.testing.assert_allclose(mine.reshape(-1), expected, rtol=1e-4)
+    np.testing.assert_allclose(theirs.reshape(-1), expected, rtol=1e-4)
+
+
 def test_cases_of_an_index_are_matched(cache: Path, tmp_path: Path) -> None:
     index = build_index(cache, tmp_path / "index")
     assert index.details["slices"] == "grid:patch@2:1"

@@ -180,6 +180,24 @@ def test_ranking_again_by_slices_needs_no_cache_but_patches_do(sliced: tuple[Ind
         gone.rename(cache)
 
 
+def test_an_index_of_slices_ranks_by_the_slices_that_it_keeps(
+    sliced: tuple[Index, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cache = sliced
+    index = build_index(cache, tmp_path / "slices", level="slice", embedding="grid:patch@2")
+    for rerank in ("none", "free", "ordered"):
+        read = search(index, case_id="c05", k=23, rerank=rerank, cache=cache)
+        kept = search(index, case_id="c05", k=23, rerank=rerank)
+        assert kept["case_id"][0] == "c04" and len(kept) == 23
+        assert kept["case_id"].to_list() == read["case_id"].to_list()
+        np.testing.assert_allclose(kept["similarity"], read["similarity"], atol=1e-3)
+    free = {row["case_id"]: row["similarity"] for row in search(index, case_id="c05", k=23, rerank="free").to_dicts()}
+    monkeypatch.setattr("embedkit.ranking._HITS_PER_SLICE", 1)
+    few = search(index, case_id="c05", k=23, rerank="none")
+    assert len(few) == 23 and few["similarity"][0] == pytest.approx(free["c04"], abs=1e-3)
+    assert len(search(index, case_id="c05", k=23, rerank="none", where="case_id > 'c20'")) == 3
+
+
 def test_what_cannot_be_judged_is_refused(index: Index) -> None:
     for options, message in (
         ({"relevant": "age"}, r"relevant names 'age', but the cases of index .* have case_id, patient_id, kind"),

@@ -273,8 +273,8 @@ export class CasePanel {
       const found = await this.#matching.run((signal) => getJson("/api/heat", where, signal));
       if (!found) return;
       this.#matchHeat = { ...found, query: decodeHeat(found.query), other: decodeHeat(found.other) };
-      const range = `${found.low.toFixed(2)} to ${found.high.toFixed(2)}`;
-      say($("heat-note"), `how well each patch is found in the other slice: best cosine there, ${range} from dark to bright`);
+      const range = `${found.low.toFixed(2)} to ${found.high.toFixed(2)} from dark to bright`;
+      say($("heat-note"), `what each patch adds to the similarity of the two slices, ${found.similarity.toFixed(2)}: ${range}`);
       this.#show();
     });
   }
