@@ -6,7 +6,6 @@ takes no more memory than many small ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from embedkit.features import BackboneInfo
 from embedkit.recipe import Recipe
 from embedkit.slices import Stack, plan_stacks
 from embedkit.sources import Case, CaseImages, combine_digests, combine_stats
-from embedkit.spill import allocate_spilled
+from embedkit.spill import allocate
 from embedkit.tokens import token_shape
 from embedkit.volumes import Volume
 
@@ -170,14 +169,9 @@ def _start_stack(
             "source_digest": combine_digests(sources),
         },
         blank=np.zeros(count, bool),
-        tokens={name: _allocate((count, *shape), spill, most_bytes) for name, shape in shapes.items()},
+        tokens={
+            name: allocate((count, *shape), np.float16, folder=spill, most_bytes=most_bytes)
+            for name, shape in shapes.items()
+        },
         preview=np.zeros((count, recipe.preview, recipe.preview), np.uint8) if recipe.preview else None,
     )
-
-
-def _allocate(shape: tuple[int, ...], folder: Path, most_bytes: int) -> NDArray[np.float16]:
-    """Zeros, in memory or, if they take more than ``most_bytes``, in a nameless file of ``folder``, gone with them."""
-    size = math.prod(shape) * np.dtype(np.float16).itemsize
-    if size <= most_bytes:
-        return np.zeros(shape, np.float16)
-    return allocate_spilled(shape, np.float16, folder)

@@ -28,7 +28,8 @@ from embedkit.dicomheaders import (
 from embedkit.dicomstacks import order_slices
 from embedkit.errors import VolumeError
 from embedkit.itk import explain_itk_error, quiet_itk
-from embedkit.sourceimage import MAX_VOXELS, SourceImage
+from embedkit.sourceimage import MAX_VOXELS, Allocate, SourceImage
+from embedkit.spill import convert, release_pages
 
 __all__ = [
     "MAX_VOXELS",
@@ -128,16 +129,21 @@ def check_dicom_series(series: DicomSeries) -> None:
     order_slices(series)
 
 
-def read_dicom_series(series: DicomSeries) -> SourceImage:
+def read_dicom_series(series: DicomSeries, allocate: Allocate = np.zeros) -> SourceImage:
     """Reads a series as one stack, its slices sorted by position along their normal.
 
     The values are int16 where all are whole and fit, int32 where they are whole, else float32. Padding values are
     left as they are. One slice alone takes its depth from SpacingBetweenSlices or SliceThickness, else 1 mm.
 
+    Args:
+        series: Of `list_dicom_series`.
+        allocate: Makes the array that the values are put into, a few slices at a time.
+
     Raises:
         VolumeError: multi-frame, colour or inverted-grey files; slices of several sizes, orientations or pixel
             spacings; no position, orientation or pixel spacing; two slices at one place; a gap or uneven spacing;
             tilted gantry; a rescale slope of zero; pixels that are damaged, too few or of an unknown compression.
+        CacheError: there is no room for the array.
     """
     slices, affine = order_slices(series)
     digest, size = hashlib.sha256(), 0
@@ -147,7 +153,7 @@ def read_dicom_series(series: DicomSeries) -> SourceImage:
             digest.update(content)
             size += len(content)
             _check_pixel_bytes(item, content)
-        array = _read_pixels(slices)
+        array = _read_pixels(slices, allocate)
     except OSError as error:
         raise VolumeError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
     except RuntimeError as error:
@@ -186,7 +192,7 @@ def _check_pixel_bytes(item: DicomSlice, content: bytes) -> None:
     )
 
 
-def _read_pixels(slices: Sequence[DicomSlice]) -> Array:
+def _read_pixels(slices: Sequence[DicomSlice], allocate: Allocate) -> Array:
     """Rescaled values ``[slices height width]`` in the order given."""
     whole = all(
         item.slope.is_integer() and item.intercept.is_integer() and item.bits[1] <= 16 and _largest(item) < 2**31
@@ -196,7 +202,8 @@ def _read_pixels(slices: Sequence[DicomSlice]) -> Array:
     reader.SetImageIO("GDCMImageIO")
     # The series reader would otherwise take the pixel type of the first slice for all.
     reader.SetOutputPixelType(sitk.sitkInt32 if whole else sitk.sitkFloat64)
-    array = np.empty((len(slices), *slices[0].shape), dtype=np.int16 if whole else np.float32)
+    shape = (len(slices), *slices[0].shape)
+    array = allocate(shape, np.dtype(np.int16 if whole else np.float32))
     with quiet_itk():
         for start in range(0, len(slices), _CHUNK):
             chunk = slices[start : start + _CHUNK]
@@ -206,8 +213,9 @@ def _read_pixels(slices: Sequence[DicomSlice]) -> Array:
             if not whole:
                 values = _rescale_in_float32(values, chunk)
             elif array.dtype == np.int16 and (values.min() < -(2**15) or values.max() >= 2**15):
-                array = array.astype(np.int32)
+                array = convert(array, allocate(shape, np.dtype(np.int32)))
             array[start : start + len(chunk)] = values
+            release_pages(array)
     return array
 
 

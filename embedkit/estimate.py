@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -250,7 +251,7 @@ def list_token_choices(info: BackboneInfo, recipe: Recipe) -> list[TokenSet]:
 def _sample_case(case: Case, recipe: Recipe, sample: _Sample, *, device: torch.device, most: int) -> None:
     started = time.perf_counter()
     try:
-        images = read_case(case)
+        images = read_case(case, spill=Path(tempfile.gettempdir()))
         stacks = plan_stacks(images.volumes, recipe)
         took = time.perf_counter() - started
         _render_some(stacks, images, recipe, sample, device=device, most=most)

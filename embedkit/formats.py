@@ -79,6 +79,7 @@ def read_header(path: Path, kind: str) -> SourceHeader:
             head = _read_head(path)
             packed = head.startswith(b"\x1f\x8b")
             header = parse_nifti(path, inflate_head(head) if packed else head)
+            header = header._replace(encoding="gzip" if packed else "raw")
             available = size if packed else size - header.offset
         elif kind == "npy":
             header, available = parse_npy(path)

@@ -56,7 +56,9 @@ def parse_npz(path: Path) -> tuple[SourceHeader, int]:
             affine = _parse_small_array(path, archive.read("affine.npy"))
         available = archive.getinfo(images[0]).file_size - offset
     shape = grey_shape(path, shape, trailing=-1)
-    return SourceHeader(shape, dtype, affine, offset, fortran_order=fortran_order, member=images[0]), available
+    return SourceHeader(
+        shape, dtype, affine, offset, fortran_order=fortran_order, member=images[0], encoding="zip"
+    ), available
 
 
 def _parse_small_array(path: Path, content: bytes) -> Array:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
 from embedkit.errors import VolumeError
 from embedkit.itk import affine_of_itk, explain_itk_error, quiet_itk
-from embedkit.sourceimage import SourceHeader, grey_shape
+from embedkit.sourceimage import Encoding, SourceHeader, grey_shape
 
 __all__ = ["ITK_READERS", "parse_with_itk", "payload_file"]
 
@@ -30,6 +31,7 @@ _ITK_TYPES = {
     "32-bit float": "f4",
     "64-bit float": "f8",
 }
+_NRRD_ENCODINGS: dict[bytes, Encoding] = {b"raw": "raw", b"gzip": "gzip", b"gz": "gzip"}
 _HEADER_ENDS = {
     "nrrd": re.compile(rb"\r?\n\r?\n"),
     "metaimage": re.compile(rb"^\s*ElementDataFile\s*=[^\n]*\n?", re.MULTILINE),
@@ -53,14 +55,32 @@ def payload_file(path: Path, kind: str) -> Path | None:
         end = _HEADER_ENDS[kind].search(head)
         if end is None or end.end() == len(head):
             head += file.read(_LONGEST_HEADER_BYTES - len(head))
-    _, _, named, _ = _parse_text_header(path, kind, head)
+    named = _parse_text_header(path, kind, head).data_file
     return None if named is None else _payload_file(path, named)
+
+
+class _TextHeader(NamedTuple):
+    """What the text of a header says of where and how the voxels lie.
+
+    Attributes:
+        offset: Bytes of the header.
+        encoding: ``itk`` where only ITK knows how to read them.
+        packed: Whether they are compressed.
+        data_file: File that holds them; None for this one.
+        order: Byte order, ``<`` or ``>``; empty where it is not told.
+    """
+
+    offset: int
+    encoding: Encoding
+    packed: bool
+    data_file: str | None
+    order: str
 
 
 def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, int, bool]:
     """(header, bytes that hold the voxels, whether they are compressed); ``head`` is how the file begins."""
-    offset, encoding, data_file, order = _parse_text_header(path, kind, head)
-    payload = None if data_file is None else _payload_file(path, data_file)
+    text = _parse_text_header(path, kind, head)
+    payload = None if text.data_file is None else _payload_file(path, text.data_file)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(ITK_READERS[kind])
     reader.SetFileName(str(path))
@@ -78,46 +98,44 @@ def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, in
             f"{path}: its values are {type_name} with {reader.GetNumberOfComponents()} components, expected one real "
             "number per voxel; convert it"
         )
+    dtype = np.dtype((text.order or "=") + _ITK_TYPES[type_name])
     header = SourceHeader(
         shape=shape,
-        dtype=np.dtype(order + _ITK_TYPES[type_name]),
+        dtype=dtype,
         affine=affine,
-        offset=0 if payload else offset,
+        offset=0 if payload else text.offset,
         payload=payload,
-        zlib_stream=kind == "metaimage" and encoding == "compressed",
+        encoding=text.encoding if text.order or dtype.itemsize == 1 else "itk",
     )
     file = payload or path
-    return header, file.stat().st_size - header.offset, encoding == "compressed"
+    return header, file.stat().st_size - header.offset, text.packed
 
 
-def _parse_text_header(path: Path, kind: str, head: bytes) -> tuple[int, str, str | None, str]:
-    """(bytes of the header, ``raw`` or ``compressed``, file of the voxels or None for this one, byte order).
-
-    The byte order is given for a MetaImage alone; ITK sees to that of an NRRD.
-    """
-    order = "="
+def _parse_text_header(path: Path, kind: str, head: bytes) -> _TextHeader:
     end = _HEADER_ENDS[kind].search(head)
     if kind == "nrrd":
-        fields = dict(
-            re.findall(rb"^([A-Za-z][A-Za-z ]*):[ \t]*([^\r\n]*)", head[: end.start() if end else None], re.M)
-        )
+        pairs = re.findall(rb"^([A-Za-z][A-Za-z ]*):[ \t]*([^\r\n]*)", head[: end.start() if end else None], re.M)
+        fields = {name.lower(): value.strip() for name, value in pairs}
         named = fields.get(b"data file", fields.get(b"datafile"))
-        encoding = "raw" if fields.get(b"encoding", b"raw").strip().lower() == b"raw" else "compressed"
+        stored = fields.get(b"encoding", b"raw").lower()
+        packed = stored != b"raw"
+        order = {b"little": "<", b"big": ">"}.get(fields.get(b"endian", b"").lower(), "")
+        skips = not fields.keys().isdisjoint((b"line skip", b"lineskip", b"byte skip", b"byteskip"))
+        encoding = _NRRD_ENCODINGS.get(stored, "itk") if not skips else "itk"
     else:
-        fields = dict(re.findall(rb"^\s*(\w+)\s*=[ \t]*([^\r\n]*)", head[: end.end() if end else None], re.M))
-        named = fields.get(b"ElementDataFile", b"").strip()
+        pairs = re.findall(rb"^\s*(\w+)\s*=[ \t]*([^\r\n]*)", head[: end.end() if end else None], re.M)
+        fields = {name: value.strip() for name, value in pairs}
+        named = fields.get(b"ElementDataFile", b"")
         named = None if named.upper() == b"LOCAL" else named
-        encoding = "compressed" if fields.get(b"CompressedData", b"").strip().lower() == b"true" else "raw"
-        orders = (fields.get(name, b"").strip().lower() for name in (b"BinaryDataByteOrderMSB", b"ElementByteOrderMSB"))
+        packed = fields.get(b"CompressedData", b"").lower() == b"true"
+        orders = (fields.get(name, b"").lower() for name in (b"BinaryDataByteOrderMSB", b"ElementByteOrderMSB"))
         order = ">" if b"true" in orders else "<"
+        plain = fields.get(b"BinaryData", b"").lower() == b"true" and fields.get(b"HeaderSize", b"0") == b"0"
+        encoding = "zlib" if packed else "raw" if plain else "itk"
     if named == b"" or (end is None and named is None):
         raise VolumeError(f"{path}: its header does not end; the file is truncated or damaged: copy it again")
-    return (
-        (end.end() if end else 0),
-        encoding,
-        None if named is None else named.decode("utf-8", "replace").strip(),
-        order,
-    )
+    data_file = None if named is None else named.decode("utf-8", "replace")
+    return _TextHeader(end.end() if end else 0, encoding, packed, data_file, order)
 
 
 def _payload_file(path: Path, name: str) -> Path:

@@ -21,6 +21,7 @@ __all__ = [
     "measure_spacing",
     "to_canonical",
     "to_source",
+    "turn_canonical",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -59,7 +60,13 @@ def canonical_axes(affine: Array) -> tuple[tuple[int, int, int], tuple[bool, boo
 
 
 def to_canonical(array: Array, affine: Array) -> tuple[Array, Array]:
-    """An array in canonical index order, C-contiguous and writable, and its affine; world positions stay.
+    """As `turn_canonical`, but an array that is C-contiguous and writable, a copy where it must be."""
+    turned, moved = turn_canonical(array, affine)
+    return np.require(turned, requirements=["C", "W"]), moved
+
+
+def turn_canonical(array: Array, affine: Array) -> tuple[Array, Array]:
+    """A view of an array in canonical index order, and its affine; world positions stay.
 
     Raises:
         VolumeError: the affine is singular or not finite.
@@ -71,7 +78,7 @@ def to_canonical(array: Array, affine: Array) -> tuple[Array, Array]:
         turn[source, axis] = -1.0 if flipped else 1.0
         turn[source, 3] = array.shape[source] - 1 if flipped else 0.0
     turned = array.transpose(permutation)[_reversed(flips)]
-    return np.require(turned, requirements=["C", "W"]), np.asarray(affine, dtype=np.float64) @ turn
+    return turned, np.asarray(affine, dtype=np.float64) @ turn
 
 
 def to_source(array: Array, source_affine: Array) -> Array:

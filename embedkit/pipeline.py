@@ -27,6 +27,7 @@ from embedkit.readahead import Waits, read_ahead, run_in_background
 from embedkit.recipe import Recipe
 from embedkit.slices import render_previews, render_slices
 from embedkit.sources import Case, CaseImages
+from embedkit.spill import release_pages
 
 __all__ = ["Rendered", "compute_cases", "explain_failure", "render_cases"]
 
@@ -241,6 +242,7 @@ def _keep_tokens(part: Rendered, tokens: dict[str, NDArray[np.float16]], backbon
     target = part.work.stacks[part.stack].tokens
     for name, values in tokens.items():
         target[name][part.rows] = values
+        release_pages(target[name])
         if not np.isfinite(values).all():
             part.work.problem = (
                 f"{backbone.info.name} gives {name} tokens outside float16's range at precision"

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from embedkit.errors import OptionError, VolumeError
+from embedkit.spill import copy_slices
 from embedkit.volumes import Volume
 
 __all__ = [
@@ -91,7 +92,7 @@ def foreground_extent(array: Array) -> Extent | None:
         array: [slices height width].
     """
     steps = [max(1, -(-size // _FOREGROUND_SIDE)) for size in array.shape]
-    bright = _find_body(array[:: steps[0], :: steps[1], :: steps[2]].astype(np.float32))
+    bright = _find_body(copy_slices(array[:: steps[0], :: steps[1], :: steps[2]], slice(None)).astype(np.float32))
     if bright is None:
         return None
     body = _largest_parts(ndimage.binary_opening(bright, np.ones((1, 3, 3), bool)))
@@ -171,7 +172,8 @@ def _find_body(sample: Array) -> Array | None:
     middle = float(np.median(rim))
     even = np.mean(np.abs(rim - middle) <= 0.015 * (high - low)) >= 0.6
     difference = np.abs(sample - (middle if even else low))
-    difference = np.minimum(difference, np.percentile(difference, 99))
+    most = np.percentile(difference, 99)
+    difference = np.minimum(difference, most) if most > 0 else difference  # an object may be less than a hundredth
     return np.asarray(difference > _otsu(difference) / 2)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedkit.errors import CacheError, OptionError
+from embedkit.spill import release_pages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +99,7 @@ def quantise_tokens(
         scale = part.abs().amax(1).div_(_LEVELS)
         part.div_(torch.where(scale > 0, scale, 1.0)[:, None]).round_().clamp_(-_LEVELS, _LEVELS)
         values[start : start + block] = part.to(torch.int8).numpy()
+        release_pages(values)
         scales[start : start + block] = scale.numpy()
     channels = torch.stack([centre, spread]).to(torch.float16).numpy()
     return QuantisedTokens(stored, scales.reshape(tokens.shape[:-1]), channels)
@@ -139,13 +141,16 @@ def _shown_blocks(rows: NDArray[np.float16], blank: NDArray[np.bool_]) -> Iterat
     for start in range(0, len(shown) * per_slice, block):
         place = np.arange(start, min(start + block, len(shown) * per_slice))
         yield torch.from_numpy(rows[shown[place // per_slice] * per_slice + place % per_slice]).to(torch.float32)
+        release_pages(rows)
 
 
 def _as_float(part: NDArray[Any]) -> Tensor:
-    """A float32 copy of a part of an array that may be read-only."""
+    """A float32 copy of a part of an array that may be read-only, or mapped from a file."""
     import torch
 
-    return torch.from_numpy(np.array(part)).to(torch.float32)
+    copied = np.array(part)
+    release_pages(part)
+    return torch.from_numpy(copied).to(torch.float32)
 
 
 def dequantise_tokens(

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from embedkit.errors import CacheError
 from embedkit.files import publish_file, temporary_path
 from embedkit.recipe import Recipe
-from embedkit.seal import FORMAT, FORMAT_VERSIONS, Region, Seal, userblock_bytes
+from embedkit.seal import CHUNK_BYTES, FORMAT, FORMAT_VERSIONS, Region, Seal, userblock_bytes
 from embedkit.shards import ArrayPlace
+from embedkit.spill import release_pages
 from embedkit.tables import Table
 
 __all__ = ["array_chunks", "write_sealed"]
@@ -240,4 +241,7 @@ def _write_region(file: BinaryIO, chunks: Iterable[NDArray[np.uint8]], expected:
 def array_chunks(arrays: Sequence[NDArray[Any]]) -> Iterator[NDArray[np.uint8]]:
     """The bytes of arrays that lie one after the other in a dataset, without copying those already contiguous."""
     for array in arrays:
-        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+            release_pages(data)

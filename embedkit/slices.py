@@ -17,6 +17,7 @@ from embedkit.errors import OptionError, VolumeError
 from embedkit.patches import measure_patch_cover, place_patch_scores
 from embedkit.planes import PLANES, Extent, common_extents, cut_slices, plane_axes, same_grid, whole_extent, wrap_box
 from embedkit.recipe import Recipe
+from embedkit.spill import copy_slices
 from embedkit.volumes import Volume
 from embedkit.windows import WINDOW_PRESETS, Window, measure_limits, parse_window, window_texts
 
@@ -249,7 +250,7 @@ def _plan_stack(
 def _read_slab(images: Array, chosen: Array) -> Tensor:
     """A copy of the chosen slices, [slices height width], in the volume's own type."""
     one_run = len(chosen) > 0 and chosen[-1] - chosen[0] == len(chosen) - 1
-    return torch.from_numpy(np.array(images[chosen[0] : chosen[-1] + 1] if one_run else images[chosen], order="C"))
+    return torch.from_numpy(copy_slices(images, slice(chosen[0], chosen[-1] + 1) if one_run else chosen))
 
 
 def _resize(images: Tensor, black: tuple[int, int, int, int], side: int) -> Tensor:

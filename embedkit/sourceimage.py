@@ -1,4 +1,4 @@
-"""Owns what every reader hands on, a header and the image as its files hold it, and the limits on a header's promise.
+"""Owns what every reader takes and hands on: where voxels are put, headers, images as files hold them, their limits.
 
 Knows nothing of any one file format, of SimpleITK and of the canonical index order.
 """
@@ -11,13 +11,22 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from embedkit.errors import VolumeError
 
-__all__ = ["DAMAGE", "MAX_VOXELS", "SourceHeader", "SourceImage", "check_promise", "grey_shape"]
+__all__ = [
+    "DAMAGE",
+    "MAX_VOXELS",
+    "Allocate",
+    "Encoding",
+    "SourceHeader",
+    "SourceImage",
+    "check_promise",
+    "grey_shape",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -39,6 +48,16 @@ DAMAGE = (
 )
 
 
+Encoding = Literal["raw", "gzip", "zlib", "zip", "itk"]
+"""How a file holds its voxels: as they are, in a gzip or zlib stream, as a member of a zip archive, or as ITK knows."""
+
+
+class Allocate(Protocol):
+    """Makes the C-contiguous array, in memory or mapped from a file, that voxels are put into."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array: ...
+
+
 class SourceHeader(NamedTuple):
     """What a file's header says: enough to know the size of the voxels before any is read."""
 
@@ -51,14 +70,15 @@ class SourceHeader(NamedTuple):
     fortran_order: bool = False
     member: str = ""  # of an npz archive
     payload: Path | None = None  # file of the voxels, where it is not the header's own
-    zlib_stream: bool = False  # voxels are one zlib stream from ``offset`` on
+    encoding: Encoding = "raw"  # a gzip stream holds a NIfTI's header too
 
 
 class SourceImage(NamedTuple):
     """An image as its file or files hold it.
 
     Attributes:
-        array: ``[slices height width]`` in the order of the file, slowest axis first.
+        array: ``[slices height width]`` in the order of the file, slowest axis first; a view where the file runs
+            through them in another order.
         affine: float64 ``[4 4]``, (slice, row, column, 1) of ``array`` to RAS+ world mm.
         source_bytes: Bytes of all its files.
         source_digest: SHA-256 over those bytes, in hex.

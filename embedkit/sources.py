@@ -16,7 +16,7 @@ from embedkit.errors import ManifestError, VolumeError
 from embedkit.formats import format_by_name
 from embedkit.nrrd import ITK_READERS, payload_file
 from embedkit.recipe import Recipe
-from embedkit.volumes import Volume, read_volume
+from embedkit.volumes import VOXEL_BYTES, Volume, read_volume
 
 __all__ = ["CachedSources", "Case", "CaseImages", "group_cases", "read_case", "tell_absent_channels"]
 
@@ -67,18 +67,25 @@ def tell_absent_channels(cases: Sequence[Case], channels: Sequence[str], fill: s
     ]
 
 
-def read_case(case: Case) -> CaseImages:
+def read_case(case: Case, *, spill: Path | None = None) -> CaseImages:
     """Reads every view of a case.
+
+    Args:
+        case: The case.
+        spill: Folder for the temporary files of images that take more than their share of `VOXEL_BYTES`, the voxels
+            of a case that are kept in memory; None keeps all there.
 
     Raises:
         VolumeError: one of the images cannot be read, or changed meanwhile; the message names the view.
+        CacheError: there is no room for a temporary file.
     """
+    share = VOXEL_BYTES // max(1, len(case.images))
     volumes: dict[str, Volume] = {}
     stats: dict[str, SourceStat] = {}
     for view, path in case.images.items():
         try:
             stats[view] = stat_source(path)
-            volumes[view] = read_volume(path)
+            volumes[view] = read_volume(path, spill=spill, most_bytes=share)
             if stat_source(path) != stats[view]:
                 raise VolumeError(f"{path} changed while it was read; run the same command again once it is whole")
         except VolumeError as error:

@@ -81,7 +81,7 @@ def extract_stream(
     keep_tail(cache, backbone, recipe)
 
     def read(case: Case) -> CaseImages | SameCase:
-        images = read_case(case)
+        images = read_case(case, spill=cache)
         return SameCase(case) if sources.holds_same_bytes(case, images) else images
 
     rendered = render_cases(

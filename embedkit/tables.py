@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from embedkit.errors import CacheError
 from embedkit.recipe import Recipe
+from embedkit.spill import release_pages
 
 __all__ = [
     "SLICE_DTYPE",
@@ -174,6 +175,7 @@ def _is_finite(tokens: NDArray[np.float16]) -> bool:
     step = max(1, _BLOCK // math.prod(tokens.shape[1:]))
     for start in range(0, len(tokens), step):
         bits = np.ascontiguousarray(tokens[start : start + step]).view(np.uint16)
+        release_pages(tokens)
         if ((bits & 0x7C00) == 0x7C00).any():
             return False
     return True

@@ -18,12 +18,21 @@ from embedkit.dicom import DicomSeries, check_dicom_series, list_dicom_series, r
 from embedkit.errors import VolumeError
 from embedkit.formats import format_by_name, image_format, read_header
 from embedkit.itk import explain_itk_error, quiet_itk, to_itk
-from embedkit.orientation import canonical_axes, check_affine, measure_spacing, to_canonical, to_source
+from embedkit.orientation import (
+    canonical_axes,
+    check_affine,
+    measure_spacing,
+    to_canonical,
+    to_source,
+    turn_canonical,
+)
 from embedkit.sourceimage import MAX_VOXELS, SourceImage
+from embedkit.spill import allocate, is_spilled
 from embedkit.voxels import read_voxels, whole_numbers
 
 __all__ = [
     "MAX_VOXELS",
+    "VOXEL_BYTES",
     "Volume",
     "canonical_axes",
     "check_volume",
@@ -38,6 +47,9 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 
 
+VOXEL_BYTES = 64 << 20
+"""Bytes of voxels that are kept in memory where there is a folder to keep more in."""
+
 _SMALLEST_MM, _LARGEST_MM = 1e-6, 1e6
 
 
@@ -50,7 +62,8 @@ class Volume:
     coordinates are RAS+ mm: +x to the patient's right, +y to anterior, +z to superior.
 
     Attributes:
-        array: ``[slices height width]``, C-contiguous, of the file's values as uint8, int16, uint16, int32 or float32.
+        array: ``[slices height width]`` of the file's values as uint8, int16, uint16, int32 or float32: C-contiguous,
+            or the view of a temporary file, in the order of the image's own, that `read_volume` was told to keep it in.
         spacing_mm: Distance of neighbours along each axis of ``array``, rounded to float32 and six digits, so that
             one image read from DICOM and from NIfTI (whose header is float32) agrees.
         affine: float64 ``[4 4]``, (slice, row, column, 1) of ``array`` to RAS+ mm.
@@ -69,14 +82,17 @@ class Volume:
     source_digest: str
 
 
-def read_volume(path: Path | str) -> Volume:
-    """Reads one 3D image.
+def read_volume(path: Path | str, *, spill: Path | None = None, most_bytes: int = VOXEL_BYTES) -> Volume:
+    """Reads one 3D image, piece by piece.
 
     Args:
         path: A NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or numpy (.npy, .npz) file, a folder
             that holds one DICOM series, or any one file of a DICOM series (which gives the whole series). An .npz holds
             the image as ``array`` and optionally ``affine`` (indices to RAS+ mm); without one, and for .npy, the array
             is taken as canonical with 1 mm voxels.
+        spill: Folder for a nameless temporary file that holds the voxels of a large image, so that few of them are in
+            memory at a time; take its parts with `embedkit.spill`. None keeps all in memory.
+        most_bytes: An image whose voxels take more is large.
 
     Returns:
         The volume. Values keep the file's type, except: bool to uint8; int8 to int16; wider integers to int32 where
@@ -89,11 +105,13 @@ def read_volume(path: Path | str) -> Volume:
             none of these formats; not three axes; colours or vectors; NaN, infinite or complex values; a geometry
             that is singular, has skewed axes or is beyond 1e-6 to 1e6 mm; a promise of more voxels than the bytes
             could hold; and all that `embedkit.dicom.read_dicom_series` refuses.
+        CacheError: there is no room in ``spill``.
     """
     path = Path(path)
-    source = _read_source(path, image_format(path))
+    source = _read_source(path, image_format(path), spill=spill, most_bytes=most_bytes)
     _check_scale(path, source.affine)
-    array, affine = to_canonical(source.array, source.affine)
+    turn = turn_canonical if is_spilled(source.array) else to_canonical
+    array, affine = turn(source.array, source.affine)
     depth, height, width = source.array.shape
     return Volume(
         array=array,
@@ -195,11 +213,15 @@ def write_volume(path: Path | str, array: Array, affine: Array) -> None:
         ) from error
 
 
-def _read_source(path: Path, kind: str) -> SourceImage:
+def _read_source(path: Path, kind: str, *, spill: Path | None = None, most_bytes: int = VOXEL_BYTES) -> SourceImage:
     """The image as its file holds it, its values and geometry checked; ``kind`` is what `image_format` gave."""
+
+    def place(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
+        return allocate(shape, dtype, folder=spill, most_bytes=most_bytes, what=f"voxels of {path.name}")
+
     if kind == "dicom":
-        return read_dicom_series(_find_series(path))
-    return read_voxels(path, kind, read_header(path, kind))
+        return read_dicom_series(_find_series(path), place)
+    return read_voxels(path, kind, read_header(path, kind), place)
 
 
 def _check_scale(path: Path, affine: Array) -> None:

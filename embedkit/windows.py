@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from embedkit.errors import OptionError
+from embedkit.spill import sample_lattice
 
 __all__ = ["WINDOW_PRESETS", "Window", "measure_limits", "parse_window", "window_texts"]
 
@@ -107,11 +108,10 @@ def measure_limits(array: Array, window: Window) -> tuple[float, float]:
     """
     if window.kind == "range":
         return window.low, window.high
-    voxels = array.reshape(-1)
-    step = max(1, -(-voxels.size // _SAMPLE))
+    step = max(1, -(-array.size // _SAMPLE))
     while math.gcd(step, array.shape[-1]) > 1:  # else the lattice would visit some columns alone
         step += 1
-    sample = voxels[::step].astype(np.float32)
+    sample = sample_lattice(array, step).astype(np.float32)
     low = float(np.percentile(sample, window.low))
     bright = sample[sample > sample.mean(dtype=np.float64)]
     high = float(np.percentile(bright if bright.size else sample, window.high))

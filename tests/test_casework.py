@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -52,14 +53,14 @@ def test_tokens_kept_in_a_file_are_the_same_and_leave_no_file(
     extract_small(manifest, tmp_path / "memory")
     monkeypatch.setattr(casework, "SPILL_BYTES", 100)
     kept: list[type] = []
-    real = casework._allocate
+    real = casework.allocate
 
-    def watched(shape: tuple[int, ...], folder: Path, most_bytes: int) -> object:
-        array = real(shape, folder, most_bytes)
+    def watched(*arguments: Any, **options: Any) -> object:
+        array = real(*arguments, **options)
         kept.append(type(array))
         return array
 
-    monkeypatch.setattr(casework, "_allocate", watched)
+    monkeypatch.setattr(casework, "allocate", watched)
     extract_small(manifest, tmp_path / "file")
     assert kept == [np.memmap] * 6
     one, other = open_cache(tmp_path / "memory"), open_cache(tmp_path / "file")

@@ -123,10 +123,10 @@ def fork_extraction(manifest: Path, cache: Path, reads: Path, *, die_at: int | N
 
         read_volume, fsync, seen = sources.read_volume, os.fsync, 0
 
-        def noted(path: Path | str) -> Any:
+        def noted(path: Path | str, **options: Any) -> Any:
             with reads.open("a") as file:
                 file.write(f"{Path(path).stem}\n")
-            return read_volume(path)
+            return read_volume(path, **options)
 
         def count(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal seen
@@ -502,8 +502,8 @@ def test_a_source_that_changes_while_it_is_read_fails_and_is_read_again_by_the_n
 
     manifest, read_volume = write_cases(tmp_path / "scans", 3, missing=False), sources.read_volume
 
-    def read_slowly(path: Path | str) -> Any:
-        volume = read_volume(path)
+    def read_slowly(path: Path | str, **options: Any) -> Any:
+        volume = read_volume(path, **options)
         if Path(path).name == "1.nii":
             rewrite(Path(path), 300.0, 2)
         return volume
