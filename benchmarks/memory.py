@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--side", type=int, default=512, help="voxels of a side of a slice of the huge volumes")
     parser.add_argument("--slices", default="256,512,1024", help="of the huge volumes")
-    parser.add_argument("--only", choices=["cases", "volumes"])
+    parser.add_argument("--only", choices=["cases", "volumes", *KINDS])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(options, Path(folder))
@@ -69,10 +69,10 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     idle = peak_bytes("imports alone", IMPORTS)
     ratios = []
-    if options.only != "volumes":
+    if options.only in (None, "cases"):
         ratios.append(measure_cases(options, folder, idle))
-    if options.only != "cases":
-        ratios += [measure_volumes(kind, options, folder, idle) for kind in KINDS]
+    kinds = [kind for kind in KINDS if options.only in (None, "volumes", kind)]
+    ratios += [measure_volumes(kind, options, folder, idle) for kind in kinds]
     print(f"ratio {max(ratios):.2f}")
 
 

@@ -134,7 +134,7 @@ def make_stack(case_id: str, path: str, *, changed: bool) -> StackTokens:
         source_bytes=status.st_size + changed,
         source_digest=hashlib.sha256(case_id.encode()).hexdigest(),
         tokens={"cls:2": np.ones((SLICES, DIM), np.float16)},
-        source_modified_ns=status.st_mtime_ns,
+        source_modified_ns=status.st_ctime_ns,
     )
 
 

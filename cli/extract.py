@@ -118,7 +118,8 @@ def extract_command(
             raise typer.BadParameter(
                 "a dry run tells of this machine alone; leave --engine out", param_hint="--dry-run"
             )
-        _print_estimate(manifest, out, options, json=json)
+        if _print_estimate(manifest, out, options, json=json):
+            raise typer.Exit(1)
         return
     summary, signals = _extract(
         manifest,
@@ -152,9 +153,12 @@ def _extract(
     shard_bytes: int,
 ) -> tuple[ExtractionSummary, list[int]]:
     """What was done, and the signals that came meanwhile."""
-    from embedkit.allocator import keep_freed_memory
-    from embedkit.extraction import extract
-
+    try:
+        from embedkit.allocator import keep_freed_memory
+        from embedkit.extraction import extract
+    except KeyboardInterrupt:
+        typer.echo("embedkit: interrupted; nothing was begun", err=True)
+        raise typer.Exit(130) from None
     keep_freed_memory()
     with _stop_on_signals() as (stop, caught), show_progress("extract", "cases") as meter:
         summary = extract(
@@ -172,13 +176,14 @@ def _extract(
     return summary, caught
 
 
-def _print_estimate(manifest: Path, out: Path, options: EstimateOptions, *, json: bool) -> None:
+def _print_estimate(manifest: Path, out: Path, options: EstimateOptions, *, json: bool) -> int:
+    """Tells the estimate, and gives the number of sampled cases that will fail."""
     from embedkit.estimate import estimate_extraction
 
     estimate = estimate_extraction(manifest, out, **options)
     if json:
         print_json(dataclasses.asdict(estimate))
-        return
+        return len(estimate.unreadable)
     typer.echo(
         f"{estimate.cases} cases left to do, about {estimate.slices} slices ({estimate.blank_share:.0%} blank),"
         f" told from {estimate.sampled_cases} cases\n"
@@ -188,8 +193,15 @@ def _print_estimate(manifest: Path, out: Path, options: EstimateOptions, *, json
     )
     rows = [[name, *map(format_bytes, sizes.values())] for name, sizes in sorted(estimate.choices.items())]
     print_table(["token set", *next(iter(estimate.choices.values()))], rows)
+    if estimate.unreadable:
+        typer.echo(
+            f"{len(estimate.unreadable)} of the {estimate.sampled_cases} cases looked at will fail, so about"
+            f" {estimate.failing} of {estimate.cases}; size and time are those of the others",
+            err=True,
+        )
     for problem in estimate.unreadable:
-        typer.echo(f"  unreadable: {problem}", err=True)
+        typer.echo(f"  will fail: {problem}", err=True)
+    return len(estimate.unreadable)
 
 
 def _layer(text: str) -> int:

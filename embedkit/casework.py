@@ -32,10 +32,11 @@ SPILL_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class FailedCase:
-    """A case that gives no tokens, and why, in one line."""
+    """A case that gives no tokens, and why, in one line; ``view`` where a single one of its images is to blame."""
 
     case: Case
     reason: str
+    view: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class CaseWork:
         if work.blank.all():
             raise VolumeError(
                 f"view {stack.view} has no content: all {len(work.blank)} {stack.plane} slices are constant after the"
-                " grey window; check the image and the window"
+                " grey window; check the image and the window",
+                view=stack.view,
             )
         return StackTokens(
             case_id=self.case.case_id,

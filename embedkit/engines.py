@@ -15,8 +15,9 @@ from pathlib import Path
 
 from embedkit.account import ExtractionProgress, ExtractionSummary
 from embedkit.cache import create_cache, open_cache
+from embedkit.confirmations import read_confirmations
 from embedkit.errors import EmbedkitError, ExtractionError
-from embedkit.failures import clear_failures
+from embedkit.failures import settle_cases
 from embedkit.ledger import Ledger, Seat, Work
 from embedkit.orders import (
     Begin,
@@ -121,7 +122,8 @@ class _Dispatcher:
             self._tell_long_start()
         self._dismiss()
         settled = [name for name, each in work.ledger.outcomes.items() if not isinstance(each, Failed)]
-        clear_failures(self._cache, [(case_id, "") for case_id in [*work.held, *settled]])
+        failed = [each.failure for each in work.ledger.outcomes.values() if isinstance(each, Failed)]
+        settle_cases(self._cache, [*work.held, *settled], failed)
         return work.ledger.summarise(self._cache, work.begin.recipe.fingerprint)
 
     def _tell_long_start(self) -> None:
@@ -200,7 +202,7 @@ class _Dispatcher:
 
     def _open_work(self, event: Ready) -> Work:
         create_cache(self._cache, event.recipe)
-        sources = CachedSources(open_cache(self._cache).stacks, event.recipe)
+        sources = CachedSources(open_cache(self._cache).stacks, event.recipe, read_confirmations(self._cache))
         sources.require_same_patients(self._cases)
         sources.require_same_views(self._cases)
         pending = [case for case in self._cases if not sources.holds(case)]

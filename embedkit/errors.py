@@ -58,7 +58,15 @@ class ManifestError(EmbedkitError):
 
 
 class VolumeError(EmbedkitError):
-    """An image cannot be read, or is not one grey 3D image."""
+    """An image cannot be read, or is not one grey 3D image.
+
+    Attributes:
+        view: Of the case whose image it is, where that is known.
+    """
+
+    def __init__(self, message: str, *, view: str = "") -> None:
+        super().__init__(message)
+        self.view = view
 
 
 class BackboneError(EmbedkitError):

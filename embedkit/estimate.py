@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from embedkit.cache import open_cache
+from embedkit.confirmations import read_confirmations
 from embedkit.errors import OptionError, VolumeError
 from embedkit.features import DEFAULT_BACKBONE, Backbone, BackboneInfo
 from embedkit.folder import require_room, stored_recipe
@@ -43,8 +44,9 @@ class ExtractionEstimate:
     Attributes:
         cases: Cases left to do.
         sampled_cases: Of these, those that were read for the estimate.
-        unreadable: Of the sampled, those that cannot be read, and why.
-        slices: Expected in all cases.
+        unreadable: Of the sampled, those that will fail, and why.
+        failing: Cases that are expected to fail: of all as many as of the sampled.
+        slices: Expected in the others.
         blank_share: Of the rendered sample, the share that shows nothing.
         bytes: Expected size of the tokens and previews, without tables (some kilobytes per case).
         bytes_per_slice: Of the recipe's token sets and preview together.
@@ -58,6 +60,7 @@ class ExtractionEstimate:
     cases: int
     sampled_cases: int
     unreadable: tuple[str, ...]
+    failing: int
     slices: int
     blank_share: float
     bytes: int
@@ -165,7 +168,7 @@ def _without_cached(cases: list[Case], out: Path, recipe: Recipe) -> list[Case]:
         return cases
     ways_out = "Choose another --out, or pass the options that made it"
     require_same_recipe(found, recipe, where=f"cache {out}", ways_out=ways_out)
-    sources = CachedSources(open_cache(out).stacks, recipe)
+    sources = CachedSources(open_cache(out).stacks, recipe, read_confirmations(out))
     sources.require_same_patients(cases)
     sources.require_same_views(cases)
     return [case for case in cases if not sources.holds(case)]
@@ -207,18 +210,21 @@ def estimate_cases(
         raise VolumeError(
             f"none of the {len(chosen)} cases read for the estimate gives slices; first: {sample.unreadable[0]}"
         )
-    slices = round(float(np.mean(sample.slices)) * len(cases)) if sample.slices else 0
+    failing = round(len(cases) * len(sample.unreadable) / max(1, len(chosen)))
+    good = len(cases) - failing
+    slices = round(float(np.mean(sample.slices)) * good) if sample.slices else 0
     forward = _time_forward(sample.images, backbone, recipe, batch_size) if sample.images else 0.0
     shown = sum(len(part) for part in sample.images) / max(1, sample.rendered)
     reading = float(np.mean(sample.read_seconds)) if sample.read_seconds else 0.0
     rendering = sample.render_seconds / max(1, sample.rendered)
-    stages = (reading * len(cases), rendering * slices, forward * slices * shown)
+    stages = (reading * good, rendering * slices, forward * slices * shown)
     per_slice = sum(token_set_bytes(kept, backbone.info, dtype=recipe.dtype) for kept in recipe.parsed_token_sets())
     per_slice += recipe.preview**2
     return ExtractionEstimate(
         cases=len(cases),
         sampled_cases=len(chosen),
         unreadable=tuple(sample.unreadable),
+        failing=failing,
         slices=slices,
         blank_share=1 - shown if sample.rendered else 0.0,
         bytes=per_slice * slices,

@@ -12,9 +12,10 @@ import torch
 
 from embedkit.account import Account, ExtractionProgress, ExtractionSummary
 from embedkit.cache import create_cache, open_cache
+from embedkit.confirmations import read_confirmations
 from embedkit.engines import dispatch_cases
 from embedkit.errors import OptionError
-from embedkit.failures import clear_failures
+from embedkit.failures import settle_cases
 from embedkit.features import DEFAULT_BACKBONE, Backbone
 from embedkit.folder import require_writable
 from embedkit.forward import require_precision
@@ -225,7 +226,7 @@ def extract_cases(
     stop: threading.Event | None = None,
 ) -> ExtractionSummary:
     """Extracts the cases that ``cache`` (made by `create_cache`) lacks; the options are those of `extract`."""
-    sources = CachedSources(open_cache(cache).stacks, recipe)
+    sources = CachedSources(open_cache(cache).stacks, recipe, read_confirmations(cache))
     sources.require_same_patients(cases)
     sources.require_same_views(cases)
     pending = [case for case in cases if not sources.holds(case)]
@@ -250,5 +251,5 @@ def extract_cases(
     )
     left = {case.case_id for case in pending}
     held = [case.case_id for case in cases if case.case_id not in left]  # mended before a kill, and not yet cleared
-    clear_failures(cache, [(case_id, "") for case_id in [*held, *account.settled]])
+    settle_cases(cache, [*held, *account.settled], account.failures)
     return account.summarise(cache, recipe, interrupted=account.left > 0)

@@ -6,17 +6,23 @@ failed stack was done after all. What is open is the outcome of reading it to th
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from embedkit.errors import CacheError
-from embedkit.files import explain_os_error
+from embedkit.files import append_lines, explain_os_error
 
-__all__ = ["FAILURES_FILE", "Failure", "FailureLog", "clear_failures", "read_failures", "record_failure"]
+__all__ = [
+    "FAILURES_FILE",
+    "Failure",
+    "FailureLog",
+    "clear_failures",
+    "read_failures",
+    "record_failure",
+    "settle_cases",
+]
 
 FAILURES_FILE = "failures.jsonl"
 _LONGEST_REASON = 2000
@@ -29,8 +35,8 @@ class Failure:
     Attributes:
         case_id: From the manifest.
         reason: One line for the user; cut at 2,000 characters when recorded.
-        view: The view that failed; empty where the whole case did.
-        path: The file, if it may be told (a path can carry a patient's name).
+        view: The view that failed; empty where the whole case did, or where no single view is to blame.
+        path: The file's name alone, for a folder can carry a patient's; empty where the image is a folder.
     """
 
     case_id: str
@@ -77,6 +83,26 @@ def clear_failures(cache_path: Path | str, done: Iterable[tuple[str, str]] | Non
     events = [{"case_id": key[0], "view": key[1], "settled": True} for key in keys if wanted is None or key in wanted]
     if events:
         _append(cache_path, [json.dumps(event, ensure_ascii=True) for event in events])
+
+
+def settle_cases(cache_path: Path | str, done: Iterable[str], failed: Iterable[Failure] = ()) -> None:
+    """Marks as made good what is on record of cases that are done, and of failed ones what failed no longer.
+
+    Args:
+        cache_path: Folder of the cache.
+        done: Ids of cases that are in the cache.
+        failed: What is wrong with the others now, as recorded.
+
+    Raises:
+        CacheError: the record cannot be read or written.
+    """
+    now = {failure.case_id: failure.view for failure in failed}
+    cases = {*done, *now}
+    known = read_failures(cache_path).failures
+    clear_failures(
+        cache_path,
+        [(each.case_id, each.view) for each in known if each.case_id in cases and now.get(each.case_id) != each.view],
+    )
 
 
 def read_failures(cache_path: Path | str) -> FailureLog:
@@ -128,17 +154,7 @@ def _parse(line: bytes) -> Failure | tuple[str, str] | None:
 
 def _append(cache_path: Path | str, lines: list[str]) -> None:
     file = Path(cache_path) / FAILURES_FILE
-    data = "".join(f"{line}\n" for line in lines).encode()
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                data = b"\n" + data  # a killed writer left half a line: it stays alone
-            if os.write(descriptor, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        append_lines(file, lines)
     except OSError as error:
         raise CacheError(f"cannot record a failure: {explain_os_error(error, file)}") from error

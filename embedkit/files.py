@@ -17,11 +17,13 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 __all__ = [
     "STALE_AFTER_S",
+    "append_lines",
     "explain_os_error",
     "publish_file",
     "publish_folder",
@@ -136,6 +138,25 @@ def sync_folder(folder: Path) -> None:
     """Makes the names in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_lines(file: Path, lines: Iterable[str]) -> None:
+    """Appends lines in one write, durably, so that those of several writers do not mix; makes the file.
+
+    Raises:
+        OSError: the file system refuses, or is full.
+    """
+    data = "".join(f"{line}\n" for line in lines).encode()
+    descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            data = b"\n" + data  # a killed writer left half a line: it stays alone
+        if os.write(descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

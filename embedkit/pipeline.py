@@ -6,6 +6,7 @@ same shape (the last one is padded), so that a resumed extraction runs the same 
 
 from __future__ import annotations
 
+import math
 import threading
 import traceback
 from collections import deque
@@ -34,6 +35,8 @@ __all__ = ["Rendered", "compute_cases", "explain_failure", "render_cases"]
 Item = TypeVar("Item")
 
 _CHUNKS_AHEAD = 4
+_PIXELS = 1 << 23
+"""Pixels of slices, before they are resized, that are rendered at a time, so that large slices take no more memory."""
 _BATCHES_IN_FLIGHT = {"cuda": 1}
 """Batches that are started before the one before them is taken from the device."""
 
@@ -84,7 +87,7 @@ def render_cases(
         read: Gives the images of a case; called in threads.
         recipe: Of the cache.
         backbone: Whose tokens the slices are rendered for.
-        batch_size: Slices rendered at a time.
+        batch_size: Slices rendered at a time, fewer where they are large.
         workers: Cases read ahead.
         device: Where slices are rendered.
         spill: Folder for the temporary files of large stacks.
@@ -107,7 +110,7 @@ def render_cases(
                     yield from _render_stack(work, number, recipe, batch_size, device)
                 work.release_volumes()
             except Exception as error:
-                yield FailedCase(case, explain_failure(error))
+                yield FailedCase(case, explain_failure(error), view=getattr(error, "view", ""))
 
     if device.type == "cpu":
         return stream()
@@ -145,8 +148,9 @@ def _render_stack(
 ) -> Iterator[Rendered]:
     target = work.stacks[number]
     count = len(target.blank)
-    for start in range(0, count, batch_size):
-        stop = min(start + batch_size, count)
+    step = min(batch_size, max(1, _PIXELS // math.prod(target.stack.box[2:])))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
         images, blank = render_slices(target.stack, work.volumes, recipe, start, stop, device=device)
         if target.preview is not None:
             target.preview[start:stop] = render_previews(images, recipe.preview).cpu().numpy()

@@ -114,9 +114,11 @@ def grey_shape(path: Path, shape: tuple[int, ...], *, trailing: int) -> tuple[in
     while len(axes) > 3 and axes[trailing] == 1:
         axes.pop(trailing)
     if len(axes) > 3:
+        more = [length for length in (axes[:-3] if trailing == 0 else axes[3:]) if length > 1]
+        colours = f" (RGB{'A' * (more == [4])} colours, or {more[0]} time points)" if more in ([3], [4]) else ""
         raise VolumeError(
-            f"{path}: has {len(axes)} axes {tuple(axes)}, expected one grey 3D image; save each time point or channel "
-            "as a file of its own"
+            f"{path}: has {len(axes)} axes {tuple(axes)}{colours}, expected one grey 3D image; save each time point or "
+            "channel as a file of its own"
         )
     if len(axes) < 3:
         raise VolumeError(f"{path}: has {len(axes)} axes {tuple(axes)}, expected 3; save a slice as a volume of one")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import polars as pl
 
+from embedkit.confirmations import Confirmation
 from embedkit.errors import ManifestError, VolumeError
 from embedkit.formats import format_by_name
 from embedkit.nrrd import ITK_READERS, payload_file
@@ -33,7 +34,11 @@ class Case:
 
 
 class SourceStat(NamedTuple):
-    """Size in bytes and latest change (ns since the epoch) of the files behind one image."""
+    """Size in bytes and latest change (ns since the epoch) of the files behind one image.
+
+    The change is of content or of status, whichever is later: programs can set the time of the first back, as `touch`
+    and `rsync` do, but none that of the second (st_ctime of POSIX), which every write and every rename moves on.
+    """
 
     bytes: int
     modified_ns: int
@@ -89,7 +94,7 @@ def read_case(case: Case, *, spill: Path | None = None) -> CaseImages:
             if stat_source(path) != stats[view]:
                 raise VolumeError(f"{path} changed while it was read; run the same command again once it is whole")
         except VolumeError as error:
-            raise VolumeError(f"view {view}: {error}") from error
+            raise VolumeError(f"view {view}: {error}", view=view) from error
     return CaseImages(volumes, stats)
 
 
@@ -107,9 +112,13 @@ def stat_source(path: Path) -> SourceStat:
         stats = _stat_more(path, own)
     except OSError as error:
         raise VolumeError(f"{path} cannot be read: {error.strerror}; check the path in the manifest") from error
-    if stats is None:
-        return SourceStat(own.st_size, own.st_mtime_ns)
-    return SourceStat(sum(each.st_size for each in stats), max((each.st_mtime_ns for each in stats), default=0))
+    stats = [own] if stats is None else stats
+    return SourceStat(sum(each.st_size for each in stats), max(map(_changed_ns, stats), default=0))
+
+
+def _changed_ns(found: os.stat_result) -> int:
+    """The latest change that no program can set back; of content alone where st_ctime is the time of creation."""
+    return found.st_mtime_ns if os.name == "nt" else found.st_ctime_ns
 
 
 def _stat_more(path: Path, own: os.stat_result) -> list[os.stat_result] | None:
@@ -151,8 +160,18 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 class CachedSources:
     """The sources of the stacks that a cache holds, to tell which cases are left to do."""
 
-    def __init__(self, stacks: pl.DataFrame, recipe: Recipe) -> None:
+    def __init__(
+        self, stacks: pl.DataFrame, recipe: Recipe, confirmed: Mapping[tuple[str, str], Confirmation] | None = None
+    ) -> None:
+        """Takes what the cache says of its stacks.
+
+        Args:
+            stacks: Of an open cache.
+            recipe: Of the cache.
+            confirmed: Of `embedkit.confirmations.read_confirmations`.
+        """
         self._recipe = recipe
+        self._confirmed = confirmed or {}
         self._known: dict[str, dict[tuple[str, str], _CachedStack]] = {}
         columns = ("case_id", "view", "plane", "patient_id", "source_bytes", "source_modified_ns", "source_digest")
         for case, view, plane, patient, size, modified, digest in stacks.select(columns).iter_rows():
@@ -187,7 +206,7 @@ class CachedSources:
                 )
 
     def holds(self, case: Case) -> bool:
-        """True where every stack of the case is cached and no file behind it changed size or time since."""
+        """True where every stack of the case is cached, and no file behind it changed since, or only in its times."""
         known = self._known.get(case.case_id)
         return known is not None and all(
             self._holds_view(known, view, sources, case) for view, sources in self._views(case).items()
@@ -200,9 +219,14 @@ class CachedSources:
         if None in cached or any(source not in case.images for source in sources):
             return False
         try:
-            return cached == {combine_stats([stat_source(case.images[source]) for source in sources])}
+            now = combine_stats([stat_source(case.images[source]) for source in sources])
         except VolumeError:
             return False  # the reader will say what is wrong with it, and the case goes on record
+        if cached == {now}:
+            return True
+        digests = {known[view, plane].digest for plane in self._recipe.planes}
+        size, changed_ns, digest = self._confirmed.get((case.case_id, view), (0, 0, ""))
+        return now == SourceStat(size, changed_ns) and digests == {digest}
 
     def holds_same_bytes(self, case: Case, images: CaseImages) -> bool:
         """True where every stack of the case is cached from files of the very same bytes."""
@@ -213,6 +237,16 @@ class CachedSources:
             and known[key].digest == combine_digests([images.volumes[view] for view in views])
             for key, views in self._expected(case).items()
         )
+
+    def confirmations(self, case: Case, images: CaseImages) -> dict[str, Confirmation]:
+        """What to keep on record of a case that `holds_same_bytes`, by view, so that it is not read again."""
+        return {
+            view: (
+                *combine_stats([images.stats[source] for source in sources]),
+                combine_digests([images.volumes[source] for source in sources]),
+            )
+            for view, sources in self._views(case).items()
+        }
 
     def holds_stack(self, case_id: str, view: str, plane: str, digest: str) -> bool:
         """True where this stack is cached from files of the very bytes that have this digest (`combine_digests`)."""

@@ -12,6 +12,7 @@ import torch
 
 from embedkit.cache import StackTokens
 from embedkit.casework import CaseWork, FailedCase, SameCase
+from embedkit.confirmations import record_confirmation
 from embedkit.errors import BackboneError, CacheError, VolumeError
 from embedkit.failures import Failure, record_failure
 from embedkit.features import Backbone
@@ -82,7 +83,11 @@ def extract_stream(
 
     def read(case: Case) -> CaseImages | SameCase:
         images = read_case(case, spill=cache)
-        return SameCase(case) if sources.holds_same_bytes(case, images) else images
+        if not sources.holds_same_bytes(case, images):
+            return images
+        for view, confirmation in sources.confirmations(case, images).items():
+            record_confirmation(cache, case.case_id, view, confirmation)
+        return SameCase(case)
 
     rendered = render_cases(
         cases,
@@ -116,7 +121,7 @@ def _settle(
         try:
             stacks = result.finish()
         except (BackboneError, CacheError, VolumeError) as error:
-            result = FailedCase(result.case, str(error))
+            result = FailedCase(result.case, str(error), view=getattr(error, "view", ""))
         else:
             digests = {(stack.view, stack.plane): stack.source_digest for stack in stacks}
             changed = sources.changed(result.case, digests)
@@ -124,7 +129,7 @@ def _settle(
             tally.done(result, changed=changed)
             return
     if isinstance(result, FailedCase):
-        failure = Failure(case_id=result.case.case_id, view="", reason=result.reason)
+        failure = Failure(result.case.case_id, result.reason, view=result.view, path=_name_file(result))
         record_failure(cache, replace(failure, reason=without_folders(result)))
         tally.failed(failure)
     else:
@@ -133,6 +138,12 @@ def _settle(
 
 def _name_stack(stack: StackTokens) -> tuple[str, str, str, str]:
     return stack.case_id, stack.view, stack.plane, stack.source_digest
+
+
+def _name_file(failed: FailedCase) -> str:
+    """The name of the file to blame; nothing for a folder, whose name can be a patient's."""
+    path = failed.case.images.get(failed.view)
+    return "" if path is None or path.is_dir() else path.name
 
 
 def without_folders(failed: FailedCase) -> str:

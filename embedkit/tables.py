@@ -71,7 +71,7 @@ class StackTokens:
         source_digest: SHA-256 over their bytes.
         tokens: Token set to float16 [slices ...]; exactly the recipe's token sets.
         preview: uint8 [slices preview preview], or None where the recipe keeps none.
-        source_modified_ns: Latest change of the source files, in ns since the epoch; 0 where unknown.
+        source_modified_ns: Latest change of the source files or their status, in ns since the epoch; 0 where unknown.
     """
 
     case_id: str

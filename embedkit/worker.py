@@ -21,6 +21,7 @@ import torch
 from embedkit.backbones import compile_backbone, load_backbone
 from embedkit.cache import open_cache
 from embedkit.casework import CaseWork
+from embedkit.confirmations import read_confirmations
 from embedkit.errors import BackboneError, CacheError, EmbedkitError, VolumeError
 from embedkit.failures import Failure
 from embedkit.features import Backbone
@@ -193,7 +194,7 @@ class _Desk:
 def _serve_rounds(job: ExtractionJob, begin: Begin, desk: _Desk, backbone: Backbone, device: torch.device) -> None:
     """Extracts until told to quit; between two rounds everything is on disk and the worker waits."""
     _require_reachable(begin)
-    sources = CachedSources(open_cache(begin.cache).stacks, begin.recipe)
+    sources = CachedSources(open_cache(begin.cache).stacks, begin.recipe, read_confirmations(begin.cache))
     while (first := desk.next_round()) is not None:
         extract_stream(
             desk.cases(first),

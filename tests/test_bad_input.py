@@ -113,6 +113,8 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "four.nrrd": (lambda: nrrd("24 20 4 2", noise(shape=(2, 4, 20, 24)).tobytes()), "domain axes"),
     "two.mha": (lambda: mha("24 20", noise(shape=(20, 24)).tobytes()), "has 2 axes"),
     "rgb.nii": (lambda: nifti(datatype=128), "colour (RGB)"),
+    "vector.nii": (lambda: nifti(noise(shape=(3, 1, 4, 20, 24)), dim=(5, 24, 20, 4, 1, 3)), "RGB colours, or 3 time"),
+    "rgba.nii": (lambda: nifti(noise(shape=(4, 4, 20, 24)), dim=(4, 24, 20, 4, 4)), "RGBA colours, or 4 time points"),
     "rgb.npy": (lambda: npy("(4, 20, 24, 3)", bytes(4 * 20 * 24 * 3), "|u1"), "has 4 axes"),
     "rgb.mha": (
         lambda: mha("24 20 4", bytes(5760), kind="MET_UCHAR", more="ElementNumberOfChannels = 3\n"),
@@ -460,3 +462,31 @@ def test_nothing_that_a_header_says_of_a_patient_enters_any_output(tmp_path: Pat
     assert len([path for path in out.rglob("*") if path.is_file()]) > 20
     assert anonymity_leaks(out, IDENTITIES) == []
     assert [leak for leak in anonymity_leaks(out, (str(tmp_path),)) if leak.startswith(("cache", "index"))] == []
+
+
+# ---- interrupted while the libraries load ----
+
+INTERRUPTED = """
+import sys
+
+WANTED = sys.argv.pop(1)
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == WANTED:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+from embedkit.cli.start import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "embedkit.cli.verify", "torch"])
+def test_ctrl_c_while_libraries_load_gives_one_line_and_130(tmp_path: Path, module: str) -> None:
+    (tmp_path / "cases.csv").write_text("case_id,path\na,a.nii\n")
+    command = [sys.executable, "-c", INTERRUPTED, module, "extract", tmp_path / "cases.csv", "-o", tmp_path / "cache"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[0].startswith("embedkit: interrupted") and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "cache").exists()

@@ -495,6 +495,55 @@ def test_a_source_touched_but_of_the_same_bytes_is_not_stored_twice(tmp_path: Pa
     assert duplicates(tmp_path / "cache") == 0
 
 
+def test_other_bytes_behind_an_equal_size_and_time_are_noticed(tmp_path: Path) -> None:
+    manifest, file = write_cases(tmp_path / "scans", 3, missing=False), tmp_path / "scans" / "1.nii"
+    extract_small(manifest, tmp_path / "cache")
+    before = file.stat()
+    rewrite(file, 300.0, 2)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    summary = extract_small(manifest, tmp_path / "cache")
+    assert (summary.cases_done, summary.changed) == (1, ("case01",))
+    extract_small(manifest, tmp_path / "whole")
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")
+
+
+def test_another_file_of_equal_size_and_time_in_its_place_is_noticed(tmp_path: Path) -> None:
+    manifest, scans = write_cases(tmp_path / "scans", 14, missing=False), tmp_path / "scans"
+    one, other = scans / "1.nii", scans / "7.nii"  # of two slices each
+    os.utime(other, ns=(one.stat().st_atime_ns, one.stat().st_mtime_ns))
+    few = scans / "few.csv"
+    pl.read_csv(manifest).head(3).write_csv(few)
+    extract_small(few, tmp_path / "cache")
+    other.rename(one)
+    assert extract_small(few, tmp_path / "cache").changed == ("case01",)
+
+
+def test_files_that_were_touched_are_read_once_more_and_then_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedkit import sources
+
+    manifest, read_volume = write_cases(tmp_path / "scans", 3, missing=False), sources.read_volume
+    extract_small(manifest, tmp_path / "cache")
+    read: list[str] = []
+
+    def noted(path: Path | str, **options: Any) -> Any:
+        read.append(Path(path).name)
+        return read_volume(path, **options)
+
+    monkeypatch.setattr(sources, "read_volume", noted)
+    (tmp_path / "scans" / "1.nii").chmod(0o600)
+    assert extract_small(manifest, tmp_path / "cache").cases_before == 3 and read == ["1.nii"]
+    assert extract_small(manifest, tmp_path / "cache").cases_before == 3 and read == ["1.nii"]
+    with (tmp_path / "cache" / "confirmed.jsonl").open("a") as file:
+        file.write('{"case_id": "case01", "view"\n[]\n{"case_id": "case01", "view": "image", "bytes": "x"}\n')
+    assert extract_small(manifest, tmp_path / "cache").cases_before == 3 and read == ["1.nii"]
+    rewrite(tmp_path / "scans" / "1.nii", 300.0, 2)
+    assert extract_small(manifest, tmp_path / "cache").changed == ("case01",)
+    assert read == ["1.nii", "1.nii"] and duplicates(tmp_path / "cache") == 1
+
+
 def test_a_source_that_changes_while_it_is_read_fails_and_is_read_again_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -463,3 +463,30 @@ def test_real_series_are_listed_with_their_modality_and_the_structure_sets_left_
         ("STS_004", "MR_T1"): ("MR", 60),
         ("STS_004", "PET"): ("PT", 85),
     }
+
+
+def test_every_file_of_a_series_is_decoded_once_in_calls_of_few_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_series(tmp_path / "ct", np.arange(40 * 12, dtype=np.int16).reshape(40, 3, 4))
+    calls: list[list[str]] = []
+
+    class Noting(sitk.ImageSeriesReader):
+        def SetFileNames(self, names: list[str]) -> None:  # noqa: N802
+            calls.append(names)
+            super().SetFileNames(names)
+
+    monkeypatch.setattr(sitk, "ImageSeriesReader", Noting)
+    memory, file = read_volume(folder), read_volume(folder, spill=tmp_path, most_bytes=0)
+    assert sorted(name for names in calls for name in names) == sorted(2 * [str(each) for each in folder.iterdir()])
+    assert max(map(len, calls)) == 16
+    assert isinstance(file.array.base, np.memmap) and np.array_equal(file.array, memory.array)
+    assert file.source_digest == memory.source_digest
+
+
+def test_values_beyond_int16_in_a_later_slice_widen_those_before_in_memory_and_in_a_file(tmp_path: Path) -> None:
+    stored = np.arange(40 * 12, dtype=np.int16).reshape(40, 3, 4)
+    folder = make_series(tmp_path / "pet", stored, RescaleSlope=70)
+    memory, file = read_volume(folder), read_volume(folder, spill=tmp_path, most_bytes=0)
+    assert memory.array.dtype == file.array.dtype == np.int32
+    assert np.array_equal(memory.array, stored.astype(np.int32) * 70) and np.array_equal(file.array, memory.array)

@@ -69,11 +69,29 @@ def test_a_case_that_cannot_be_read_is_told_and_none_readable_is_an_error(tmp_pa
     backbone = load_backbone("embedkit/scattering", image_size=32)
     recipe = make_recipe(backbone.info, tokens=["cls"])
     estimate = estimate_cases(cases, backbone, recipe, device=CPU)
-    assert (
-        estimate.slices == 12 and len(estimate.unreadable) == 1 and estimate.unreadable[0].startswith("1: view image")
-    )
+    assert len(estimate.unreadable) == 1 and estimate.unreadable[0].startswith("1: view image")
+    assert (estimate.cases, estimate.failing, estimate.slices) == (3, 1, 8)
     with pytest.raises(VolumeError, match="none of the 1 cases read for the estimate gives slices; first: 1: view"):
         estimate_cases(cases[1:2], backbone, recipe, device=CPU)
+
+
+def test_cases_that_would_fail_are_counted_out_listed_and_make_the_exit_code_that_of_the_extraction(
+    tmp_path: Path,
+) -> None:
+    write_cases(tmp_path, [4] * 8)
+    for number in (0, 2, 4, 6):
+        (tmp_path / f"{number}.nii.gz").write_bytes(b"nothing")
+    rows = "".join(f"{number},{number}.nii.gz\n" for number in range(8))
+    (tmp_path / "cases.csv").write_text(f"case_id,path\n{rows}")
+    command = ["extract", str(tmp_path / "cases.csv"), "-o", str(tmp_path / "c"), "--image-size", "32"]
+    command += ["--backbone", "embedkit/scattering", "--tokens", "cls"]
+    forecast = CliRunner().invoke(app, [*command, "--dry-run"])
+    told = " ".join(forecast.output.split())
+    failing = told.count("will fail: ")
+    assert 0 < failing < 5 and forecast.exit_code == 1
+    assert f"{failing} of the 5 cases looked at will fail, so about {round(8 * failing / 5)} of 8" in told
+    assert f"about {4 * (8 - round(8 * failing / 5))} slices" in told and "does not begin like one" in told
+    assert CliRunner().invoke(app, command).exit_code == 1
 
 
 def test_nothing_left_to_do_takes_nothing() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import threading
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
+from embedkit import slices, voxels
 from embedkit.backbones import load_backbone
 from embedkit.cache import open_cache
 from embedkit.errors import CacheError, ManifestError, OptionError, RecipeError
@@ -153,6 +158,74 @@ def test_a_bad_case_is_recorded_the_others_land_and_a_mended_one_is_taken_up(man
     mended = run(manifest, tmp_path / "cache")
     assert (mended.cases_done, mended.failures) == (1, ())
     assert read_failures(tmp_path / "cache").failures == ()
+
+
+def test_what_failed_in_a_case_is_replaced_by_what_fails_in_it_now(tmp_path: Path) -> None:
+    rows = [
+        {"case_id": "a", "view": "t1", "path": write_case(tmp_path, "a_t1", seed=0)},
+        {"case_id": "a", "view": "t2", "path": write_case(tmp_path, "a_t2", seed=1)},
+    ]
+    pl.DataFrame(rows).write_csv(tmp_path / "cases.csv")
+    first, second = (tmp_path / f"a_{view}.nii.gz" for view in ("t1", "t2"))
+    good = first.read_bytes(), second.read_bytes()
+
+    def failing() -> list[tuple[str, str]]:
+        run(tmp_path / "cases.csv", tmp_path / "cache")
+        return [(failure.view, failure.path) for failure in read_failures(tmp_path / "cache").failures]
+
+    first.write_bytes(b"nothing")
+    assert failing() == [("t1", "a_t1.nii.gz")]
+    first.write_bytes(good[0])
+    second.write_bytes(b"nothing")
+    assert failing() == [("t2", "a_t2.nii.gz")]
+    second.write_bytes(good[1])
+    assert failing() == []
+
+
+def test_no_slice_is_read_or_decoded_twice_for_several_planes_and_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(write_case(tmp_path, "a", seed=0, slices=7))
+    inflated = gzip.decompress((tmp_path / path).read_bytes())
+    read: dict[str, int] = {}
+    decoded: list[int] = []
+    copied: list[tuple[str, int]] = []
+    real_read, real_inflate, real_copy = voxels._HashedFile.read, voxels.zlib.decompressobj, slices.copy_slices
+
+    class Inflating:
+        """zlib's own object, every byte that it gives counted."""
+
+        def __init__(self, window: int) -> None:
+            self._real = real_inflate(window)
+
+        def decompress(self, data: bytes, most: int) -> bytes:
+            part = self._real.decompress(data, most)
+            decoded.append(len(part))
+            return part
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._real, name)
+
+    def reading(file: Any, *count: int) -> bytes:
+        data = real_read(file, *count)
+        read[file._file.name] = read.get(file._file.name, 0) + len(data)
+        return data
+
+    def copying(images: np.ndarray, chosen: Any) -> np.ndarray:
+        found = real_copy(images, chosen)
+        copied.append((str(images.shape), len(found)))
+        return found
+
+    monkeypatch.setattr(voxels._HashedFile, "read", reading)
+    monkeypatch.setattr(voxels, "zlib", SimpleNamespace(decompressobj=Inflating, error=zlib.error))
+    monkeypatch.setattr(slices, "copy_slices", copying)
+    options = {"planes": ("axial", "coronal", "sagittal"), "window": ("range:0:100", "range:50:150", "percentile:1:99")}
+    pl.DataFrame([{"case_id": "a", "path": str(path)}]).write_csv(tmp_path / "cases.csv")
+    assert run(tmp_path / "cases.csv", tmp_path / "cache", batch_size=3, **options).slices > 7
+    assert list(read.values()) == [(tmp_path / path).stat().st_size] and sum(decoded) == len(inflated)
+    with open_cache(tmp_path / "cache") as cache:
+        assert sum(count for _, count in copied) == cache.stacks["count"].sum()  # each once, for all three windows
+        assert len({shape for shape, _ in copied}) == 3 == len(cache.stacks)
 
 
 def test_a_case_fails_as_a_whole_when_one_view_is_unreadable(tmp_path: Path) -> None:
@@ -381,6 +454,7 @@ def test_the_record_of_failures_names_files_but_not_their_folders(manifest: Path
     assert str(tmp_path) in summary.failures[0].reason
     (recorded,) = read_failures(tmp_path / "cache").failures
     assert "b.nii.gz" in recorded.reason and str(tmp_path) not in recorded.reason
+    assert (recorded.view, recorded.path) == ("image", "b.nii.gz")
 
 
 def test_tokens_outside_the_range_of_float16_fail_their_case_and_no_other(

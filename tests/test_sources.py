@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -73,12 +74,14 @@ def test_the_file_that_a_header_names_counts_whatever_its_name(tmp_path: Path, n
     (tmp_path / "a.txt").write_text("notes of the same name are no part of the image")
     touch(path, 1000)
     touch(voxels, 2000)
-    assert stat_source(path) == SourceStat(path.stat().st_size + VOXELS.nbytes, 2000 * 10**9)
+    latest = max(path.stat().st_ctime_ns, voxels.stat().st_ctime_ns)
+    assert stat_source(path) == SourceStat(path.stat().st_size + VOXELS.nbytes, latest)
     assert stat_source(path).bytes == read_volume(path).source_bytes
-    touch(voxels, 3000)
-    assert stat_source(path).modified_ns == 3000 * 10**9
-    touch(path, 4000)
-    assert stat_source(path).modified_ns == 4000 * 10**9
+    for file in (voxels, path):
+        before = stat_source(path).modified_ns
+        time.sleep(0.02)
+        touch(file, 3000)
+        assert stat_source(path).modified_ns == file.stat().st_ctime_ns > before
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.mha", meta_header("LOCAL")), ("a.nrrd", nrrd_header(""))])
@@ -87,7 +90,7 @@ def test_a_file_that_holds_its_own_voxels_counts_alone(tmp_path: Path, name: str
     path.write_bytes(content + VOXELS.tobytes())
     (tmp_path / "a.raw").write_bytes(b"another")
     assert payload_file(path, "nrrd" if name == "a.nrrd" else "metaimage") is None
-    assert stat_source(path) == SourceStat(path.stat().st_size, path.stat().st_mtime_ns)
+    assert stat_source(path) == SourceStat(path.stat().st_size, path.stat().st_ctime_ns)
     assert stat_source(path).bytes == read_volume(path).source_bytes
 
 
@@ -120,7 +123,7 @@ def test_a_header_that_names_no_readable_file_counts_alone(
     path.write_bytes(content)
     with pytest.raises(VolumeError, match=message):
         payload_file(path, "nrrd" if name == "a.nrrd" else "metaimage")
-    assert stat_source(path) == SourceStat(len(content), path.stat().st_mtime_ns)
+    assert stat_source(path) == SourceStat(len(content), path.stat().st_ctime_ns)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

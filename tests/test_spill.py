@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedkit import sources, spill, volumes, voxels
+from embedkit import pipeline, sources, spill, volumes, voxels
 from embedkit.cache import open_cache
 from embedkit.errors import CacheError, VolumeError
 from embedkit.extraction import extract
@@ -277,9 +277,9 @@ def test_a_cache_from_spilled_images_is_the_same_and_leaves_no_file(
     (tmp_path / "cases.csv").write_text("case_id,path\na,a.nii.gz\n")
 
     def run(name: str) -> list[bytes]:
-        extract(
-            tmp_path / "cases.csv", tmp_path / name, backbone="embedkit/scattering", image_size=32, planes=("coronal",)
-        )
+        options: dict[str, Any] = {"image_size": 32, "planes": ("coronal",), "tokens": ("cls", "patch@2")}
+        summary = extract(tmp_path / "cases.csv", tmp_path / name, backbone="embedkit/scattering", **options)
+        assert summary.cases_done == 1
         with open_cache(tmp_path / name) as cache:
             return [np.array(cache.read(0, token_set)).tobytes() for token_set in cache.token_sets]
 
@@ -295,4 +295,6 @@ def test_a_cache_from_spilled_images_is_the_same_and_leaves_no_file(
     monkeypatch.setattr(sources, "VOXEL_BYTES", 0)
     monkeypatch.setattr(sources, "read_volume", watched)
     assert run("file") == memory and kept == [True]
+    monkeypatch.setattr(pipeline, "_PIXELS", 700)  # two slices at a time
+    assert run("few") == memory
     assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["recipe.json", "shards"]
