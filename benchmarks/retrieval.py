@@ -2,6 +2,7 @@
 
 Usage: python benchmarks/retrieval.py [--data ../shared/data] [--cache-dir FOLDER] [--weights FILE] [--seeds N]
                                       [--truths hippocampus,lgg,sts] [--backbones deit_tiny,scattering]
+                                      [--levels "slices,run"]
 
 Ground truths: the other hippocampus of the same patient (`hippocampus`); another patient with the tumour on the same
 side (`lgg`); the same modality of the other patient among two sarcoma patients' CT, PET and MR (`sts`, six cases, so a
@@ -20,7 +21,8 @@ alone, which tells how many of the right cases they recall where there are more 
 fitted is fitted there; the other half are the queries among all cases. Pixels go through the same. Each query's scores
 are averaged over the seeds that it was judged in.
 
-Caches stay in --cache-dir, so that a second call resumes. The last line is `ratio N.NN`: top-1 of the honest choice
+Caches stay in --cache-dir, so that a second call resumes. --levels prints these levels alone (`run` for the runs), and
+the choice is still among all. The last line is `ratio N.NN`: top-1 of the honest choice
 over that of the better pixels, other side of the hippocampus.
 """
 
@@ -44,6 +46,7 @@ from embedkit.formulas import weigh_mean
 from embedkit.index import Index
 from embedkit.indexbuilding import add_cases, build_index
 from embedkit.indexwriting import rewrite_index, write_index
+from embedkit.manifest import read_labels
 from embedkit.plots import describe_interval
 from embedkit.queries import embed_run
 from embedkit.recipe import Recipe
@@ -87,7 +90,7 @@ TRUTHS = (
     Truth("lgg", "laterality", "patient_id", "flair", "foreground", "laterality"),
     Truth("sts", "modality", "patient_id", "image", "foreground"),
 )
-RUN_HEADS = ("grid", "abmil")
+RUN_HEADS, FOLDS = ("grid", "abmil"), 5
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "deit_tiny_patch16_224.safetensors")
     parser.add_argument("--truths", default=",".join(truth.name for truth in TRUTHS))
     parser.add_argument("--backbones", default="deit_tiny,scattering")
+    parser.add_argument("--levels", default="")
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     known = {
@@ -145,8 +149,11 @@ def measure_truth(truth: Truth, backbones: dict[str, Backbone], options: argpars
     caches = {}
     for name, backbone in backbones.items():
         caches[name] = make_cache(truth, manifest, backbone, options.cache_dir / f"{truth.name}-{name}")
-        print_levels(truth, backbone, caches[name], labels, Path(folder) / name)
-        if truth.target is not None:
+        shown = (
+            options.levels.split(",") if options.levels else [level.label for level in list_levels(backbone)] + ["run"]
+        )
+        print_levels(truth, backbone, caches[name], labels, folder=Path(folder) / name, shown=shown)
+        if truth.target is not None and "run" in shown:
             print_runs(truth, backbone, caches[name], options.data / truth.name / "labels.csv", labels)
     if truth.name == "sts" or not options.seeds:
         return float("nan")
@@ -209,10 +216,14 @@ def list_levels(backbone: Backbone) -> list[Level]:
     ]
 
 
-def print_levels(truth: Truth, backbone: Backbone, cache: Path, labels: pl.DataFrame, folder: Path) -> None:
+def print_levels(
+    truth: Truth, backbone: Backbone, cache: Path, labels: pl.DataFrame, *, folder: Path, shown: Sequence[str]
+) -> None:
     """A line for every level and rerank; patch by patch only from the default level, since it takes minutes."""
     levels = list_levels(backbone)
     for place, level in enumerate(levels):
+        if level.label not in shown:
+            continue
         index = build(cache, folder / str(place), backbone, level, labels=labels)
         for rerank in RERANKS:
             print_line(backbone.name, level.label, rerank, judge(index, truth, rerank))
@@ -243,8 +254,11 @@ def build(
 
 def print_runs(truth: Truth, backbone: Backbone, cache: Path, targets: Path, labels: pl.DataFrame) -> None:
     """A line for the pooled vectors of each head that is trained for the truth's target, out of fold."""
+    known = read_labels(targets).filter(pl.len().over(str(truth.target)) >= FOLDS)  # the others cannot be folded
     with tempfile.TemporaryDirectory() as folder:
-        trained = train(cache, targets, targets=[str(truth.target)], heads=list(RUN_HEADS), out=Path(folder) / "runs")
+        trained = train(
+            cache, known, targets=[str(truth.target)], heads=list(RUN_HEADS), folds=FOLDS, out=Path(folder) / "runs"
+        )
         for run in (run for run in trained.runs if run.head in RUN_HEADS):
             firsts = [
                 list_held_out_firsts(truth, run, cache, labels, fold=fold, out=Path(folder) / f"{run.head}-{fold}")

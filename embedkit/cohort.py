@@ -44,12 +44,14 @@ class Subject:
         case_id: Its id in ``cache``.
         name: What it is called on a page.
         vector: float32 [dim], its query vector; None for a case of the index.
+        patient: Whose image it is; None where nobody told. Never among the values given.
     """
 
     cache: Cache
     case_id: str
     name: str
     vector: FloatArray | None = None
+    patient: str | None = None
 
     @property
     def stacks(self) -> dict[str, int]:
@@ -136,7 +138,7 @@ class Cohort:
         """
         if case_id not in self._rows:
             raise RequestError(f"there is no case {case_id!r} in index {self.index.path}; it holds {len(self._rows)}")
-        return Subject(self.cache, case_id, case_id)
+        return Subject(self.cache, case_id, case_id, patient=self.index.cases["patient_id"][self._rows[case_id]])
 
     def labels(self, case_id: str) -> dict[str, Any]:
         """What the columns say of a case of the cohort; runs' columns are left out."""
@@ -163,24 +165,29 @@ class Cohort:
         """The most similar cases: rank, id, similarity, labels, whether of the query's patient, and a slice to show.
 
         Raises:
+            RequestError: other patients are asked for, but nobody told whose image the query is.
             SearchError: as `embedkit.retrieval.search`.
         """
+        exclude = "patient_id" if exclude_same_patient else None
         if subject.vector is None:
-            exclude = "patient_id" if exclude_same_patient else None
             found = search(self.index, case_id=subject.case_id, k=k, where=where, exclude_same=exclude)
-            patient = self.index.cases["patient_id"][self._rows[subject.case_id]]
         else:
+            if exclude_same_patient and subject.patient is None:
+                raise RequestError(
+                    "nobody told whose scan this is, so its patient cannot be left out; send it again"
+                    " with the patient's id"
+                )
             slices = open_slices(self.index, subject.cache).read(subject.case_id)
-            query = Query(subject.name, None, subject.vector, slices, None)
-            found = search(self.index, query=query, k=k, where=where, cache=self.cache)
-            patient = None
+            known = {"patient_id": subject.patient}
+            query = Query(subject.name, None, subject.vector, slices, None, known)
+            found = search(self.index, query=query, k=k, where=where, exclude_same=exclude, cache=self.cache)
         columns = ("rank", "case_id", "patient_id", "similarity")
         return [
             {
                 "rank": rank,
                 "case_id": case_id,
                 "similarity": similarity,
-                "same_patient": other == patient,
+                "same_patient": other == subject.patient,
                 "labels": self.labels(case_id),
                 "thumbnail": _describe_thumbnail(self.subject(case_id)),
             }
@@ -244,10 +251,9 @@ class Cohort:
 
     def _source(self, run: Run, subject: Subject) -> str:
         """How far all models of a run together knew a case; see `predictions`."""
-        if subject.vector is not None:
+        if subject.patient is None:
             return "new_image"
-        patient = self.index.cases["patient_id"][self._rows[subject.case_id]]
-        return "seen" if patient in run.training_patients else "ensemble"
+        return "seen" if subject.patient in run.training_patients else "ensemble"
 
     def _held_out_column(self, run: Run) -> pl.Series:
         """What a run said of each case that it was not trained on: a score where there is one, else a class."""
@@ -275,10 +281,15 @@ def open_cohort(
 
     Raises:
         CacheError, SearchError, RunError, ManifestError: one of them cannot be read.
+        SearchError: the index is one of slices.
         RecipeError: they are not of one recipe.
         OptionError: a run is given twice.
     """
     source, opened = open_cache(cache), open_index(index)
+    if opened.level != "case":
+        raise SearchError(
+            f"index {opened.path} holds vectors of each {opened.level}, but a page shows cases; build one of level case"
+        )
     if source.fingerprint != opened.fingerprint:
         raise RecipeError(
             f"index {opened.path} was made from a cache of recipe {opened.fingerprint}, but {source.path} is of"
@@ -293,7 +304,7 @@ def open_cohort(
     if labels is not None:
         table = read_labels(labels)
         kept = [name for name in opened.cases.columns if name in _HIDDEN or name not in table.columns]
-        opened.cases = join_labels(opened.cases.select(kept), table)
+        opened.relabel(join_labels(opened.cases.select(kept), table))
     return Cohort(source, opened, dict(_open_runs(runs, source)))
 
 

@@ -113,6 +113,10 @@ class Index:
         stays = asked if self._vectors.stays is None else self._vectors.stays
         return "GPU" if stays is None else f"CPU: {stays}"
 
+    def relabel(self, cases: pl.DataFrame) -> None:
+        """Puts other columns beside the same cases, in the same order; in this open index, not in its folder."""
+        self.cases, self._table = cases, CaseTable(cases, self.path)
+
     def read_vectors(self) -> NDArray[Any]:
         """The vectors as they were given to `write_index`: read-only [vectors dim], memory-mapped.
 

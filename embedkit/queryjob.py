@@ -40,6 +40,7 @@ class QueryJob:
     Attributes:
         key: Names it; not to be guessed.
         view: Which view the image is.
+        patient: Whose it is; None where nobody told.
         upload: The files.
         state: Where it stands.
         stage: What is being done, in words.
@@ -50,6 +51,7 @@ class QueryJob:
 
     key: str
     view: str
+    patient: str | None
     upload: Upload
     state: State = "receiving"
     stage: str = "receiving"
@@ -96,12 +98,13 @@ class QueryDesk:
         """Where uploads lie; gone once the desk is closed."""
         return Path(self._folder.name)
 
-    def open_job(self, *, view: str | None, sizes: Sequence[int]) -> QueryJob:
+    def open_job(self, *, view: str | None, sizes: Sequence[int], patient: str | None = None) -> QueryJob:
         """A new query, in the place of the one before.
 
         Args:
             view: Which view the image is; None where the index knows only one.
             sizes: Bytes of the files that will come, as far as told.
+            patient: Whose image it is, by the ids of the index; None where nobody tells.
 
         Raises:
             RequestError: another one is being computed, or the files are larger than may be.
@@ -115,7 +118,7 @@ class QueryDesk:
             key = secrets.token_urlsafe(16)
             upload = Upload(self.folder / secrets.token_hex(8), limit_bytes=self.limit_bytes)
             upload.require_room(sum(sizes))
-            self._job = QueryJob(key, chosen, upload)
+            self._job = QueryJob(key, chosen, patient, upload)
             return self._job
 
     def job(self, key: str) -> QueryJob:
@@ -224,7 +227,7 @@ class QueryDesk:
         out = _cache_folder(job)
         cache = extract_query(self._index, image, out, counted, view=job.view, device=self._device)
         job.done, job.stage = job.total, "searching"
-        return Subject(cache, "query", "new scan", embed_query(self._index, cache))
+        return Subject(cache, "query", "new scan", embed_query(self._index, cache), job.patient)
 
 
 def _cache_folder(job: QueryJob) -> Path:

@@ -118,6 +118,7 @@ class _Answers:
         return JSONResponse(
             {
                 "name": subject.name,
+                "patient_known": subject.patient is not None,
                 "labels": {} if subject.vector is not None else cohort.labels(subject.case_id),
                 "stacks": cohort.stacks(subject),
                 "predictions": cohort.predictions(subject),
@@ -160,8 +161,8 @@ class _Answers:
         return JSONResponse(self._desk.job(request.path_params["key"]).describe())
 
     async def open_upload(self, request: Request) -> Response:
-        view, sizes = _read_announcement(await _read_body(request, _MOST_ANNOUNCEMENT_BYTES))
-        job = await run_in_threadpool(lambda: self._desk.open_job(view=view, sizes=sizes))
+        view, sizes, patient = _read_announcement(await _read_body(request, _MOST_ANNOUNCEMENT_BYTES))
+        job = await run_in_threadpool(lambda: self._desk.open_job(view=view, sizes=sizes, patient=patient))
         return JSONResponse(job.describe(), 201)
 
     async def receive_file(self, request: Request) -> Response:
@@ -210,17 +211,19 @@ def _where(request: Request) -> str | None:
     return request.query_params.get("where", "").strip() or None
 
 
-def _read_announcement(body: bytes) -> tuple[str | None, list[int]]:
-    """The view and the sizes of the files that will be sent."""
+def _read_announcement(body: bytes) -> tuple[str | None, list[int], str | None]:
+    """The view, the sizes of the files that will be sent, and whose image they are, where that is told."""
     try:
         told = json.loads(body)
-        view, sizes = told["view"], told["sizes"]
-        good = (view is None or isinstance(view, str)) and all(type(size) is int and size >= 0 for size in sizes)
-    except (ValueError, KeyError, TypeError):
+        view, sizes, patient = told["view"], told["sizes"], told.get("patient")
+        names = all(name is None or isinstance(name, str) for name in (view, patient))
+        good = names and all(type(size) is int and size >= 0 for size in sizes)
+    except (ValueError, KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        raise HTTPException(400, 'the announcement is not what was expected: {"view": null, "sizes": [bytes, ...]}')
-    return view, sizes
+        expected = '{"view": null, "sizes": [bytes, ...], "patient": null}'
+        raise HTTPException(400, f"the announcement is not what was expected: {expected}")
+    return view, sizes, (patient or "").strip() or None
 
 
 async def _read_body(request: Request, most_bytes: int) -> bytes:

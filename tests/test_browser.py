@@ -258,6 +258,9 @@ def test_a_new_scan_finds_similar_cases_and_a_wrong_one_is_explained(page: Page,
     assert "phantom_005" in first and "1.000" in first
     assert "all fold models" in page.inner_text("#predictions")
     assert picture(page)["light"] > 100
+    assert page.is_disabled("#other-patients") and not page.input_value("#find-case")
+    choose(page)
+    assert page.is_enabled("#other-patients")
 
 
 def test_the_map_takes_other_colours_and_another_layout(page: Page) -> None:

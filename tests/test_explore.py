@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import shutil
@@ -477,9 +478,10 @@ def test_too_many_cases_for_tsne_are_refused() -> None:
 # ---- a new scan ----
 
 
-def send(client: TestClient, files: dict[str, bytes], code: int = 202) -> Any:
+def send(client: TestClient, files: dict[str, bytes], code: int = 202, patient: str | None = None) -> Any:
     """Sends files as the page does; gives the job once it is done, or the answer that refused it."""
-    opened = client.post("/api/upload", json={"view": None, "sizes": [len(each) for each in files.values()]})
+    announced = {"view": None, "sizes": [len(each) for each in files.values()], "patient": patient}
+    opened = client.post("/api/upload", json=announced)
     if opened.status_code != 201:
         assert opened.status_code == code, opened.text
         return opened.json()
@@ -533,6 +535,36 @@ def test_a_new_scan_finds_itself_and_can_be_looked_at_like_a_case(
     assert view["matches"] == [0, 1, 2, 3]
     names = [path.name for path in desk.folder.rglob("*")]
     assert not [name for name in names if "Mrs" in name or name.startswith("part-")], "the scan itself is gone"
+
+
+def test_the_patient_of_a_new_scan_may_be_told_and_is_then_left_out_and_known_to_runs(
+    client: TestClient, explored: Explored
+) -> None:
+    scan = {"a.nii.gz": (explored.scans / "volumes" / "phantom_001.nii.gz").read_bytes()}
+    cases = open_index(explored.index).cases
+    (patient,) = cases.filter(pl.col("case_id") == "phantom_001")["patient_id"]
+    own = set(cases.filter(pl.col("patient_id") == patient)["case_id"])
+    job = send(client, scan, patient=f" {patient} ")
+    told = ask(client, "/api/case", upload=job["upload"])
+    assert told["patient_known"] and {said["source"] for said in told["predictions"]} == {"seen"}
+    assert patient not in json.dumps(told).replace("phantom_", "")
+    found = ask(client, "/api/neighbours", upload=job["upload"], k=20)["neighbours"]
+    assert {each["case_id"] for each in found if each["same_patient"]} == own
+    others = ask(client, "/api/neighbours", upload=job["upload"], k=20, exclude_same_patient=1)["neighbours"]
+    assert {each["case_id"] for each in others} == set(cases["case_id"]) - own
+    job = send(client, scan, patient="someone new")
+    told = ask(client, "/api/case", upload=job["upload"])
+    assert {said["source"] for said in told["predictions"]} == {"ensemble"}
+    job = send(client, scan)
+    assert not ask(client, "/api/case", upload=job["upload"])["patient_known"]
+    refused = ask(client, "/api/neighbours", 404, upload=job["upload"], exclude_same_patient=1)
+    assert "nobody told whose scan this is" in refused["error"]
+
+
+def test_an_index_of_slices_is_no_cohort(explored: Explored, tmp_path: Path) -> None:
+    embedkit.build_index(explored.cache, tmp_path / "slices", level="slice")
+    with pytest.raises(SearchError, match="holds vectors of each slice, but a page shows cases; build one of level"):
+        open_cohort(explored.cache, tmp_path / "slices")
 
 
 def test_a_dicom_series_comes_as_files_or_as_an_archive(client: TestClient, explored: Explored) -> None:
@@ -663,7 +695,14 @@ def test_one_scan_is_computed_at_a_time_and_can_be_cancelled(
 def test_a_wrong_view_or_announcement_is_refused(client: TestClient) -> None:
     wrong = client.post("/api/upload", json={"view": "mr", "sizes": [1]})
     assert wrong.status_code == 400 and "one of the index's: ct" in wrong.json()["error"]
-    for body in (b"no json", b"[]", b'{"sizes": ["x"]}', b'{"sizes": [-5]}', b'{"view": 3, "sizes": [1]}'):
+    for body in (
+        b"no json",
+        b"[]",
+        b'{"sizes": ["x"]}',
+        b'{"sizes": [-5]}',
+        b'{"view": 3, "sizes": [1]}',
+        b'{"view": null, "sizes": [1], "patient": 7}',
+    ):
         answer = client.post("/api/upload", content=body)
         assert answer.status_code == 400 and "expected" in answer.json()["error"], body
     assert "another one took its place" in ask(client, "/api/upload/nothing", 404)["error"]

@@ -68,7 +68,7 @@ export class CasePanel {
     this.#runs = runs;
     this.#report = report;
     const heats = runs.map(({ name }) => ({ value: name, label: `run ${name}` }));
-    fillSelect($("heat"), [{ value: "", label: "none" }, { value: MATCH, label: "matched patches" }, ...heats]);
+    fillSelect($("heat"), [{ value: "", label: "none" }, { value: MATCH, label: "what matched" }, ...heats]);
     $("heat").addEventListener("change", () => this.#chooseHeat());
     $("class").addEventListener("change", () => this.#loadHeat({ seek: true }));
     $("opacity").addEventListener("input", () => this.#show());

@@ -135,6 +135,9 @@ async function select(parameters, name) {
   const info = await latest.case.run((signal) => getJson("/api/case", parameters, signal));
   if (!info) return;
   subject = { parameters, name, labels: info.labels, predictions: info.predictions };
+  if (parameters.upload) $("find-case").value = "";
+  $("other-patients").disabled = !info.patient_known;
+  $("other-patients").title = info.patient_known ? "" : "Whose scan this is was not told when it was sent";
   $("hint").hidden = true;
   $("case").hidden = false;
   $("facts").hidden = false;
@@ -158,7 +161,7 @@ async function findNeighbours() {
     ...subject.parameters,
     k: $("count").value || 10,
     where: $("where").value.trim(),
-    exclude_same_patient: $("other-patients").checked ? 1 : "",
+    exclude_same_patient: $("other-patients").checked && !$("other-patients").disabled ? 1 : "",
   };
   const found = await latest.found.run((signal) => getJson("/api/neighbours", wanted, signal));
   if (!found) return;

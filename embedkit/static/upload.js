@@ -37,6 +37,7 @@ export class UploadDialog {
   #open() {
     this.#choose([]);
     $("files").value = "";
+    $("upload-patient").value = "";
     $("upload").showModal();
   }
 
@@ -89,7 +90,8 @@ export class UploadDialog {
     const sizes = this.#files.map((file) => file.size);
     const total = sizes.reduce((sum, each) => sum + each, 0);
     const view = $("upload-view").value || null;
-    this.#key = (await postJson("/api/upload", { view, sizes })).upload;
+    const patient = $("upload-patient").value.trim() || null;
+    this.#key = (await postJson("/api/upload", { view, sizes, patient })).upload;
     let before = 0;
     for (const file of this.#files) {
       if (!this.#key) return;
@@ -120,7 +122,7 @@ export class UploadDialog {
 
   #setBusy(busy) {
     this.#busy = busy;
-    for (const id of ["files", "upload-view", "upload-start"]) $(id).disabled = busy;
+    for (const id of ["files", "upload-view", "upload-patient", "upload-start"]) $(id).disabled = busy;
     $("upload-state").hidden = !busy;
   }
 
