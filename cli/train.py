@@ -37,7 +37,7 @@ def train_command(
     target: Annotated[list[str] | None, typer.Option(help="Column to learn; give it again for more targets.")] = None,
     masks: Annotated[
         Path | None,
-        typer.Option(help="Manifest with a column mask, for heads that learn masks (segment); those of some cases do."),
+        typer.Option(help="Manifest with a column mask of some cases, for heads that learn it (grid, tail, segment)."),
     ] = None,
     mask_weight: Annotated[float, typer.Option(help="What the mask's loss counts beside the label's.")] = 1.0,
     head: Annotated[list[str] | None, typer.Option(help="Head to train; again for more. See `embedkit heads`.")] = None,

@@ -89,6 +89,11 @@ class Bag:
     def __len__(self) -> int:
         return len(self.case_ids)
 
+    @property
+    def asks_mask(self) -> bool:
+        """Whether a head that learns masks is to give its ``mask_logits``."""
+        return self.cover is not None or self.clicks is not None
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Bag:
         """The same bag on ``device`` with tokens and positions as ``dtype``; None leaves either as it is."""
         tokens = {name: values.to(device=device, dtype=dtype) for name, values in self.tokens.items()}

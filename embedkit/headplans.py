@@ -14,13 +14,21 @@ from embedkit.errors import CacheError, HeadError
 from embedkit.fitting import FitOptions
 from embedkit.losses import count_outputs
 from embedkit.members import build_member, complete_options
-from embedkit.plugins import choose_token_set, is_joint, learned_kinds, list_heads, load_head, survival_likelihood
+from embedkit.plugins import (
+    MASK_OPTION,
+    choose_token_set,
+    is_joint,
+    learned_kinds,
+    list_heads,
+    load_head,
+    survival_likelihood,
+)
 from embedkit.recipe import TokenSet
 from embedkit.sweeps import Candidate, list_candidates, require_sweep
 from embedkit.targets import KINDS
 from embedkit.tasks import Task
 
-__all__ = ["BASELINES", "DEFAULT_HEADS", "HeadPlan", "match_heads", "plan_heads"]
+__all__ = ["BASELINES", "DEFAULT_HEADS", "HeadPlan", "TokenChoice", "match_heads", "plan_heads"]
 
 BASELINES = ("logistic", "raptor")
 """Always trained and always in the table: what any head must beat."""
@@ -109,6 +117,8 @@ def plan_heads(
         candidates: tuple[Candidate, ...] = (base,)
         if sweep is not None:
             readings = _list_readings(cache, name, sets, fixed=token_sets is not None)
+            if options.get(MASK_OPTION):
+                readings = [each for each in readings if any(TokenSet.parse(text).kind != "cls" for text in each)]
             by_gradient = load_head(name).fit_by == "gradient"
             candidates = list_candidates(sweep, base, readings, by_gradient=by_gradient, seed=seed)
         plans.append(HeadPlan(name, candidates))

@@ -23,15 +23,15 @@ from embedkit.pooling import joined_grid
 __all__ = ["mean_interval", "predict_cover", "score_masks"]
 
 
-def predict_cover(members: Sequence[Member], bag: Bag, clicks: Tensor | None = None) -> Tensor:
+def predict_cover(members: Sequence[Member], bag: Bag, patches: int, clicks: Tensor | None = None) -> Tensor:
     """The share of each patch that the mask covers, float32 [batch views slices patches]: the mean over members.
 
     Args:
         members: All on one grid.
         bag: Raw, of the members' token sets.
+        patches: Of that grid.
         clicks: As in `Bag`; None for none.
     """
-    patches = max(values.shape[3] for values in bag.tokens.values())
     nothing = torch.zeros((*bag.mask.shape, patches), device=bag.mask.device)
     asked = dataclasses.replace(bag, clicks=nothing if clicks is None else clicks)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def score_masks(
 
 def _score_bag(members: Sequence[Member], bag: Bag, covers: Covers) -> list[float]:
     truth = covers.batch(bag.case_ids, bag.mask.shape[2])
-    found = predict_cover(members, bag)
+    found = predict_cover(members, bag, truth.shape[3])
     known = truth.isfinite()
     return [
         dice_overlap((one >= 0.5) & there, (two >= 0.5) & there)

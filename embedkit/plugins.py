@@ -35,6 +35,7 @@ A head with options that name files may have ``resolve_options(options)``, a cla
 their place before training, so that a run needs no other file. A head may have ``evidence(bag, output) -> [batch views
 slices patches]``, what each token adds to a logit: heatmaps come from there. A head that learns masks gives
 ``mask_logits`` of a bag with ``cover`` or ``clicks``, and need not do so of others; it reads patches on a square grid.
+If it takes an option ``masks``, False by default, it is told there whether there will be any.
 Built-in heads come through the same door as everyone's::
 
     [project.entry-points."embedkit.heads"]
@@ -62,6 +63,7 @@ from embedkit.targets import KINDS
 
 __all__ = [
     "GROUP",
+    "MASK_OPTION",
     "Head",
     "HeadEntry",
     "HeadOutput",
@@ -80,6 +82,8 @@ __all__ = [
 ]
 
 GROUP = "embedkit.heads"
+MASK_OPTION = "masks"
+"""Of a head that learns masks only where it is told that there are some."""
 FIT_WAYS = ("gradient", "closed form")
 LIKELIHOODS = ("cox", "mtlr")
 _EVERY_KIND: frozenset[str] = frozenset(KINDS)

@@ -49,11 +49,15 @@ def joined_size(shape: BagShape, token_sets: Sequence[str]) -> tuple[int, int]:
 def joined_grid(shape: BagShape, token_sets: Sequence[str]) -> tuple[int, int]:
     """(height, width) of the patch grid of `join_tokens`, for a head that must know where a patch lies.
 
+    Of cut tokens it is the grid of those that are patches.
+
     Raises:
         HeadError: as `joined_size`; no patches, or patches that are no square grid.
     """
     patches, _ = joined_size(shape, token_sets)
     grids = [shape.grids[name] for name in token_sets if name in shape.grids]
+    if shape.tail is not None:
+        grids.append(shape.tail.grid)
     if not grids or grids[0][0] != grids[0][1]:
         raise HeadError(
             f"token sets {', '.join(token_sets)} have {patches} patches per slice, expected a square grid of patches:"

@@ -143,7 +143,7 @@ def _ask(
     """Shares [views slices patches] of a bag of one case."""
     size = (*bag.mask.shape, grid[0] * grid[1])
     placed = place_clicks(clicks, cache, stacks, grid=grid, size=size) if clicks else None
-    shares: FloatArray = predict_cover(members, bag, placed)[0].numpy()
+    shares: FloatArray = predict_cover(members, bag, size[3], placed)[0].numpy()
     return shares
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -13,12 +14,12 @@ from embedkit.bags import bag_shape
 from embedkit.cache import Cache
 from embedkit.covers import Covers, Masks
 from embedkit.crossfitting import CrossFit
-from embedkit.errors import OptionError
+from embedkit.errors import HeadError, OptionError
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import HeadPlan
 from embedkit.maskscores import mean_interval, score_masks
 from embedkit.members import Member
-from embedkit.plugins import learns_masks, list_heads
+from embedkit.plugins import MASK_OPTION, learns_masks, list_heads, list_options
 from embedkit.pooling import joined_grid
 from embedkit.runfolder import RunRecord
 from embedkit.tasks import Task
@@ -63,6 +64,24 @@ class Supervision:
                 " without a target, to learn masks without labels"
             )
         return self._masks.measure_ml(sorted(set(self.source.stacks["case_id"]))), [_VOLUME], heads or ("segment",)
+
+    def ask(self, heads: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """The options of heads, with which those that build a decoder only where there are masks are told of them.
+
+        Raises:
+            HeadError: unknown head, or options that say so themselves.
+        """
+        asked = dict(options)
+        for name in heads:
+            if MASK_OPTION not in list_options(name):
+                continue
+            if MASK_OPTION in asked.get(name, {}):
+                raise HeadError(
+                    f"option {MASK_OPTION} of head {name!r} follows from whether masks are given; leave it out, and"
+                    " give the manifest that names them as masks"
+                )
+            asked[name] = {**asked.get(name, {}), MASK_OPTION: self._masks is not None}
+        return asked
 
     def measure(self, plans: Sequence[HeadPlan], case_ids: Sequence[str]) -> None:
         """Reads the masks of some cases, for every grid that a head which learns masks reads.

@@ -18,7 +18,7 @@ from embedkit.bags import list_views
 from embedkit.cache import Cache, open_cache
 from embedkit.errors import OptionError
 from embedkit.foldjobs import FoldedTask
-from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, match_heads, plan_heads
+from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, TokenChoice, match_heads, plan_heads
 from embedkit.jointfitting import cross_fit_all, deal_jointly
 from embedkit.manifest import read_labels
 from embedkit.planning import choose_device
@@ -114,8 +114,8 @@ def train(
             own volume as the target ``mask_ml``, which needs no table.
         targets: One or more columns.
         out: Folder of the run folders.
-        masks: Manifest with a column ``mask``, as read_manifest takes it. Heads that learn masks
-            (``segment``) learn them beside the label, from the cases that have one; ``mask_weight`` of ``fit_options``
+        masks: Manifest with a column ``mask``, as read_manifest takes it. Heads that learn masks (``grid``, ``tail``,
+            ``segment``) learn them beside the label, from the cases that have one; ``mask_weight`` of ``fit_options``
             says how much that counts. Their metrics then have ``dice``, out of fold, on the grid of tokens.
         heads: Names; None for `DEFAULT_HEADS` (those that can read this cache). `BASELINES` are always trained too.
         token_sets: What all heads read (each those that it can), or per head; None for what each head prefers.
@@ -168,11 +168,11 @@ def train(
     chosen = choose_device(device)
     _check_runs(resume=resume, overwrite=overwrite, seeds=seeds)
     _check_folds(repeats=repeats, split=split, group_by=group_by)
-    begun = None
-    if start is not None:
-        require_fresh(sweep=sweep, repeats=repeats, resume=resume, token_sets=token_sets)
-        begun, heads, token_sets, head_options = plan_start(start, source, heads, head_options or {})
-    plans = plan_heads(source, heads, token_sets, head_options or {}, fit_options or {}, sweep=sweep, seed=seed)
+    fresh = {"sweep": sweep, "repeats": repeats, "resume": resume}
+    begun, heads, token_sets, head_options = _begin(
+        start, source, supervision, heads=heads, token_sets=token_sets, head_options=head_options or {}, fresh=fresh
+    )
+    plans = plan_heads(source, heads, token_sets, head_options, fit_options or {}, sweep=sweep, seed=seed)
     folders = _plan_folders(Path(out), names, plans, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
     made = [
@@ -236,6 +236,24 @@ def train(
             write_run(folder, record, fitted.members, scored, inner, overwrite=overwrite)
     runs = [open_run(folders[target.task.name, plan.head]) for target in prepared for plan in matched[target.task.name]]
     return Training(tuple(runs), _tabulate_runs(runs))
+
+
+def _begin(
+    start: Run | Path | str | None,
+    source: Cache,
+    supervision: Supervision,
+    *,
+    heads: Sequence[str] | None,
+    token_sets: TokenChoice,
+    head_options: Mapping[str, Mapping[str, Any]],
+    fresh: Mapping[str, Any],
+) -> tuple[WarmStart | None, Sequence[str] | None, TokenChoice, Mapping[str, Mapping[str, Any]]]:
+    """What heads start from, which are trained, on which token sets and with which options."""
+    if start is None:
+        return None, heads, token_sets, supervision.ask(heads or DEFAULT_HEADS, head_options)
+    require_fresh(token_sets=token_sets, **fresh)
+    opened = start if isinstance(start, Run) else open_run(start)
+    return plan_start(opened, source, heads, supervision.ask(heads or [opened.head], head_options))
 
 
 def _deal(

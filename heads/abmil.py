@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from embedkit.bags import Bag, BagShape
 from embedkit.dropout import Dropout
 from embedkit.plugins import HeadOutput, SliceOrder
-from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax
+from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_softmax, weigh_slices
+from embedkit.viewfusion import merge_shape, merge_views, require_way
 
 __all__ = ["AbmilHead"]
 
@@ -36,9 +37,14 @@ class AbmilHead(nn.Module):
         width: int = 128,
         attention_width: int = 64,
         dropout: float = 0.2,
+        views: str = "late",
     ) -> None:
+        """Takes, of its own options, ``views``: ``late`` (with one V and U) or ``early``, see `embedkit.viewfusion`."""
         super().__init__()
+        require_way("abmil", views, ("late", "early"))
         self.token_sets = tuple(token_sets)
+        self.views = views
+        shape = merge_shape(shape) if views == "early" else shape
         _, dim = joined_size(shape, token_sets)
         self.embed = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), Dropout(dropout))
         self.value = nn.Linear(width, attention_width)
@@ -53,6 +59,8 @@ class AbmilHead(nn.Module):
         pooled = torch.einsum("bvsp,bvspd->bvd", attention.to(hidden.dtype), hidden)
         embedding = self.fuse(pooled, present)
         logits = self.classify(self.dropout(embedding))
+        if self.views == "early":
+            _, attention = weigh_slices(attention.reshape(*bag.mask.shape, -1))
         return HeadOutput(logits, attention.sum(3), attention, embedding=embedding)
 
     def evidence(self, bag: Bag, output: int) -> Tensor:
@@ -60,10 +68,12 @@ class AbmilHead(nn.Module):
         hidden, attention, present = self._attend(bag)
         pooled = torch.einsum("bvsp,bvspd->bvd", attention.to(hidden.dtype), hidden)
         share = attention * self.fuse.weigh(pooled, present)[..., None, None]
-        return share * torch.einsum("bvspd,d->bvsp", hidden, self.classify.weight[output])
+        evidence = share * torch.einsum("bvspd,d->bvsp", hidden, self.classify.weight[output])
+        return evidence.reshape(*bag.mask.shape, -1)
 
     def _attend(self, bag: Bag) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden tokens, attention [batch views slices patches] and which views are there [batch views]."""
+        bag = merge_views(bag) if self.views == "early" else bag
         hidden = self.embed(join_tokens(bag, self.token_sets))
         gated = torch.tanh(self.value(hidden)) * torch.sigmoid(self.gate(hidden))
         scores = torch.einsum("bvspa,va->bvsp", gated, self.score)

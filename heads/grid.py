@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from embedkit.bags import Bag, BagShape
 from embedkit.layers import ViewLinear, first_linear
 from embedkit.places import ChannelDropout, small_linear
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
-from embedkit.pooling import ViewQuery, join_tokens, joined_size, masked_max, masked_mean
-from embedkit.viewfusion import merge_views, require_way
+from embedkit.pooling import join_tokens, joined_grid, joined_size, masked_max, masked_mean
+from embedkit.tokenvolume import MaskDecoder
+from embedkit.viewfusion import MapFusion
 
 __all__ = ["GridHead"]
 
@@ -29,6 +30,7 @@ class GridHead(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset({"cls", "patch"})
     fit_by: ClassVar[str] = "gradient"
+    learns_masks: ClassVar[bool] = True
     slice_order: ClassVar[SliceOrder] = "free"
     prefers: ClassVar[TokenPreference] = TokenPreference("patch", depth=2 / 3, grid=4)
     fit_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 5e-3}
@@ -43,16 +45,16 @@ class GridHead(nn.Module):
         width: int = 24,
         dropout: float = 0.3,
         views: str = "joint",
+        masks: bool = False,
     ) -> None:
         """Takes, of its own options, ``views``: ``joint`` (shared network, a weight for every place of every view),
-        or ``late`` or ``early``, see `embedkit.viewfusion`.
+        or ``late`` or ``early``, see `embedkit.viewfusion`; and ``masks``, whether it learns masks as well.
         """
         super().__init__()
-        require_way("grid", views, ("joint", "late", "early"))
         self.token_sets = tuple(token_sets)
-        self.views = views
         patches, _ = joined_size(shape, token_sets)
         late, count = views == "late", len(shape.views)
+        self.fuse = MapFusion("grid", views, views=count, places=patches, channels=2 * width)
         self.network = nn.Sequential(
             ChannelDropout(dropout),
             first_linear(shape, token_sets, hidden, per_view=late),
@@ -61,17 +63,16 @@ class GridHead(nn.Module):
             ViewLinear(hidden, width, views=count) if late else nn.Linear(hidden, width),
         )
         self.dropout = ChannelDropout(dropout)
-        self.places = (count if views == "joint" else 1, patches, 2, width)
-        self.fuse = ViewQuery(patches * 2 * width, count) if late else None
-        self.classify = small_linear(math.prod(self.places), outputs)
+        self.classify = small_linear(math.prod(self.fuse.size), outputs)
+        self.decoder = MaskDecoder(width, joined_grid(shape, token_sets)) if masks else None
 
     def forward(self, bag: Bag) -> HeadOutput:
-        bag = merge_views(bag) if self.views == "early" else bag
         features = self.network(join_tokens(bag, self.token_sets))
-        pooled = self._pool(features, bag.mask)
-        if self.fuse is not None:
-            pooled = torch.einsum("bv,bvpc->bpc", self._weigh_views(pooled, bag.mask), pooled)
-        return HeadOutput(self.classify(self.dropout(pooled).flatten(1)), embedding=pooled.flatten(1))
+        masks = self.decoder(features, bag.mask) if self.decoder is not None and bag.asks_mask else None
+        features, mask = self.fuse.merge(features, bag.mask)
+        pooled = self.fuse(_pool(features, mask), mask.any(2))
+        logits = self.classify(self.dropout(pooled).flatten(1))
+        return HeadOutput(logits, mask_logits=masks, embedding=pooled.flatten(1))
 
     def evidence(self, bag: Bag, output: int) -> Tensor:
         """[batch views slices patches]: what each token adds to the logit, against an average token in its place.
@@ -81,27 +82,24 @@ class GridHead(nn.Module):
         logit.
         """
         shape = bag.mask.shape
-        bag = merge_views(bag) if self.views == "early" else bag
         tokens = join_tokens(bag, self.token_sets)
-        found = self.network(tokens)
-        features = found - self.network(tokens.new_zeros(1, tokens.shape[1], 1, 1, tokens.shape[-1]))
-        mean_weight, max_weight = self.classify.weight[output].view(self.places).unbind(2)
-        slices = bag.mask.sum(2).clamp(min=1)[..., None, None]
+        found, mask = self.fuse.merge(self.network(tokens), bag.mask)
+        average = self.network(tokens.new_zeros(1, tokens.shape[1], 1, 1, tokens.shape[-1]))
+        features = found - average[:, : mask.shape[1]]
+        places = (*self.fuse.size[:2], 2, -1)
+        mean_weight, max_weight = self.classify.weight[output].view(places).unbind(2)
+        slices = mask.sum(2).clamp(min=1)[..., None, None]
         shared = (features * mean_weight[:, None]).sum(-1) / slices
-        highest = features.masked_fill(~bag.mask[..., None, None], torch.finfo(features.dtype).min)
+        highest = features.masked_fill(~mask[..., None, None], torch.finfo(features.dtype).min)
         highest = highest.max(2, keepdim=True)
         credit = features.new_zeros(features.shape)
         credit.scatter_(2, highest.indices, highest.values * max_weight[:, None])
-        evidence = shared + credit.sum(-1)
-        if self.fuse is not None:
-            evidence = evidence * self._weigh_views(self._pool(found, bag.mask), bag.mask)[..., None, None]
-        return evidence.masked_fill(~bag.mask[..., None], 0.0).reshape(*shape, -1)
+        shares = self.fuse.weigh(_pool(found, mask), mask.any(2))[..., None, None]
+        evidence = (shared + credit.sum(-1)) * shares
+        return evidence.masked_fill(~mask[..., None], 0.0).reshape(*shape, -1)
 
-    def _pool(self, features: Tensor, mask: Tensor) -> Tensor:
-        """Mean and maximum over the slices of each view [batch views patches 2*width]."""
-        mask = mask[..., None, None]
-        return torch.cat([masked_mean(features, mask, 2), masked_max(features, mask, 2)], -1)
 
-    def _weigh_views(self, pooled: Tensor, mask: Tensor) -> Tensor:
-        """The weight of each view [batch views] in a late fusion."""
-        return cast(ViewQuery, self.fuse).weigh(pooled.flatten(2), mask.any(2))
+def _pool(features: Tensor, mask: Tensor) -> Tensor:
+    """Mean and maximum over the slices of each view [batch views patches 2*width]."""
+    mask = mask[..., None, None]
+    return torch.cat([masked_mean(features, mask, 2), masked_max(features, mask, 2)], -1)

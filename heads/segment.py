@@ -20,21 +20,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from embedkit.heads.conv import ConvBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from embedkit.attention import attend, order_slices
+from embedkit.attention import attend
 from embedkit.bags import Bag, BagShape
 from embedkit.errors import HeadError
 from embedkit.places import ChannelDropout, small_linear
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import join_tokens, joined_grid, joined_size, masked_max, masked_mean
+from embedkit.tokenvolume import ConvBlock, MaskDecoder, TokenVolume
 
 __all__ = ["SegmentHead"]
 
 _LABEL_SIDE = 4
-_RARE = -2.0  # log odds of a patch at the start: most of an image is not what is looked for
 
 
 class SegmentHead(nn.Module):
@@ -75,25 +74,21 @@ class SegmentHead(nn.Module):
         self.dropout = ChannelDropout(dropout)
         places = min(_LABEL_SIDE, self.grid[0]) ** 2
         self.classify = small_linear(len(shape.views) * places * 2 * width, outputs)
-        self.decode = ConvBlock(width)
-        self.cover = nn.Linear(width, 1)
-        nn.init.constant_(self.cover.bias, _RARE)
+        self.decoder = MaskDecoder(width, self.grid)
         self.prompt = Prompt(width) if clicks else None
 
     def forward(self, bag: Bag) -> HeadOutput:
         tokens = self.network(join_tokens(bag, self.token_sets))
-        order = order_slices(bag.mask, dtype=tokens.dtype)
-        filled = (order.sum(3) > 0)[..., None, None]
-        volume = self.mix((order @ tokens.flatten(3)).unflatten(3, tokens.shape[3:]), filled, self.grid)
-        pooled = torch.cat([masked_mean(volume, filled, 2), masked_max(volume, filled, 2)], -1)
+        lined = TokenVolume(bag.mask, tokens.dtype)
+        volume = self.mix(lined.gather(tokens), lined.filled, self.grid)
+        pooled = torch.cat([masked_mean(volume, lined.filled, 2), masked_max(volume, lined.filled, 2)], -1)
         pooled = self._shrink(pooled)
         logits = self.classify(self.dropout(pooled).flatten(1))
         output = HeadOutput(logits, embedding=pooled.flatten(1))
-        if bag.cover is None and bag.clicks is None:
+        if not bag.asks_mask:
             return output
-        volume = self.decode(volume, filled, self.grid)
-        features = (order.transpose(2, 3) @ volume.flatten(3)).unflatten(3, volume.shape[3:])
-        mask_logits = self.cover(features)[..., 0]
+        features = self.decoder.refine(volume, lined)
+        mask_logits = self.decoder.read(features)
         if self.prompt is not None:
             clicks = self._practise(cast(Tensor, bag.cover), bag.mask) if bag.clicks is None else bag.clicks
             mask_logits = mask_logits + self.prompt(features, self._places(bag), bag.mask, clicks, self.most)

@@ -8,6 +8,7 @@ tokens that enter the blocks and on those that leave them; both logits are added
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from embedkit.lora import LowRankUpdates
 from embedkit.places import ChannelDropout, small_linear
 from embedkit.plugins import HeadOutput, SliceOrder, TokenPreference
 from embedkit.pooling import ViewQuery, masked_max, masked_mean, masked_softmax
+from embedkit.tokenvolume import MaskDecoder
 
 __all__ = ["TailHead"]
 
@@ -35,6 +37,7 @@ class TailHead(nn.Module):
 
     reads: ClassVar[frozenset[str]] = frozenset({"cut"})
     fit_by: ClassVar[str] = "gradient"
+    learns_masks: ClassVar[bool] = True
     slice_order: ClassVar[SliceOrder] = "free"
     one_by_one: ClassVar[str] = "its blocks keep the machine busy by themselves"
     prefers: ClassVar[TokenPreference] = TokenPreference("cut")
@@ -54,8 +57,11 @@ class TailHead(nn.Module):
         hidden: int = 64,
         width: int = 24,
         dropout: float = 0.3,
+        masks: bool = False,
     ) -> None:
-        """Takes, of its own options, ``blocks``: how many of the last blocks to adapt, 0 for all of the tail."""
+        """Takes, of its own options, ``blocks``: how many of the last blocks to adapt, 0 for all of the tail; and
+        ``masks``, whether it learns masks as well.
+        """
         super().__init__()
         if len(token_sets) != 1 or shape.tail is None:
             raise HeadError(f"head 'tail' reads one set of cut tokens, but was given {', '.join(token_sets) or 'none'}")
@@ -74,7 +80,7 @@ class TailHead(nn.Module):
         self.dropout = Dropout(dropout)
         self.classify = nn.Linear(dim, outputs)
         self.grid = grid
-        if grid:
+        if grid or masks:
             self.network = nn.Sequential(
                 ChannelDropout(dropout),
                 nn.Linear(2 * dim, hidden),
@@ -82,42 +88,52 @@ class TailHead(nn.Module):
                 ChannelDropout(dropout),
                 nn.Linear(hidden, width),
             )
+        if grid:
             self.drop_places = ChannelDropout(dropout)
             self.classify_places = small_linear(views * grid * grid * 2 * width, outputs)
+        self.decoder = MaskDecoder(width, tail.grid) if masks else None
 
     def forward(self, bag: Bag) -> HeadOutput:
         entering = bag.tokens[self.token_sets[0]][bag.mask]
-        summary, places = self._adapt(bag, entering)
+        asked = self.decoder is not None and bag.asks_mask
+        summary, coarse, fine = self._adapt(bag, entering, fine=asked)
         logits, attention, embedding = self._read_summary(bag, summary)
         if self.grid:
-            pooled = self._pool_places(bag, places)
+            pooled = self._pool_places(bag, coarse)
             logits = logits + self.classify_places(self.drop_places(pooled).flatten(1))
             embedding = torch.cat([embedding, pooled.flatten(1)], 1)
-        return HeadOutput(logits, attention, embedding=embedding)
+        masks = None
+        if self.decoder is not None and asked:
+            masks = self.decoder(_spread(self.network(fine), bag.mask), bag.mask)
+        return HeadOutput(logits, attention, mask_logits=masks, embedding=embedding)
 
-    def _adapt(self, bag: Bag, entering: Tensor) -> tuple[Tensor, Tensor]:
-        """Summaries [real dim] and places [real grid*grid 2*dim] of the real slices' tokens [real tokens dim]."""
-        updates = self.updates()
+    def _adapt(self, bag: Bag, entering: Tensor, *, fine: bool) -> list[Tensor]:
+        """What `_run` makes of the real slices' tokens [real tokens dim]."""
+        run = functools.partial(self._run, bag, updates=self.updates(), fine=fine)
         most = max(1, _TOKENS_AT_ONCE // entering.shape[1])
         if len(entering) <= most:
-            return self._run(bag, entering, updates)
+            return list(run(entering))
         parts = [
-            checkpoint(self._run, bag, part, updates, use_reentrant=False) if torch.is_grad_enabled()
-            else self._run(bag, part, updates)
+            checkpoint(run, part, use_reentrant=False) if torch.is_grad_enabled() else run(part)
             for part in entering.split(most)
-        ]  # fmt: skip
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        ]
+        return [torch.cat(each) for each in zip(*parts, strict=True)]
 
-    def _run(self, bag: Bag, entering: Tensor, updates: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, bag: Bag, entering: Tensor, *, updates: Sequence[Mapping[str, Tensor]], fine: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Summaries [real dim], places [real grid*grid 2*dim], and those of all patches where ``fine``, else none."""
         if bag.tail is None:
             raise HeadError(
                 "head 'tail' needs the blocks that its tokens enter, but these come without; give the cache"
             )
         summary, patches = bag.tail.run(entering, updates)
-        if not self.grid:
-            return summary, summary.new_zeros(len(summary), 0, 0)
+        nothing = summary.new_zeros(len(summary), 0, 0)
+        if not (self.grid or fine):
+            return summary, nothing, nothing
         before = F.layer_norm(entering[:, self.tail.prefix :], entering.shape[-1:])
-        return summary, torch.cat([self._coarsen(before), self._coarsen(patches)], -1)
+        both = torch.cat([before, patches], -1)
+        return summary, self._coarsen(both) if self.grid else nothing, both if fine else nothing
 
     def _coarsen(self, patches: Tensor) -> Tensor:
         """Patch tokens [real patches dim] as means over a grid [real grid*grid dim]."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from embedkit.bags import Bag, BagShape
 from embedkit.errors import HeadError
-from embedkit.plugins import check_output, create_head, learns_masks, list_heads, load_head
+from embedkit.plugins import MASK_OPTION, check_output, create_head, learns_masks, list_heads, list_options, load_head
 from embedkit.recipe import TokenSet
 from embedkit.tails import Tail, TailShape
 from embedkit.textvectors import write_vectors
@@ -115,19 +115,42 @@ def require_close(head: nn.Module, found: Bag, expected: Bag) -> None:
 BAG = make_bag([[3, 2], [5, 1], [1, 4]])
 
 
-@pytest.mark.parametrize("clicks", [0, 2])
-def test_padding_and_what_masked_slices_hold_never_change_a_mask(clicks: int) -> None:
-    head = make_head("segment", clicks=clicks)
+DECODERS: list[tuple[str, dict[str, Any]]] = [
+    ("segment", {"clicks": 0}),
+    ("segment", {"clicks": 2}),
+    ("grid", {"masks": True}),
+    ("grid", {"masks": True, "views": "late"}),
+    ("grid", {"masks": True, "views": "early"}),
+    ("tail", {"masks": True}),
+    ("tail", {"masks": True, "grid": 0}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), DECODERS)
+def test_padding_and_what_masked_slices_hold_never_change_a_mask(name: str, options: dict[str, Any]) -> None:
+    head = make_head(name, **options)
     asked = dataclasses.replace(BAG, clicks=torch.zeros(*BAG.mask.shape, 4))
     cast(Tensor, asked.clicks)[0, 0, 1, 2] = cast(Tensor, asked.clicks)[1, 0, 4, 0] = 1
     expected = head(asked).mask_logits
-    assert check_output("segment", head(asked), asked, 2).mask_logits is not None
+    assert check_output(name, head(asked), asked, 2).mask_logits is not None and expected[BAG.mask].std() > 1e-3
     dirty = {key: value.masked_fill(~BAG.mask[..., None, None], math.nan) for key, value in BAG.tokens.items()}
     padded = take_slices(dataclasses.replace(asked, tokens=dirty), [0, 1, 2, 3, 4, 4, 4])
     padded.mask[:, :, 5:] = False
     clicked = torch.nn.functional.pad(cast(Tensor, asked.clicks), (0, 0, 0, 2))
     found = head(dataclasses.replace(padded, clicks=clicked)).mask_logits[:, :, :5]
     torch.testing.assert_close(found[BAG.mask], expected[BAG.mask], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [each for each in DECODERS if "masks" in each[1]])
+def test_a_decoder_leaves_the_label_as_it_is_and_answers_only_when_asked(name: str, options: dict[str, Any]) -> None:
+    head = make_head(name, **options)
+    plain = make_head(name, **options | {"masks": False})
+    kept = plain.state_dict()
+    plain.load_state_dict({key: value for key, value in head.state_dict().items() if key in kept})
+    cover = dataclasses.replace(BAG, cover=torch.zeros(*BAG.mask.shape, 4))
+    assert head(BAG).mask_logits is None and head(cover).mask_logits is not None and plain(cover).mask_logits is None
+    require_close(head, cover, BAG)
+    torch.testing.assert_close(head(BAG).logits, plain(BAG).logits)
 
 
 def test_a_click_is_heard_in_its_own_case_alone_and_none_adds_nothing() -> None:
@@ -242,7 +265,8 @@ def test_half_precision_stays_near_single(name: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("name", BY_GRADIENT)
 def test_gradients_reach_every_parameter(name: str) -> None:
     torch.manual_seed(0)
-    head = build_head(name, SHAPE, reads(name), 2).train()
+    told = {MASK_OPTION: True} if MASK_OPTION in list_options(name) else {}
+    head = build_head(name, SHAPE, reads(name), 2, **told).train()
     bag = dataclasses.replace(BAG, cover=torch.rand(*BAG.mask.shape, 4)) if learns_masks(name) else BAG
     output = head(bag)
     (output.logits.square().sum() + (0 if output.mask_logits is None else output.mask_logits.square().sum())).backward()

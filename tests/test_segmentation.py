@@ -282,13 +282,17 @@ def test_a_mask_is_dropped_at_prediction_unless_it_is_asked_for(work: Path, trai
 
     bag = next(stream_bags(open_cache(work / "cache"), ["c00", "c03"], trained.record.token_sets))
     assert trained.members[0](bag).mask_logits is None
-    assert predict_cover(trained.members, bag).shape == (2, 1, 12, 36)
+    assert predict_cover(trained.members, bag, 36).shape == (2, 1, 12, 36)
 
 
 def test_training_with_masks_that_nobody_can_use_is_refused(work: Path, tmp_path: Path) -> None:
     cache, labels, given = work / "cache", work / "labels.csv", {"targets": ["bright"], "folds": 2, "out": tmp_path}
-    with pytest.raises(OptionError, match="none of the heads logistic, raptor, grid learns any; add one that does"):
-        embedkit.train(cache, labels, masks=work / "cases.csv", heads=["grid"], **given)
+    with pytest.raises(OptionError, match="none of the heads logistic, raptor, linear learns any; add one that does"):
+        embedkit.train(cache, labels, masks=work / "cases.csv", heads=["linear"], **given)
+    with pytest.raises(HeadError, match="option masks of head 'grid' follows from whether masks are given; leave it"):
+        embedkit.train(cache, labels, heads=["grid"], head_options={"grid": {"masks": True}}, **given)
+    with pytest.raises(HeadError, match="token sets cls:2 have 1 patches per slice, expected a square grid"):
+        embedkit.train(cache, labels, masks=work / "cases.csv", heads=["grid"], token_sets=["cls:2"], **given)
     table = embedkit.read_manifest(work / "cases.csv")
     empty = table.with_columns(mask=pl.lit(None, pl.String))
     with pytest.raises(ManifestError, match="no row has a mask"):
@@ -302,6 +306,52 @@ def test_training_with_masks_that_nobody_can_use_is_refused(work: Path, tmp_path
         embedkit.train(cache, out=tmp_path)
     with pytest.raises(OptionError, match="mask_weight is -1"):
         embedkit.train(cache, labels, heads=["segment"], fit_options={"mask_weight": -1.0}, **given)
+
+
+def train_grid(work: Path, out: Path, masks: pl.DataFrame | None, **how: Any) -> Run:
+    fit = {"epochs": 3, "patience": 3}
+    given: dict[str, Any] = {"targets": ["bright"], "heads": ["grid"], "folds": 2, "resamples": 10} | how
+    runs = embedkit.train(work / "cache", work / "labels.csv", masks=masks, fit_options=fit, out=out, **given).runs
+    return next(run for run in runs if run.head == "grid")
+
+
+def test_a_head_with_a_decoder_learns_masks_only_where_some_are_given(work: Path, tmp_path: Path) -> None:
+    table = embedkit.read_manifest(work / "cases.csv")
+    with_masks = train_grid(work, tmp_path / "a", table)
+    assert with_masks.record.head_options["masks"] is True and with_masks.record.masks == CASES - 2
+    assert with_masks.metrics["dice"].value >= 0
+    (written,) = segment(with_masks, work / "cache", tmp_path / "m", case_ids=["c00"], held_out=True)
+    assert read_volume(written.path).array.shape == SHAPE
+    without = train_grid(work, tmp_path / "b", None)
+    assert without.record.head_options["masks"] is False and without.record.parameters < with_masks.record.parameters
+    with pytest.raises(RunError, match=r"run bright.grid learned no masks"):
+        segment(without, work / "cache", tmp_path)
+
+
+def test_no_mask_of_a_tested_patient_reaches_the_head_that_tests_him(work: Path, tmp_path: Path) -> None:
+    table = embedkit.read_manifest(work / "cases.csv")
+    first = train_grid(work, tmp_path / "a", table)
+    tested = first.predictions.filter(pl.col("fold") == 0)["case_id"].implode()
+    gone = pl.when(~pl.col("case_id").is_in(tested)).then("mask")
+    second = train_grid(work, tmp_path / "b", table.with_columns(mask=gone))
+    both = first.predictions.join(second.predictions, on="case_id").filter(pl.col("fold") == 0)
+    assert both["score"].to_list() == both["score_right"].to_list()
+    others = first.predictions.join(second.predictions, on="case_id").filter(pl.col("fold") == 1)
+    assert others["score"].to_list() != others["score_right"].to_list()
+
+
+def test_a_warm_start_takes_over_what_it_can_with_or_without_masks(work: Path, tmp_path: Path) -> None:
+    table = embedkit.read_manifest(work / "cases.csv")
+    old = train_grid(work, tmp_path / "a", table)
+    new = train_grid(work, tmp_path / "b", None, start=old)
+    assert new.record.head_options["masks"] is False and "started from run bright.grid" in new.record.notes[-1]
+
+
+def test_a_sweep_with_masks_tries_no_tokens_without_places(work: Path, tmp_path: Path) -> None:
+    table = embedkit.read_manifest(work / "cases.csv")
+    run = train_grid(work, tmp_path, table, sweep="small")
+    tried = {tuple(each["token_sets"]) for each in run.record.sweep["candidates"]}
+    assert tried == {("patch:2",)}
 
 
 def test_a_mask_of_another_geometry_or_an_unreadable_one_names_its_case(work: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from embedkit.fitting import FitOptions
 from embedkit.folder import create_cache, write_shard
 from embedkit.passes import find_obstacle
 from embedkit.plugins import create_head
+from embedkit.pooling import masked_max, masked_mean
 from embedkit.recipe import Recipe
 from embedkit.runs import Run, open_run, predict
 from embedkit.training import train
@@ -30,7 +31,9 @@ from embedkit.viewfusion import merge_shape, merge_views
 DIM = 4
 SETS = ("patch@2:1",)
 SHAPE = BagShape({"patch@2:1": (4, DIM)}, {"patch@2:1": (2, 2)}, ("a/axial", "b/axial", "b/coronal"))
-WAYS = [("grid", "joint"), ("grid", "late"), ("grid", "early"), ("query", "late"), ("query", "early")]
+PLACED = ("grid", "conv", "fusion")
+WAYS = [(name, way) for name in PLACED for way in ("joint", "late", "early")]
+WAYS += [(name, way) for name in ("query", "abmil") for way in ("late", "early")]
 MISSING = [[3, 2, 4], [1, 0, 2], [0, 3, 0]]
 
 
@@ -62,13 +65,13 @@ def test_a_missing_view_may_hold_anything_and_fits_can_be_stacked(name: str, way
     assert find_obstacle(head, bag) == ""
 
 
-@pytest.mark.parametrize(("name", "way"), WAYS)
+@pytest.mark.parametrize(("name", "way"), [each for each in WAYS if each[0] != "conv"])
 def test_evidence_adds_up_whichever_way_views_are_joined(name: str, way: str) -> None:
     head, bag = make_head(name, way), make_bag()
     evidence = cast(Any, head).evidence(bag, 1)
     assert evidence.shape == (*bag.mask.shape, 4) and (evidence[~bag.mask] == 0).all()
     rest = head(bag).logits[:, 1] - evidence.sum((1, 2, 3))
-    if way == "joint":  # the average of a view that is missing is missing too
+    if way == "joint" and name == "grid":  # the average of a view that is missing is missing too
         average = dataclasses.replace(bag, tokens={key: each * 0 for key, each in bag.tokens.items()})
         rest = rest - head(average).logits[:, 1]
     if way == "late" and name == "grid":  # what average tokens give depends on how heavy each view is
@@ -80,15 +83,17 @@ def test_evidence_adds_up_whichever_way_views_are_joined(name: str, way: str) ->
 
 
 def _weigh(head: nn.Module, bag: Bag) -> Tensor:
-    grid = cast(Any, head)
-    shares: Tensor = grid._weigh_views(grid._pool(grid.network(bag.tokens["patch@2:1"]), bag.mask), bag.mask)
+    grid, mask = cast(Any, head), bag.mask[..., None, None]
+    features = grid.network(bag.tokens["patch@2:1"])
+    pooled = torch.cat([masked_mean(features, mask, 2), masked_max(features, mask, 2)], -1)
+    shares: Tensor = grid.fuse.weigh(pooled, bag.mask.any(2))
     return shares
 
 
-@pytest.mark.parametrize("name", ["grid", "query"])
+@pytest.mark.parametrize("name", ["grid", "fusion", "query", "abmil"])
 def test_early_is_the_head_on_one_view_that_holds_all_slices(name: str) -> None:
     early, bag = make_head(name, "early"), make_bag()
-    alone = make_head(name, "late" if name == "query" else "joint", shape=merge_shape(SHAPE))
+    alone = make_head(name, "joint" if name in PLACED else "late", shape=merge_shape(SHAPE))
     alone.load_state_dict(early.state_dict())
     torch.testing.assert_close(early(bag).logits, alone(merge_views(bag)).logits)
     order = [2, 0, 1]
@@ -96,6 +101,26 @@ def test_early_is_the_head_on_one_view_that_holds_all_slices(name: str) -> None:
         bag, tokens={key: each[:, order] for key, each in bag.tokens.items()}, mask=bag.mask[:, order]
     )
     torch.testing.assert_close(early(turned).logits, early(bag).logits)
+
+
+@pytest.mark.parametrize("name", ["conv", "abmil"])
+def test_early_answers_alike_whichever_view_slices_come_in(name: str) -> None:
+    early, bag = make_head(name, "early"), make_bag()
+    order = [2, 0, 1]
+    turned = {key: each[:, order] for key, each in bag.tokens.items()}
+    found = early(dataclasses.replace(bag, tokens=turned, mask=bag.mask[:, order])).logits
+    torch.testing.assert_close(found, early(bag).logits)
+
+
+def test_an_early_convolution_never_reaches_from_one_view_into_another() -> None:
+    shape = BagShape(SHAPE.token_sets, SHAPE.grids, SHAPE.views[:2])
+    head, bag = cast(Any, make_head("conv", "early", shape=shape)), make_bag([[2, 1]])
+    apart = {key: torch.cat([each[:, :1], each[:, 1:] * 3], 1) for key, each in bag.tokens.items()}
+    volumes = []
+    for tokens in (bag.tokens, apart):
+        head.blocks[0].register_forward_hook(lambda *args: volumes.append(args[2]))
+        head(dataclasses.replace(bag, tokens=tokens))
+    assert torch.equal(volumes[0][:, 0], volumes[-1][:, 0]) and not torch.equal(volumes[0][:, 1], volumes[-1][:, 1])
 
 
 def test_late_grid_pools_by_a_query_what_each_views_own_network_found() -> None:
@@ -108,11 +133,11 @@ def test_late_grid_pools_by_a_query_what_each_views_own_network_found() -> None:
         found = hidden @ second.weight[view].T + second.bias[view]
         vectors.append(torch.cat([found.mean(0), found.amax(0)], -1).flatten())
     stacked = torch.stack(vectors)
-    shares = (stacked @ head.fuse.query / stacked.shape[1] ** 0.5).softmax(0)
+    shares = (stacked @ head.fuse.query.query / stacked.shape[1] ** 0.5).softmax(0)
     torch.testing.assert_close(head(bag).embedding[0], shares @ stacked)
 
 
-@pytest.mark.parametrize(("name", "known"), [("grid", "joint, late or early"), ("query", "late or early")])
+@pytest.mark.parametrize(("name", "known"), [("conv", "joint, late or early"), ("query", "late or early")])
 def test_an_unknown_way_to_join_views_is_refused(name: str, known: str) -> None:
     with pytest.raises(HeadError, match=f"option views of head '{name}' is 'middle', expected {known}"):
         create_head(name, SHAPE, SETS, 2, options={"views": "middle"})
