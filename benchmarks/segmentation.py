@@ -1,17 +1,20 @@
 """Masks from cached tokens: Dice out of fold, the label with and without masks, and Dice against the number of clicks.
 
 Usage: python benchmarks/segmentation.py --weights FILE [--data ../shared/data] [--slabs FOLDER] [--work FOLDER]
-           [--part masks,label,clicks] [--cases 60] [--size 128] [--epochs 30] [--seed 0]
+           [--part masks,label,clicks] [--head segment] [--target tumour] [--cases 60] [--size 128] [--epochs 30]
+           [--seed 0]
 
 The folder holds `hippocampus/` and `lgg/`, each with manifest.csv (column ``mask``) and labels.csv; of each the first
---cases patients are taken. Tokens: block 8 of `deit_tiny_patch16_224` on the full grid of --size pixels; LGG as three
-channels. Five patient-grouped folds, nothing tuned on a test fold, 95% intervals by patient; Dice is the mean over
-cases whose mask is not empty, once on the token grid and once on the voxels of the source, upsampled. ``masks``: the
-mask learned without any label. ``label``: laterality of LGG tumours, or with --slabs (manifest.csv, labels.csv with
-``tumour`` and ``fold``) whether a slab holds tumour, with the mask's loss at weight 1 and 0 and their paired
-difference. ``clicks``: a head that practised on up to five; the clicks are voxels drawn from the true mask, more and
-more of them, answered by a model that has not seen the case. Caches and runs stay in --work, so that a second call
-resumes. The last line is the Dice of LGG masks on voxels after one click over that without any.
+--cases patients are taken. Tokens of `deit_tiny_patch16_224` at --size pixels, by head: block 8 on the full grid for
+``segment``, blocks 4, 8 and 12 on 4 x 4 places for ``grid``, those entering the last 4 blocks for ``tail``; LGG is
+three channels. Five patient-grouped folds, nothing tuned on a test fold, 95% intervals by patient; Dice is the mean
+over cases whose mask is not empty, once on the token grid and once on the voxels of the source, upsampled. ``masks``:
+the mask learned without any label (all its labels as one), beside what the true shares of patches would give.
+``label``: laterality of LGG tumours, or with --slabs (manifest.csv, labels.csv with ``tumour`` and ``fold``) whether
+a slab holds tumour (or --target), with the mask's loss at weight 1 and 0 and their paired difference. ``clicks``
+(``segment``): a head that practised on up to five; the clicks are voxels drawn from the true mask, more and more of
+them, answered by a model that has not seen the case. Caches and runs stay in --work, so that a second call resumes.
+The last line is the Dice of LGG masks on voxels after one click over that without any, where clicks are a part.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from embedkit.bootstrap import Interval
 from embedkit.cache import Cache, open_cache
@@ -31,14 +35,17 @@ from embedkit.covers import Masks, read_stack_mask
 from embedkit.extraction import extract
 from embedkit.manifest import read_manifest
 from embedkit.maskscores import mean_interval
+from embedkit.patches import measure_patch_cover, place_patch_scores
 from embedkit.plots import describe_interval
+from embedkit.pooling import joined_grid
 from embedkit.prompts import Click
 from embedkit.runs import Run, open_run
 from embedkit.segmentation import predict_mask
 from embedkit.training import train
 from embedkit.volumes import to_source
 
-BACKBONE, TOKENS, HEAD, CLICKS = "deit_tiny_patch16_224", "patch:8", "segment", (0, 1, 2, 3, 5)
+BACKBONE, CUT, CLICKS = "deit_tiny_patch16_224", 4, (0, 1, 2, 3, 5)
+READS = {"segment": ("patch:8",), "grid": ("patch@4:4", "patch@4:8", "patch@4:12"), "tail": ("cut:8",)}
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -49,12 +56,14 @@ def main() -> None:
     parser.add_argument("--slabs", type=Path)
     parser.add_argument("--work", type=Path, default=Path("segmentation"))
     parser.add_argument("--part", default="masks,label,clicks")
+    parser.add_argument("--head", choices=tuple(READS), default="segment")
+    parser.add_argument("--target", default="tumour", help="of the slabs")
     parser.add_argument("--cases", type=int, default=60)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    parts = options.part.split(",")
+    parts = [part for part in options.part.split(",") if part != "clicks" or options.head == "segment"]
     if "masks" in parts:
         for name in ("hippocampus", "lgg"):
             print_masks(name, *make_cache(name, options), options)
@@ -72,14 +81,16 @@ def make_cache(name: str, options: argparse.Namespace) -> tuple[Cache, pl.DataFr
         patients = manifest["patient_id"].unique(maintain_order=True)[: options.cases]
         manifest = manifest.filter(pl.col("patient_id").is_in(patients.implode()))
     channels: dict[str, Any] = {} if name == "hippocampus" else {"channels": ("pre", "flair", "post"), "fill": "flair"}
-    path = options.work / f"{name}-{options.size}-{manifest['case_id'].n_unique()}"
+    reads = READS[options.head]
+    path = options.work / f"{name}-{options.head}-{options.size}-{manifest['case_id'].n_unique()}"
     extract(
         manifest,
         path,
         backbone=BACKBONE,
         weights=options.weights,
         image_size=options.size,
-        tokens=["cls:12", TOKENS],
+        tokens=["cls:12", *(each for each in reads if not each.startswith("cut"))],
+        cut=CUT if options.head == "tail" else None,
         crop="foreground" if name == "lgg" else "none",
         **channels,
     )
@@ -87,11 +98,13 @@ def make_cache(name: str, options: argparse.Namespace) -> tuple[Cache, pl.DataFr
 
 
 def fit(cache: Cache, manifest: pl.DataFrame, part: str, options: argparse.Namespace, **how: Any) -> Run:
-    """The run of head segment, trained unless it is there."""
+    """The run of the head, trained unless it is there."""
+    head = options.head
     out = options.work / "runs" / f"{cache.path.name}-{part}-{options.epochs}-{options.seed}"
     given: dict[str, Any] = {"labels": None, "targets": (), "weight": 1.0, "clicks": 0} | how
+    clicks = given.pop("clicks")
     target = given["targets"][0] if given["targets"] else "mask_ml"
-    path = out / f"{target}.{HEAD}"
+    path = out / f"{target}.{head}"
     if not (path / "run.json").is_file():
         train(
             cache,
@@ -99,8 +112,9 @@ def fit(cache: Cache, manifest: pl.DataFrame, part: str, options: argparse.Names
             targets=given.pop("targets"),
             out=out,
             masks=manifest,
-            heads=[HEAD],
-            head_options={HEAD: {"clicks": given.pop("clicks")}},
+            heads=[head],
+            token_sets={head: READS[head]},
+            head_options={head: {"clicks": clicks}} if clicks else None,
             fit_options={"epochs": options.epochs, "mask_weight": given.pop("weight")},
             seed=options.seed,
             overwrite=True,
@@ -113,11 +127,12 @@ def print_masks(name: str, cache: Cache, manifest: pl.DataFrame, options: argpar
     run = fit(cache, manifest, "masks", options)
     on_voxels = score_voxels(run, cache, manifest, clicks=0, seed=options.seed)
     grid, voxels = describe_interval(run.metrics["dice"]), describe_interval(on_voxels)
-    print(f"| {name}, masks alone | Dice on tokens {grid} | on voxels {voxels} |", flush=True)
+    bound = describe_interval(score_bound(run, cache, manifest))
+    print(f"| {name}, masks alone | Dice on tokens {grid} | on voxels {voxels} | of true shares {bound} |", flush=True)
 
 
 def print_label(options: argparse.Namespace) -> None:
-    name, target = ("slabs", "tumour") if options.slabs else ("lgg", "laterality")
+    name, target = ("slabs", options.target) if options.slabs else ("lgg", "laterality")
     cache, manifest = make_cache(name, options)
     labels = (options.slabs or options.data / name) / "labels.csv"
     how: dict[str, Any] = {"split": "fold"} if options.slabs else {"classes": ("1", "3")}
@@ -143,6 +158,24 @@ def print_clicks(cache: Cache, manifest: pl.DataFrame, options: argparse.Namespa
     print(f"ratio {found[1].value / plain:.2f}")
 
 
+def score_bound(run: Run, cache: Cache, manifest: pl.DataFrame) -> Interval:
+    """Mean Dice on voxels of the true share of each patch, drawn as predicted ones are: what the grid allows."""
+    masks, scores, patients = Masks(cache, manifest), [], []
+    grid = joined_grid(run.record.shape, run.record.token_sets)
+    for record, stack, path in masks.stacks(run.predictions["case_id"].to_list()):
+        truth = read_stack_mask(path, record) > 0
+        if truth.any():
+            where: dict[str, Any] = {"indices": cache.slices(stack).indices, "box": record.box, "plane": record.plane}
+            shares = measure_patch_cover(truth, grid=grid, **where)
+            scores.append(dice(place_patch_scores(shares, shape=truth.shape, **where) >= 0.5, truth))
+            patients.append(record.patient_id)
+    return mean_interval(np.array(scores), patients)
+
+
+def dice(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+    return float(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+
+
 def score_voxels(run: Run, cache: Cache, manifest: pl.DataFrame, *, clicks: int, seed: int) -> Interval:
     """Mean Dice of the predicted masks in the voxels of the source, each by the models that did not see the case."""
     masks = Masks(cache, manifest)
@@ -156,8 +189,7 @@ def score_voxels(run: Run, cache: Cache, manifest: pl.DataFrame, *, clicks: int,
         drawn = np.random.default_rng([seed, len(inside)]).permutation(inside)[:clicks]
         points = [Click((float(k), float(j), float(i)), "voxel") for i, j, k in drawn]
         shares, _ = predict_mask(run, cache, record.case_id, clicks=points, held_out=True)[view]
-        mask = shares >= 0.5
-        scores.append(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+        scores.append(dice(shares >= 0.5, truth))
         patients.append(record.patient_id)
     return mean_interval(np.array(scores), patients)
 

@@ -17,6 +17,7 @@ from embedkit.files import explain_os_error, safe_name
 from embedkit.maskscores import predict_cover
 from embedkit.members import Member
 from embedkit.patches import place_patch_scores
+from embedkit.plugins import learns_masks, list_heads
 from embedkit.pooling import joined_grid
 from embedkit.prompts import Click, place_clicks
 from embedkit.runs import Run, check_cache, open_run
@@ -159,13 +160,16 @@ def _by_reading(members: Sequence[Member]) -> dict[tuple[str, tuple[str, ...]], 
 def _require_masks(run: Run, clicks: Sequence[Click]) -> None:
     record = run.record
     if not record.masks or not record.fit_options.get("mask_weight"):
+        able = [name for name in list_heads() if learns_masks(name)]
         raise RunError(
-            f"run {run.name} learned no masks, so it cannot predict any; train head segment with --masks, and with a"
-            " --mask-weight above 0"
+            f"run {run.name} learned no masks, so it cannot predict any; train a head that does ({', '.join(able)})"
+            " with --masks, and with a --mask-weight above 0"
         )
     most = min(int(each["head_options"].get("clicks", 0)) for each in record.members)
     if len(clicks) > most:
+        hears = "clicks" in record.head_options
+        way = f"train it with --head-option {run.head}.clicks={len(clicks)}, or give fewer"
         raise OptionError(
-            f"{len(clicks)} clicks were given, but run {run.name} practised on {most or 'none'}; train it with"
-            f" --head-option {run.head}.clicks={len(clicks)}, or give fewer"
+            f"{len(clicks)} clicks were given, but run {run.name} practised on {most or 'none'};"
+            f" {way if hears else f'head {run.head!r} hears none: train head segment, or give no click'}"
         )

@@ -322,6 +322,8 @@ def test_a_head_with_a_decoder_learns_masks_only_where_some_are_given(work: Path
     assert with_masks.metrics["dice"].value >= 0
     (written,) = segment(with_masks, work / "cache", tmp_path / "m", case_ids=["c00"], held_out=True)
     assert read_volume(written.path).array.shape == SHAPE
+    with pytest.raises(OptionError, match="practised on none; head 'grid' hears none: train head segment, or give no"):
+        segment(with_masks, work / "cache", tmp_path / "m", case_ids=["c00"], clicks=[Click((9.0, 9.0, 5.0), "voxel")])
     without = train_grid(work, tmp_path / "b", None)
     assert without.record.head_options["masks"] is False and without.record.parameters < with_masks.record.parameters
     with pytest.raises(RunError, match=r"run bright.grid learned no masks"):
@@ -384,7 +386,10 @@ def test_what_cannot_be_segmented_is_refused(work: Path, trained: Run, tmp_path:
     plain = embedkit.train(
         cache, work / "labels.csv", targets=["bright"], heads=["logistic"], folds=2, out=tmp_path / "r", resamples=10
     ).runs[0]
-    with pytest.raises(RunError, match=r"run bright.logistic learned no masks"):
+    with pytest.raises(
+        RunError,
+        match=r"run bright.logistic learned no masks, .* a head that does \(grid, segment, tail\) with --masks",
+    ):
         segment(plain, cache, tmp_path)
     with pytest.raises(RunError, match="lacks 1 of the cases asked for: nobody"):
         segment(trained, cache, tmp_path, case_ids=["nobody"])
