@@ -219,6 +219,11 @@ class Stack:
             self._keep(going.nonzero()[:, 0])
         return done
 
+    def alter(self, bag: Bag, *, rows: int) -> Bag:
+        """The raw bag [rows * batch ...] as heads are shown it in training; chance is drawn once for all ``rows``."""
+        rate = self.fits[0].how.view_dropout
+        return drop_views(bag, rate, rows=rows) if rate else bag
+
     def _arrange(self) -> None:
         """What follows from which fits there are."""
         if self.fits:
@@ -308,8 +313,8 @@ class Stack:
             [self.fits[row].deck.places[cases] for row, cases in zip(call.rows, call.cases, strict=False)]
         )
         bag = self.store.batch(places, self.token_sets, slices=call.slices)
-        if self.head.training and (rate := self.fits[0].how.view_dropout):
-            bag = drop_views(bag, rate, rows=len(call.cases))
+        if self.head.training:
+            bag = self.alter(bag, rows=len(call.cases))
         with torch.autocast(self.store.device.type, torch.bfloat16, enabled=self.fits[0].how.precision == "bf16"):
             if len(call.cases) == 1:
                 return self._run_together(parameters, self._standardise(bag, call.rows[:1]))
