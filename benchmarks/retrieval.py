@@ -123,10 +123,7 @@ def main() -> None:
     parser.add_argument("--levels", default="")
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
-    known = {
-        "deit_tiny": Backbone("deit_tiny_patch16_224", "cls:12", "patch@4:12", options.weights),
-        "scattering": Backbone("embedkit/scattering", "cls:2", "patch@4:2"),
-    }
+    known = list_backbones(options.weights)
     ratio = float("nan")
     for truth in TRUTHS:
         if truth.name not in options.truths.split(","):
@@ -135,6 +132,14 @@ def main() -> None:
             found = measure_truth(truth, {name: known[name] for name in options.backbones.split(",")}, options, folder)
         ratio = found if truth.name == "hippocampus" else ratio
     print(f"ratio {ratio:.2f}")
+
+
+def list_backbones(weights: Path) -> dict[str, Backbone]:
+    """The backbones compared, by the names that --backbones takes."""
+    return {
+        "deit_tiny": Backbone("deit_tiny_patch16_224", "cls:12", "patch@4:12", weights),
+        "scattering": Backbone("embedkit/scattering", "cls:2", "patch@4:2"),
+    }
 
 
 def measure_truth(truth: Truth, backbones: dict[str, Backbone], options: argparse.Namespace, folder: str) -> float:

@@ -33,6 +33,7 @@ def search_eval_command(
     """Judge an index: do its searches find cases that share a value? Every case is a query, none finds itself."""
     from embedkit import evaluate_search
     from embedkit.errors import OptionError
+    from embedkit.index import open_index
     from embedkit.targets import count_noun
 
     try:
@@ -77,6 +78,11 @@ def search_eval_command(
             for row in found.table.iter_rows(named=True)
         ],
     )
+    if open_index(index).embedding.startswith("run:"):
+        typer.echo(
+            "the vectors are of a run: cases that it was trained on are found more easily than new ones would be",
+            err=True,
+        )
     if found.skipped:
         noun = count_noun(found.skipped, "case")
         typer.echo(f"no query: {noun} whose {relevant} is unknown, or no other's that may be found", err=True)

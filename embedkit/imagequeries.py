@@ -46,6 +46,8 @@ def read_volume_query(
         VolumeError: ``volume`` cannot be read.
         RecipeError: ``weights`` are not those of the index's recipe.
     """
+    if not volume.exists():
+        raise SearchError(f"{volume} is not there; give an image file, or the folder of one DICOM series")
     backbone = load_query_backbone(index, weights=weights, device=device)
     with (
         tempfile.TemporaryDirectory(prefix="embedkit-query-") as folder,
@@ -91,11 +93,13 @@ def extract_query(
     Raises:
         SearchError: the image gives no tokens, or ``view`` is not one of the index's.
     """
-    case = Case("query", "query", {query_view(index, view): volume.resolve()})
+    chosen = query_view(index, view)
+    case = Case("query", "query", {chosen: volume.resolve()})
     create_cache(out, index.recipe)
     summary = extract_cases([case], out, backbone, index.recipe, device=choose_device(device))
     if summary.failures:
-        raise SearchError(f"{volume} cannot be a query: {summary.failures[0].reason}")
+        reason = summary.failures[0].reason.removeprefix(f"view {chosen}: ").removeprefix(f"{volume.resolve()}: ")
+        raise SearchError(f"{volume} cannot be a query: {reason}")
     return open_cache(out)
 
 

@@ -232,6 +232,26 @@ def test_a_query_whose_value_nobody_told_leaves_nobody_out_in_silence(
         embedkit.search(explored.index, volume=path, exclude_value="p")
 
 
+def test_an_image_that_cannot_be_a_query_is_told_by_its_name_once(explored: Explored, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "study").mkdir()
+    for name, message in (
+        ("gone.nii", r"gone.nii is not there; give an image file, or the folder of one DICOM series$"),
+        ("notes.txt", r"notes.txt cannot be a query: not a format that embedkit reads"),
+        ("study", r"study cannot be a query: [^/]*DICOM"),
+    ):
+        with pytest.raises(SearchError, match=message):
+            call("search", explored.index, "--volume", tmp_path / name)
+
+
+def test_judging_an_index_of_a_run_says_what_it_is_worth(explored: Explored, tmp_path: Path) -> None:
+    run = next(path for path in explored.runs if path.name.endswith("raptor"))
+    embedkit.build_index(explored.cache, tmp_path / "index", run=run, labels=explored.labels)
+    _, told = call("search-eval", tmp_path / "index", "--relevant", "lesion")
+    assert "the vectors are of a run: cases that it was trained on are found more easily" in told
+    assert "of a run" not in call("search-eval", explored.index, "--relevant", "lesion")[1]
+
+
 def test_why_a_case_was_found_is_told_only_where_its_slices_still_are(explored: Explored, tmp_path: Path) -> None:
     case = embedkit.open_index(explored.index).cases["case_id"][3]
     gone = ("--case", case, "--cache", tmp_path / "gone")
