@@ -112,7 +112,7 @@ def _take(read: Callable[[int], bytes], skip: int, needed: int) -> Iterator[byte
     read(1)  # an archive's checksum is compared at its end
 
 
-def _inflate(path: Path, file: _HashedFile, skip: int, needed: int, window: int) -> Iterator[bytes]:
+def _inflate(path: Path, file: _HashedFile, skip: int, needed: int, window: int) -> Iterator[memoryview]:
     """``needed`` bytes of a gzip (``window`` 31) or zlib (15) stream; the rest is read for its checksum only.
 
     Raises:
@@ -126,8 +126,7 @@ def _inflate(path: Path, file: _HashedFile, skip: int, needed: int, window: int)
             fed = data or file.read()
             part = stream.decompress(fed, _PIECE_BYTES)
             data = stream.unconsumed_tail
-            if wanted := part[max(0, skip - have) : max(0, last - have)]:
-                yield wanted
+            yield memoryview(part)[max(0, skip - have) : max(0, last - have)]
             have += len(part)
             if not (fed or part or stream.eof):
                 raise VolumeError(
@@ -144,14 +143,14 @@ def _inflate(path: Path, file: _HashedFile, skip: int, needed: int, window: int)
             )
 
 
-def _cut(parts: Iterator[bytes], dtype: np.dtype[Any]) -> Iterator[Array]:
+def _cut(parts: Iterator[bytes] | Iterator[memoryview], dtype: np.dtype[Any]) -> Iterator[Array]:
     """The whole values in bytes that come in parts of any length."""
     rest = b""
     for part in parts:
-        data = rest + part if rest else part
+        data = b"".join((rest, part)) if rest else part
         if count := len(data) // dtype.itemsize:
             yield np.frombuffer(data, dtype, count)
-        rest = data[count * dtype.itemsize :]
+        rest = bytes(data[count * dtype.itemsize :])
 
 
 def _read_with_itk(path: Path, kind: str) -> Iterator[Array]:
