@@ -44,7 +44,8 @@ from embedkit.cache import open_cache
 from embedkit.extraction import extract
 from embedkit.formulas import weigh_mean
 from embedkit.index import Index
-from embedkit.indexbuilding import add_cases, build_index
+from embedkit.indexbuilding import build_index
+from embedkit.indexchanging import add_cases
 from embedkit.indexwriting import rewrite_index, write_index
 from embedkit.manifest import read_labels
 from embedkit.plots import describe_interval

@@ -27,7 +27,7 @@ def index_command(
             " optionally with :LAYER; several with +. Default: aligned, of the coarsest patches cached."
         ),
     ] = None,
-    level: Annotated[str, typer.Option(help="case, or slice for a vector per slice.")] = "case",
+    level: Annotated[str | None, typer.Option(help="case (default), or slice for a vector per slice.")] = None,
     slices: Annotated[
         str | None, typer.Option(help="What slices are compared by, as --embedding; default: grid of patches.")
     ] = None,
@@ -37,16 +37,22 @@ def index_command(
     kind: Annotated[
         str | None, typer.Option(help="flat, hnsw, ivf, sq or ivfpq; default: chosen by size and --memory.")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="What the index may take in memory, such as 8GB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What the open index may take in memory, tables included: 8GB.")
+    ] = None,
     recall: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Share of the ten nearest to be found by an index that does not compare all; exit code 1 if it is not."
+            help="Share of the ten nearest that an index which does not compare all is to find, default .95; exit code"
+            " 1 if it does not."
         ),
-    ] = 0.95,
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Use the pooled vector of this run instead.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Table by case_id whose columns can be filtered by.")] = None,
     add: Annotated[bool, typer.Option("--add", help="Take the cases of the cache that the index lacks.")] = False,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="With --add: cases may lack the labels that the index has.")
+    ] = False,
     remove: Annotated[str | None, typer.Option(help="Withdraw these cases from the index: ID,ID,...")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
@@ -57,43 +63,39 @@ def index_command(
         raise typer.BadParameter("add and remove are two steps; give one of them", param_hint="--remove")
     if add or remove is not None:
         given = {"embedding": embedding, "slices": slices, "whiten": whiten, "kind": kind, "memory": memory, "run": run}
+        given |= {"level": level, "recall": recall}
         _refuse_options("an index that exists keeps how it was made", **given)
+    if unlabelled and not add:
+        raise typer.BadParameter("only cases that are added to an index can lack its labels", param_hint="--unlabelled")
     if remove is not None:
         _refuse_options("cases are withdrawn with all that is known of them", labels=labels)
     withdrawn = list(dict.fromkeys(split_list(remove or "")))
     if remove is not None and not withdrawn:
         raise typer.BadParameter(f"{remove!r} names no case; give ID,ID,...", param_hint="--remove")
     changed: dict[str, Any] = {}
-    warnings.simplefilter("ignore", RecallWarning)  # said below
-    if add:
-        index, taken = add_cases(out, cache=cache, labels=labels)
-        changed = {"added": taken}
-    elif remove is not None:
-        index = remove_cases(out, withdrawn, cache=cache)
-        changed = {"removed": withdrawn}
-    else:
-        index = build_index(
-            cache,
-            out,
-            embedding=embedding,
-            level=level,
-            run=run,
-            slices=slices,
-            labels=labels,
-            whiten=whiten,
-            kind=kind,
-            memory_bytes=None if memory is None else parse_size(memory, option="--memory"),
-            recall=recall,
-        )
-    if json:
-        print_json(_as_fields(index) | changed)
-    else:
-        for word, cases in changed.items():
-            typer.echo(f"{word} {len(cases)} cases{': ' + ', '.join(cases[:5]) if cases else ''}")
-        typer.echo(_describe(index))
-    if index.shortfall is not None:
-        typer.echo(index.shortfall, err=True)
-        raise typer.Exit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecallWarning)  # said below
+        if add:
+            index, taken = add_cases(out, cache=cache, labels=labels, unlabelled=unlabelled)
+            changed = {"added": taken}
+        elif remove is not None:
+            index = remove_cases(out, withdrawn, cache=cache)
+            changed = {"removed": withdrawn}
+        else:
+            index = build_index(
+                cache,
+                out,
+                embedding=embedding,
+                level=level or "case",
+                run=run,
+                slices=slices,
+                labels=labels,
+                whiten=whiten,
+                kind=kind,
+                memory_bytes=None if memory is None else parse_size(memory, option="--memory"),
+                recall=0.95 if recall is None else recall,
+            )
+    _report(index, changed, json=json)
 
 
 run = index_command
@@ -102,6 +104,24 @@ run = index_command
 def _refuse_options(reason: str, **options: object) -> None:
     if given := [f"--{name}" for name, value in options.items() if value is not None]:
         raise typer.BadParameter(f"{reason}; leave out {', '.join(given)}")
+
+
+def _report(index: Index, changed: dict[str, Any], *, json: bool) -> None:
+    """Says what the index holds, and what it lacks; exit code 1 where it finds less than was asked for."""
+    from embedkit.indexlabels import list_unlabelled
+
+    if json:
+        print_json(_as_fields(index) | changed)
+    else:
+        for word, cases in changed.items():
+            typer.echo(f"{word} {len(cases)} cases{': ' + ', '.join(cases[:5]) if cases else ''}")
+        typer.echo(_describe(index))
+    if lacking := list_unlabelled(index.cases):
+        shown = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+        typer.echo(f"{len(lacking)} of {len(index)} cases have no label: {shown}; filters leave them out", err=True)
+    if index.shortfall is not None:
+        typer.echo(index.shortfall, err=True)
+        raise typer.Exit(1)
 
 
 def _as_fields(index: Index) -> dict[str, Any]:

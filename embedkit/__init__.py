@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from embedkit.explanation import explain as explain
     from embedkit.exporting import export_run as export_run
     from embedkit.extraction import extract as extract
-    from embedkit.indexbuilding import add_cases as add_cases
     from embedkit.indexbuilding import build_index as build_index
-    from embedkit.indexbuilding import remove_cases as remove_cases
+    from embedkit.indexchanging import add_cases as add_cases
+    from embedkit.indexchanging import remove_cases as remove_cases
     from embedkit.indexinspection import verify_index as verify_index
     from embedkit.inspection import describe_cache as describe_cache
     from embedkit.inspection import verify_cache as verify_cache
@@ -72,7 +72,8 @@ _HOMES = {
     "explanation": ("explain",),
     "exporting": ("export_run",),
     "extraction": ("extract",),
-    "indexbuilding": ("add_cases", "build_index", "remove_cases"),
+    "indexbuilding": ("build_index",),
+    "indexchanging": ("add_cases", "remove_cases"),
     "indexinspection": ("verify_index",),
     "inspection": ("describe_cache", "verify_cache"),
     "manifest": ("read_labels", "read_manifest", "write_manifest"),

@@ -20,7 +20,7 @@ from embedkit.answers import choose_class, stated_times, word_answer
 from embedkit.cache import Cache, open_cache
 from embedkit.errors import OptionError, RecipeError, RequestError, RunError, SearchError
 from embedkit.index import Index, open_index
-from embedkit.indexbuilding import join_labels
+from embedkit.indexlabels import join_labels
 from embedkit.manifest import read_labels
 from embedkit.queries import Query, open_slices
 from embedkit.retrieval import search

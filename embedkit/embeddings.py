@@ -19,12 +19,10 @@ from embedkit.recipe import TokenSet
 
 __all__ = [
     "CaseVectors",
-    "EmbeddedCases",
     "Embedding",
     "Statistic",
     "embed_cases",
-    "embed_new_cases",
-    "join_embeddings",
+    "mean_views",
     "name_layer",
     "parse_embeddings",
     "require_token_set",
@@ -130,16 +128,8 @@ class CaseVectors:
     present: NDArray[np.bool_]
 
     def view_means(self) -> FloatArray:
-        """Mean over the cases that have the view, [views dim]; a view of one case takes the mean over all views.
-
-        Zeros where there is one vector in all: nothing could be told apart by its difference to itself.
-        """
-        counts = self.present.sum(0)
-        if counts.sum() < 2:
-            return np.zeros(self.vectors.shape[1:], np.float32)
-        means = self.vectors.sum(0) / np.maximum(counts, 1)[:, None]
-        means[counts < 2] = self.vectors[self.present].mean(0)
-        return cast(FloatArray, means.astype(np.float32))
+        """Mean over the cases that have the view, [views dim], as `mean_views` gives it."""
+        return mean_views(self.vectors.sum(0), self.present.sum(0))
 
     def fuse(self, view_means: FloatArray) -> FloatArray:
         """One vector per case, [cases dim]: the mean over its views of the vector's difference to the view's mean.
@@ -149,6 +139,22 @@ class CaseVectors:
         centred = np.where(self.present[..., None], self.vectors - view_means, 0.0)
         counts = np.maximum(self.present.sum(1), 1)
         return cast(FloatArray, (centred.sum(1) / counts[:, None]).astype(np.float32))
+
+
+def mean_views(sums: NDArray[Any], counts: NDArray[np.int64]) -> FloatArray:
+    """The mean vector of each view, float32 [views dim]; a view of one case takes the mean over all views.
+
+    Zeros where there is one vector in all: nothing could be told apart by its difference to itself.
+
+    Args:
+        sums: [views dim], over the cases that have the view.
+        counts: int64 [views], how many those are.
+    """
+    if counts.sum() < 2:
+        return np.zeros(sums.shape, np.float32)
+    means = sums / np.maximum(counts, 1)[:, None]
+    means[counts < 2] = sums.sum(0) / counts.sum()
+    return cast(FloatArray, means.astype(np.float32))
 
 
 def embed_cases(cache: Cache, embedding: Embedding, *, views: Sequence[str] | None = None) -> CaseVectors:
@@ -176,23 +182,6 @@ def embed_cases(cache: Cache, embedding: Embedding, *, views: Sequence[str] | No
     return CaseVectors(cases, names, vectors, present)
 
 
-@dataclass(frozen=True)
-class EmbeddedCases:
-    """One vector per case.
-
-    Attributes:
-        cases: case_id and patient_id, a row per case.
-        views: ``view/plane`` names.
-        means: float32 [views dim], the mean of each view that was subtracted.
-        vectors: float32 [cases dim]; zero for a case without a usable slice.
-    """
-
-    cases: pl.DataFrame
-    views: tuple[str, ...]
-    means: FloatArray
-    vectors: FloatArray
-
-
 def parse_embeddings(text: str, cache: Cache) -> tuple[Embedding, ...]:
     """Reads ``A+B``; a token set named without its layer gets the last one cached.
 
@@ -201,40 +190,6 @@ def parse_embeddings(text: str, cache: Cache) -> tuple[Embedding, ...]:
         SearchError: the cache holds no layer of a token set.
     """
     return tuple(Embedding.parse(name_layer(part.strip(), cache)) for part in text.split("+"))
-
-
-def join_embeddings(cache: Cache, embeddings: Sequence[Embedding]) -> EmbeddedCases:
-    """One vector per case of a cache: the mean over its views less the view's mean over all cases, part beside part.
-
-    Raises:
-        SearchError: the cache lacks a token set.
-    """
-    parts = [embed_cases(cache, embedding) for embedding in embeddings]
-    means = [part.view_means() for part in parts]
-    vectors = [part.fuse(mean) for part, mean in zip(parts, means, strict=True)]
-    return EmbeddedCases(parts[0].cases, parts[0].views, np.concatenate(means, 1), _beside(vectors))
-
-
-def embed_new_cases(
-    cache: Cache, embeddings: Sequence[Embedding], views: Sequence[str], means: FloatArray
-) -> EmbeddedCases:
-    """One vector per case of another cache, made as `join_embeddings` made those of which the means are.
-
-    Raises:
-        SearchError: the cache lacks a token set, or holds a view that is not among ``views``.
-    """
-    parts = [embed_cases(cache, embedding, views=views) for embedding in embeddings]
-    edges = np.cumsum([0, *(part.vectors.shape[2] for part in parts)])
-    vectors = [part.fuse(means[:, start:stop]) for part, start, stop in zip(parts, edges[:-1], edges[1:], strict=True)]
-    return EmbeddedCases(parts[0].cases, tuple(views), means, _beside(vectors))
-
-
-def _beside(vectors: Sequence[FloatArray]) -> FloatArray:
-    """Vectors of several embeddings side by side, each of length 1 so that none drowns others; one stays as it is."""
-    if len(vectors) == 1:
-        return vectors[0]
-    tiny = np.finfo(np.float32).tiny
-    return np.concatenate([part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), tiny) for part in vectors], 1)
 
 
 def require_token_set(cache: Cache, embedding: Embedding) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedkit.gpusearch import explain_stay, fetch_from_gpu, send_to_gpu
-from embedkit.indextypes import CODES, POINTS_PER_CELL, IndexPlan, faiss, measure_sample
+from embedkit.indextypes import IndexPlan, faiss, measure_sample
 from embedkit.unitvectors import split_rows
 
 __all__ = ["Prepare", "add_held_out", "build_without", "find_rows"]
@@ -25,7 +25,7 @@ _SEED = 1234
 def build_without(
     plan: IndexPlan, vectors: Any, held_out: RowArray, *, prepare: Prepare, gpu: bool = True
 ) -> tuple[Any, str | None]:
-    """Builds an index of all vectors but some, which `add_held_out` adds; learned from them only if others are too few.
+    """Builds an index of all vectors but some, which `add_held_out` adds; nothing is learned from these.
 
     Args:
         plan: The type.
@@ -93,7 +93,10 @@ def _list_kept(count: int, held_out: RowArray) -> RowArray:
 def _make_empty(plan: IndexPlan, dim: int) -> Any:
     index = faiss.index_factory(dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     base = faiss.downcast_index(index)
+    if plan.cells:
+        base.cp.min_points_per_centroid = 1  # the plan saw to it, but for what is held out: no warning on stderr
     if plan.kind == "ivfpq":
+        base.pq.cp.min_points_per_centroid = 1
         # Codes ordered for a Hamming filter that nothing here uses; it takes most of the time of learning them.
         base.do_polysemous_training = False
     if plan.kind == "hnsw":
@@ -105,9 +108,7 @@ def _fill(target: Any, plan: IndexPlan, vectors: Any, held_out: RowArray, prepar
     """Learns what there is to learn, and adds all rows that are not held out."""
     kept = _list_kept(len(vectors), held_out)
     if not target.is_trained:
-        needed = POINTS_PER_CELL * max(plan.cells, CODES if plan.code_bytes else 0)
-        known = kept if len(kept) >= needed else np.arange(len(vectors))
-        target.train(_sample(vectors, known, target.d, prepare))
+        target.train(_sample(vectors, kept, target.d, prepare))
     for part in split_rows(len(kept), vectors.shape[1]):
         block = prepare(np.asarray(vectors[kept[part]]))
         if plan.cells:

@@ -18,6 +18,7 @@ from embedkit.casetable import CaseTable
 from embedkit.errors import SearchError
 from embedkit.faisssearching import FaissSearcher, search_exactly
 from embedkit.gpusearch import explain_search_refusal
+from embedkit.hits import list_hits, pick_first
 from embedkit.indexfiles import IndexContent, read_index_files, read_vectors
 from embedkit.tuning import DEPTH
 from embedkit.unitvectors import Preparation
@@ -47,6 +48,7 @@ class Index:
         details: What the maker of the vectors noted, as plain JSON values.
         extras: Arrays that the maker of the vectors noted.
         built_on: ``GPU``, or ``CPU: `` and why.
+        identity: Tells this content of the folder from any other.
     """
 
     def __init__(self, path: Path, content: IndexContent) -> None:
@@ -63,6 +65,7 @@ class Index:
         self.details = content.details
         self.extras = content.extras
         self.built_on = content.built_on
+        self.identity = content.identity
         self._vectors = cast(FaissSearcher, content.vectors)
         self._prepare = Preparation(content.mean, content.whitening)
         self._given: NDArray[Any] | None = None
@@ -193,7 +196,7 @@ class Index:
         keep = (rows >= 0) & ((groups[rows] != groups[own][:, None]) | (groups[rows] < 0))
         if not include_self:
             keep &= rows != own[:, None]
-        return self._list(similarities, _pick_first(rows, keep, k))
+        return self._list(similarities, pick_first(rows, keep, k))
 
     def _allow(self, where: str | None) -> NDArray[np.bool_] | None:
         """Which cases a filter allows, bool [cases]; None for all of them."""
@@ -251,23 +254,7 @@ class Index:
         )
 
     def _list(self, similarities: FloatArray, rows: RowArray) -> pl.DataFrame:
-        """The rows found of each query, those that are not -1, as a table."""
-        found = rows >= 0
-        queries = np.repeat(np.arange(len(rows)), found.sum(1))
-        chosen = rows[found]
-        slices = [] if self.rows is None else _gather(self.rows, chosen, ("view", "plane", "slice"))
-        cases = chosen if self._case_of is None else self._case_of[chosen]
-        names = [name for name in self.cases.columns if name not in ("case_id", "patient_id")]
-        return pl.DataFrame(
-            [
-                pl.Series("query", queries),
-                pl.Series("rank", (found.cumsum(1))[found].astype(np.int64)),
-                *_gather(self.cases, cases, ("case_id", "patient_id")),
-                pl.Series("similarity", np.clip(similarities[found], -1, 1)),
-                *slices,
-                *_gather(self.cases, cases, names),
-            ]
-        )
+        return list_hits(similarities, rows, self.cases, slices=self.rows, case_of=self._case_of)
 
     def _require_level(self, level: str) -> None:
         if self.level != level:
@@ -338,13 +325,3 @@ def open_index(path: Path | str) -> Index:
         SearchError: no index, damaged, or of a newer format; names the file.
     """
     return Index(Path(path), read_index_files(Path(path)))
-
-
-def _pick_first(rows: RowArray, keep: NDArray[np.bool_], k: int) -> RowArray:
-    """Rows [queries found] with -1 in the place of what is not among the first k to be kept of each query."""
-    return np.where(keep & (keep.cumsum(1) <= k), rows, -1)
-
-
-def _gather(table: pl.DataFrame, rows: RowArray, names: Sequence[str]) -> list[pl.Series]:
-    """Columns of some rows; column by column, since a whole frame is gathered by threads that cost more than this."""
-    return [table[name].gather(rows) for name in names]

@@ -1,4 +1,4 @@
-"""Owns how an index comes from a cache, and how it follows the cache's growth: build, add, remove. Searches nothing."""
+"""Owns how an index comes from a cache: which vectors, what is fitted to them, the slices beside. Searches nothing."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from numpy.typing import NDArray
 
 from embedkit.bags import list_views
 from embedkit.cache import Cache, open_cache
-from embedkit.embeddings import Embedding, embed_new_cases, join_embeddings, name_layer, parse_embeddings
+from embedkit.casevectors import join_embeddings
+from embedkit.embeddings import Embedding, name_layer, parse_embeddings
 from embedkit.errors import OptionError, SearchError
-from embedkit.index import Index, open_index
+from embedkit.index import Index
+from embedkit.indexlabels import join_labels
 from embedkit.indextypes import IndexOptions
-from embedkit.indexwriting import rewrite_index, write_index
-from embedkit.manifest import read_labels
-from embedkit.queries import embed_run, open_index_run, open_source
+from embedkit.indexwriting import write_index
+from embedkit.queries import embed_run
 from embedkit.runs import open_run
 from embedkit.slicereading import SliceReader, measure_centres, sample_slices
 from embedkit.slicestore import pack_slices
 from embedkit.whitening import fit_whitening
 
-__all__ = ["LEVELS", "add_cases", "build_index", "join_labels", "remove_cases"]
+__all__ = ["LEVELS", "MadeVectors", "build_index", "list_cases", "pack_vectors", "restrict_cache"]
 
 FloatArray = NDArray[np.float32]
 LEVELS = ("case", "slice")
 """What a vector of an index stands for."""
 
-_BATCH = 16_384
 _MOST_OF_CASES, _MOST_OF_SLICES, _FEWEST = 64, 256, 8
 
 
 @dataclass(frozen=True)
-class _Vectors:
+class MadeVectors:
     """Vectors of a cache with what a query needs to become one of them.
 
     Attributes:
@@ -135,10 +135,10 @@ def _open_filled(path: str | Path, case_ids: Sequence[str] | None) -> Cache:
     if not case_ids or (unknown := sorted(set(case_ids) - held)):
         lacking = f"has no case {', '.join(unknown[:5])}" if case_ids else "was asked for no case at all"
         raise SearchError(f"cache {cache.path} {lacking}; it holds {len(held)} such as {min(held)}")
-    return _restrict(cache, case_ids)
+    return restrict_cache(cache, case_ids)
 
 
-def _count_components(made: _Vectors) -> int:
+def _count_components(made: MadeVectors) -> int:
     """How many whitened components the vectors of cases keep where nothing was said."""
     return _few(min(_MOST_OF_CASES, made.vectors.shape[1], len(made.cases) // 3))
 
@@ -151,7 +151,7 @@ def _make_vectors(
     level: str,
     run: str | Path | None,
     slices: str | None,
-) -> _Vectors:
+) -> MadeVectors:
     """Vectors of all cases or slices of a cache; all that is fitted is fitted here."""
     coarse = _coarse_patches(cache)
     compared = (embedding if level == "slice" else slices) or (f"grid:{coarse}" if coarse else "mean:cls")
@@ -163,16 +163,16 @@ def _make_vectors(
         details: dict[str, Any] = {"run": str(Path(run).resolve()), "run_digest": opened.digest}
     elif level == "case":
         parts = parse_embeddings(embedding or (f"aligned:{coarse}" if coarse else "mean:cls"), cache)
-        found = join_embeddings(cache, parts)
+        found = join_embeddings(cache, parts, file=folder / "cases.npy")
         name, cases, vectors, views = "+".join(map(str, parts)), found.cases, found.vectors, found.views
         extras, details = {"view_means": found.means}, {}
     else:
-        cases = cache.stacks.select("case_id", "patient_id").unique(maintain_order=True)
+        cases = list_cases(cache)
         name, views, vectors, extras, details = str(chosen), list_views(cache), None, {}, {}
     extras |= _fit_slices(cache, chosen, views, cases["case_id"].to_list())
     details |= {"views": list(views), "slices": str(chosen)}
-    made = _Vectors(name, cases, None, vectors, tuple(views), extras, details)
-    return _pack(cache, made, folder / "slices.npy")
+    made = MadeVectors(name, cases, None, vectors, tuple(views), extras, details)
+    return pack_vectors(cache, made, folder / "slices.npy")
 
 
 def _fit_slices(
@@ -192,8 +192,8 @@ def _few(components: int) -> int:
     return components if components >= _FEWEST else 0
 
 
-def _pack(cache: Cache, made: _Vectors, file: Path) -> _Vectors:
-    """The same with the vectors of all slices: beside those of cases, or in their place."""
+def pack_vectors(cache: Cache, made: MadeVectors, file: Path) -> MadeVectors:
+    """The same with the vectors of all slices, kept in a file: beside those of cases, or in their place."""
     reader = SliceReader(
         cache,
         Embedding.parse(made.details["slices"]),
@@ -223,86 +223,6 @@ def _name_rows(places: NDArray[np.int32], views: Sequence[str]) -> pl.DataFrame:
     )
 
 
-def add_cases(
-    index: Index | str | Path,
-    *,
-    cache: str | Path | None = None,
-    labels: str | Path | pl.DataFrame | None = None,
-) -> tuple[Index, list[str]]:
-    """Takes the cases of a cache that an index lacks; only their tokens are read.
-
-    What was fitted when the index was built (means, whitening) stays, so that a case stands where it would have stood;
-    after much growth of another kind build it anew.
-
-    Args:
-        index: An index or its folder.
-        cache: Of the index's recipe; None is the cache that was indexed.
-        labels: Columns of the new cases, as `build_index` takes them; without a table they have none.
-
-    Returns:
-        The index as it is now, and the cases taken.
-
-    Raises:
-        SearchError: the cache is gone, or the index's run was trained again.
-        RecipeError: the cache has another recipe.
-    """
-    opened = index if isinstance(index, Index) else open_index(index)
-    source = open_source(opened, cache)
-    new = sorted(set(source.stacks["case_id"]) - set(opened.cases["case_id"]))
-    if not new:
-        return opened, []
-    with tempfile.TemporaryDirectory(prefix="embedkit-index-") as folder:
-        found = _embed_as(opened, _restrict(source, new), Path(folder) / "slices.npy")
-        cases = pl.concat([opened.cases, join_labels(found.cases, labels)], how="diagonal_relaxed")
-        shift = len(opened.cases)
-        rows, extras = opened.rows, dict(opened.extras)
-        if rows is not None and found.rows is not None:
-            rows = pl.concat([rows, found.rows.with_columns(pl.col("case") + shift)])
-        else:
-            moved = found.extras["slice_places"] + np.array([shift, 0, 0, 0], np.int32)
-            extras["slice_places"] = np.concatenate([extras["slice_places"], moved])
-            extras["slices"] = _append(extras["slices"], found.extras["slices"], Path(folder) / "all-slices.npy")
-        vectors = _append(opened.read_vectors(), found.vectors, Path(folder) / "all.npy")
-        return rewrite_index(opened, vectors, cases, rows, extras=extras), new
-
-
-def remove_cases(index: Index | str | Path, case_ids: Sequence[str], *, cache: str | Path | None = None) -> Index:
-    """Withdraws cases: no vector and no row of theirs is left in the index's files.
-
-    What was fitted on all cases together (means, whitening) stays as it is.
-
-    Args:
-        index: An index or its folder.
-        case_ids: To withdraw.
-        cache: Checked to be of the index's recipe; None checks nothing.
-
-    Raises:
-        RecipeError: the cache has another recipe.
-        SearchError: the index does not hold one of them, or would be left empty.
-    """
-    opened = index if isinstance(index, Index) else open_index(index)
-    if cache is not None:
-        open_source(opened, cache)
-    held = opened.cases["case_id"]
-    if unknown := sorted(set(case_ids) - set(held)):
-        raise SearchError(f"index {opened.path} has no case {', '.join(unknown[:5])}, so it cannot be withdrawn")
-    kept = ~held.is_in(list(case_ids)).to_numpy()
-    if not kept.any():
-        raise SearchError(f"index {opened.path} would hold no case any more; delete the folder instead")
-    rows, chosen, extras = opened.rows, kept, dict(opened.extras)
-    numbers = kept.cumsum() - 1
-    if rows is not None:
-        chosen = kept[rows["case"].to_numpy()]
-        rows = rows.filter(chosen)
-        rows = rows.with_columns(case=pl.Series(numbers[rows["case"].to_numpy()]))
-    else:
-        places = extras["slice_places"]
-        left = kept[places[:, 0]]
-        extras["slices"], extras["slice_places"] = extras["slices"][left], places[left].copy()
-        extras["slice_places"][:, 0] = numbers[places[left, 0]]
-    return rewrite_index(opened, opened.read_vectors()[chosen], opened.cases.filter(kept), rows, extras=extras)
-
-
 def _check_level(level: str, embedding: str | None, run: str | Path | None, slices: str | None) -> None:
     if level not in LEVELS:
         raise OptionError(f"level {level!r} is unknown; give {' or '.join(LEVELS)}")
@@ -315,54 +235,19 @@ def _check_level(level: str, embedding: str | None, run: str | Path | None, slic
         )
 
 
-def _embed_as(index: Index, cache: Cache, file: Path) -> _Vectors:
-    """Vectors of new cases, made as those of an index."""
-    views = tuple(index.details["views"])
-    if unknown := sorted(set(list_views(cache)) - set(views)):
-        raise SearchError(
-            f"{cache.path} has view {', '.join(unknown)}, but the index knows {', '.join(views)}; build the index anew"
-        )
-    cases = cache.stacks.select("case_id", "patient_id").unique(maintain_order=True)
-    vectors: Any = None
-    if "run" in index.details:
-        cases, vectors = embed_run(open_index_run(index), cache)
-    elif index.level == "case":
-        parts = parse_embeddings(index.embedding, cache)
-        found = embed_new_cases(cache, parts, views, index.extras["view_means"])
-        cases, vectors = found.cases, found.vectors
-    return _pack(cache, _Vectors(index.embedding, cases, None, vectors, views, index.extras, index.details), file)
+def list_cases(cache: Cache) -> pl.DataFrame:
+    """case_id and patient_id of the cases of a cache, in its order."""
+    return cache.stacks.select("case_id", "patient_id").unique(maintain_order=True)
 
 
-def _restrict(cache: Cache, case_ids: Sequence[str]) -> Cache:
+def restrict_cache(cache: Cache, case_ids: Sequence[str]) -> Cache:
     """The same open cache with the stacks of these cases alone in its table; stacks keep their numbers."""
     part = copy.copy(cache)
     part.stacks = cache.stacks.filter(pl.col("case_id").is_in(list(case_ids)))
     return part
 
 
-def _append(first: NDArray[Any], second: NDArray[Any], file: Path) -> NDArray[Any]:
-    """Both arrays, one after the other, in a file that is mapped."""
-    joined = np.lib.format.open_memmap(file, "w+", first.dtype, (len(first) + len(second), first.shape[1]))
-    for start in range(0, len(first), _BATCH):
-        joined[start : start + _BATCH][: len(first) - start] = first[start : start + _BATCH]
-    joined[len(first) :] = second
-    return joined
-
-
 def _coarse_patches(cache: Cache) -> str | None:
     """The coarsest pooled patch tokens cached, of their deepest layer; None where there are none."""
     pooled = [each for each in cache.recipe.parsed_token_sets() if each.kind == "patch" and each.grid is not None]
     return str(min(pooled, key=lambda each: (each.grid or 0, -each.layer))) if pooled else None
-
-
-def join_labels(table: pl.DataFrame, labels: str | Path | pl.DataFrame | None) -> pl.DataFrame:
-    """The case table with the columns of a label table, null where that lacks the case."""
-    if labels is None:
-        return table
-    frame = read_labels(labels)
-    if not set(frame["case_id"]) & set(table["case_id"]):
-        raise SearchError(
-            f"no case_id of the labels ({', '.join(frame['case_id'].head(3))} ...) is a case of the cache"
-            f" ({', '.join(table['case_id'].head(3))} ...); spell them alike"
-        )
-    return table.join(frame.drop("patient_id", strict=False), on="case_id", how="left", maintain_order="left")

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from embedkit.errors import OptionError, RecipeError, SearchError
 from embedkit.faisssearching import FaissSearcher, measure_payload
 from embedkit.files import explain_os_error, publish_folder, remove_stale, replace_folder, temporary_path
-from embedkit.indexseals import check_file, read_fields, seal_fields, seal_file
+from embedkit.indexseals import check_file, identify, read_fields, seal_fields, seal_file
 from embedkit.indextypes import IndexOptions, faiss
 from embedkit.recipe import Recipe
 from embedkit.tuning import Tuning
@@ -74,6 +74,7 @@ class IndexContent:
         details: Plain JSON values; ``cache`` and ``run`` are folders, absolute here and relative to the index on disk.
         extras: Arrays by name.
         built_on: ``GPU``, or ``CPU: `` and why.
+        identity: Of what was read; empty before it is written.
     """
 
     embedding: str
@@ -88,6 +89,7 @@ class IndexContent:
     details: dict[str, Any]
     extras: dict[str, NDArray[Any]]
     built_on: str = ""
+    identity: str = ""
 
 
 def check_table(vectors: NDArray[Any], table: pl.DataFrame, rows: pl.DataFrame | None) -> None:
@@ -123,19 +125,20 @@ def require_free(out: Path) -> None:
         raise SearchError(f"{out} exists; choose another folder for the index or delete it first")
 
 
-def write_index_files(out: Path, content: IndexContent, vectors: NDArray[Any], *, replace: bool = False) -> None:
+def write_index_files(out: Path, content: IndexContent, vectors: NDArray[Any], *, replaces: str | None = None) -> None:
     """Writes an index folder, durably and under its name only when whole.
 
     Args:
         out: The folder.
         content: All but the vectors as they were given.
         vectors: These, [vectors dim]; may be a memory map, and is copied in batches.
-        replace: An index at ``out`` gives way to this one.
+        replaces: Identity of the index at ``out`` that gives way to this one.
 
     Raises:
-        SearchError: ``out`` exists and is not an empty folder, without ``replace``; disk full; read-only folder.
+        SearchError: ``out`` exists and is not an empty folder, without ``replaces``, or is another index by now; disk
+            full; read-only folder.
     """
-    if not replace:
+    if replaces is None:
         require_free(out)
     temporary = temporary_path(out.absolute())
     try:
@@ -143,11 +146,20 @@ def write_index_files(out: Path, content: IndexContent, vectors: NDArray[Any], *
         remove_stale(temporary.parent)
         temporary.mkdir()
         _write_files(temporary, content, vectors)
-        (replace_folder if replace and out.exists() else publish_folder)(temporary, out.absolute())
+        if replaces is None:
+            publish_folder(temporary, out.absolute())
+        else:
+            _require_unchanged(out, replaces)
+            replace_folder(temporary, out.absolute())
     except OSError as error:
         raise SearchError(f"cannot write the index: {explain_os_error(error, out)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _require_unchanged(out: Path, identity: str) -> None:
+    if identify(read_fields(out)) != identity:
+        raise SearchError(f"index {out} was changed by another since it was opened; open it and change it again")
 
 
 def _write_files(folder: Path, content: IndexContent, vectors: NDArray[np.float32]) -> None:
@@ -234,6 +246,7 @@ def _parse_files(path: Path, fields: dict[str, Any]) -> IndexContent:
         mean=arrays.get("mean.npy"),
         whitening=arrays.get("whitening.npy"),
         built_on=str(fields["built_on"]),
+        identity=identify(fields),
         details=_map_places(fields["details"], lambda place: os.path.normpath(path.resolve() / place)),
         extras={
             name.removeprefix("extra-").removesuffix(".npy"): array

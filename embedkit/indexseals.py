@@ -15,7 +15,7 @@ from typing import Any
 from embedkit.errors import SearchError
 from embedkit.files import explain_os_error
 
-__all__ = ["check_file", "list_damage", "read_fields", "seal_fields", "seal_file"]
+__all__ = ["check_file", "identify", "list_damage", "read_fields", "seal_fields", "seal_file"]
 
 _FORMAT = "embedkit-index"
 _FORMAT_VERSION = 3
@@ -86,7 +86,7 @@ def seal_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of an index.json with its format and its own checksum, as `read_fields` takes them."""
     described = {"format": _FORMAT, "format_version": _FORMAT_VERSION} | fields
     plain: dict[str, Any] = json.loads(json.dumps(described))
-    return plain | {"sha256": _sha256_of(plain)}
+    return plain | {"sha256": identify(plain)}
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
@@ -115,14 +115,15 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise SearchError(
             f"{folder} has index format {version}, this embedkit reads {_FORMAT_VERSION}; upgrade embedkit"
         )
-    if fields.pop("sha256", None) != _sha256_of(fields):
+    if fields.pop("sha256", None) != identify(fields):
         raise SearchError(f"{file} is damaged: it is not what was written; build the index again")
     if version != _FORMAT_VERSION:
         raise SearchError(f"{folder} has index format {version}, this embedkit reads {_FORMAT_VERSION}; build it again")
     return fields
 
 
-def _sha256_of(fields: dict[str, Any]) -> str:
+def identify(fields: dict[str, Any]) -> str:
+    """The checksum of the fields of an index.json, without itself."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

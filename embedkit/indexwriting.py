@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -18,7 +18,7 @@ from embedkit.faissbuilding import add_held_out, build_without, find_rows
 from embedkit.faisssearching import FaissSearcher, search_exactly
 from embedkit.index import Index, open_index
 from embedkit.indexfiles import IndexContent, check_table, measure_beside, require_free, write_index_files
-from embedkit.indextypes import IndexOptions, plan_index
+from embedkit.indextypes import IndexOptions, IndexPlan, plan_index
 from embedkit.recipe import Recipe
 from embedkit.tuning import HeldOut, Tuning, choose_held_out, tune_effort
 from embedkit.unitvectors import Preparation, measure_mean, split_rows
@@ -102,7 +102,7 @@ def rewrite_index(
     built anew, of the type that its new size asks for, and tuned again.
 
     Raises:
-        SearchError, OptionError: as `write_index`; the index is left as it was.
+        SearchError, OptionError: as `write_index`, or another changed the index meanwhile; it is left as it was.
     """
     check_table(vectors, table, rows)
     content = IndexContent(
@@ -118,12 +118,12 @@ def rewrite_index(
         details=index.details,
         extras=dict(index.extras if extras is None else extras),
     )
-    return _write(index.path, content, vectors, replace_old=True)
+    return _write(index.path, content, vectors, replaces=index.identity)
 
 
-def _write(out: Path, content: IndexContent, vectors: NDArray[Any], *, replace_old: bool = False) -> Index:
+def _write(out: Path, content: IndexContent, vectors: NDArray[Any], *, replaces: str | None = None) -> Index:
     """Builds and writes, says where the recall falls short, and opens; what was built is gone by then."""
-    write_index_files(out, _build(content, vectors), vectors, replace=replace_old)
+    write_index_files(out, _build(content, vectors), vectors, replaces=replaces)
     index = open_index(out)
     if index.shortfall is not None:
         warnings.warn(index.shortfall, RecallWarning, stacklevel=3)
@@ -139,13 +139,23 @@ def _build(content: IndexContent, vectors: NDArray[Any]) -> IndexContent:
     held_out = HeldOut(*(np.zeros(0, np.int64),) * 3)
     if plans[0].kind != "flat":
         held_out = choose_held_out(_group_vectors(content))
-    for plan in plans:
-        index, stays = build_without(plan, vectors, held_out.rows, prepare=prepare)
-        searcher = FaissSearcher(index, rows=len(vectors))
-        tuning = _tune(searcher, vectors, held_out, prepare, content.options.recall)
-        if tuning.reached:
+    built = _try(plans[0], content, vectors, held_out, prepare)
+    for plan in plans[1:]:
+        if built.tuning.reached:
             break
-    add_held_out(index, vectors, held_out.rows, prepare=prepare)
+        del built  # its memory is needed
+        built = _try(plan, content, vectors, held_out, prepare)
+    add_held_out(cast(FaissSearcher, built.vectors).index, vectors, held_out.rows, prepare=prepare)
+    return built
+
+
+def _try(
+    plan: IndexPlan, content: IndexContent, vectors: NDArray[Any], held_out: HeldOut, prepare: Preparation
+) -> IndexContent:
+    """The content with an index of that type, which lacks what is held out."""
+    index, stays = build_without(plan, vectors, held_out.rows, prepare=prepare)
+    searcher = FaissSearcher(index, rows=len(vectors))
+    tuning = _tune(searcher, vectors, held_out, prepare, content.options.recall)
     return replace(content, vectors=searcher, tuning=tuning, built_on="GPU" if stays is None else f"CPU: {stays}")
 
 
@@ -171,8 +181,8 @@ def _group_vectors(content: IndexContent) -> RowArray:
 def _tune(
     searcher: FaissSearcher, vectors: NDArray[Any], held_out: HeldOut, prepare: Preparation, recall: float
 ) -> Tuning:
-    if searcher.kind == "flat":
-        return Tuning()
+    if searcher.kind == "flat" or not len(held_out.queries):  # a single vector has no neighbours to find
+        return Tuning(effort=searcher.most if searcher.kind != "flat" else 0)
 
     def read(rows: RowArray) -> FloatArray:
         return prepare(np.asarray(vectors[rows]))

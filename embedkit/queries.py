@@ -15,7 +15,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.cache import Cache, open_cache
-from embedkit.embeddings import Embedding, embed_new_cases, parse_embeddings
+from embedkit.casevectors import embed_new_cases
+from embedkit.embeddings import Embedding, parse_embeddings
 from embedkit.errors import SearchError
 from embedkit.index import Index
 from embedkit.matching import CaseSlices

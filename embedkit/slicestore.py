@@ -88,16 +88,16 @@ class SliceStore:
 def pack_slices(
     reader: SliceReader, case_ids: Sequence[str], count: int, file: Path
 ) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
-    """Vectors and places of all slices of some cases, as `SliceStore` takes them; the vectors are mapped from a file.
+    """Vectors and places of all slices of some cases, as `SliceStore` takes them; both are mapped from files.
 
     Args:
         reader: Reads them.
         case_ids: In the order of their numbers; a case without slices in the reader's views has none.
         count: At least as many as there are slices.
-        file: To write.
+        file: To write the vectors to; the places go to one beside it.
     """
     vectors: NDArray[np.float16] | None = None
-    places = np.zeros((count, 4), np.int32)
+    places = np.lib.format.open_memmap(file.with_suffix(".places.npy"), "w+", np.int32, (count, 4))
     stop = 0
     for number, case_id in enumerate(case_ids):
         if not reader.holds(case_id):

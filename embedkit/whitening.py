@@ -13,7 +13,7 @@ __all__ = ["fit_whitening"]
 
 FloatArray = NDArray[np.float32]
 
-_SAMPLE = 20_000
+_SAMPLE, _SAMPLE_BYTES = 20_000, 1 << 29
 _EXACT_UP_TO = 512
 _SEED = 7
 
@@ -26,7 +26,7 @@ def fit_whitening(vectors: NDArray[Any], mean: FloatArray, components: int) -> F
     are those of a randomised decomposition (Halko et al. 2011, arXiv 0909.4061).
 
     Args:
-        vectors: [vectors dim], not centred; more than 20,000 are sampled.
+        vectors: [vectors dim], not centred; more than 20,000, or than 512 MiB as float32, are sampled.
         mean: float32 [dim].
         components: How many are kept, those of most variance.
 
@@ -43,9 +43,11 @@ def fit_whitening(vectors: NDArray[Any], mean: FloatArray, components: int) -> F
             f" 1 to {most}"
         )
     rows = np.arange(len(vectors))
-    if len(rows) > _SAMPLE:
-        rows = np.sort(np.random.default_rng(_SEED).choice(rows, _SAMPLE, replace=False))
-    centred = np.asarray(vectors[rows], np.float32) - mean
+    sampled = max(components + 1, min(_SAMPLE, _SAMPLE_BYTES // (4 * vectors.shape[1])))
+    if len(rows) > sampled:
+        rows = np.sort(np.random.default_rng(_SEED).choice(rows, sampled, replace=False))
+    centred = vectors[rows].astype(np.float32, copy=False)  # rows picked by number are a copy
+    centred -= mean
     if min(centred.shape) <= _EXACT_UP_TO:
         _, spreads, axes = np.linalg.svd(centred, full_matrices=False)
     else:

@@ -11,10 +11,13 @@ import polars as pl
 import pytest
 
 from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
-from embedkit.embeddings import Embedding, embed_cases, join_embeddings, parse_embeddings
+from embedkit.casevectors import join_embeddings
+from embedkit.embeddings import Embedding, embed_cases, parse_embeddings
 from embedkit.errors import OptionError, RecipeError, SearchError
 from embedkit.index import open_index
-from embedkit.indexbuilding import add_cases, build_index, remove_cases
+from embedkit.indexbuilding import build_index
+from embedkit.indexchanging import add_cases, remove_cases
+from embedkit.indexlabels import list_unlabelled
 from embedkit.queries import open_slices
 from embedkit.recipe import Recipe
 from embedkit.regions import Region
@@ -113,6 +116,34 @@ def test_cases_added_later_stand_where_they_would_have_stood(cache: Path, tmp_pa
     np.testing.assert_allclose(added.read_vectors(), alone, atol=1e-5)
     assert search(added, case_id="c30", k=1)["case_id"].to_list() == ["c31"]
     assert search(open_index(tmp_path / "index"), case_id="c38", k=1)["case_id"].to_list() == ["c39"]
+
+
+def test_a_case_added_must_not_lack_the_labels_of_the_others_unless_that_is_said(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", range(4))
+    labels = pl.DataFrame({"case_id": ["c00", "c01", "c02", "c03"], "age": [1, 2, 3, 4], "sex": list("fmfm")})
+    index = build_index(cache, tmp_path / "index", labels=labels)
+    make_cache(cache, range(4, 6))
+    new = pl.DataFrame({"case_id": ["c04", "c05"], "age": [5, 6], "sex": ["f", "m"]})
+    refused: list[tuple[Any, str]] = [
+        (None, r"has age, sex of its cases, and 2 new cases \(c04, c05\) would have none of it; give their labels"),
+        (new.filter(pl.col("age") < 6), r"nothing of 1 new case \(c05\); add them to the table, or say .*--unlabelled"),
+        (new.drop("sex"), "labels have columns age, but the index has age, sex: a filter would know only some cases"),
+        (new.rename({"sex": "Sex"}), "labels have columns age, Sex, but the index has age, sex"),
+        (new.with_columns(age=pl.Series(["old", "young"])), "age is String in the labels and Int64 in the index"),
+    ]
+    for table, message in refused:
+        with pytest.raises(SearchError, match=message):
+            add_cases(index, labels=table)
+    assert len(open_index(index.path)) == 4
+    half = new.with_columns(sex=pl.Series([None, None], dtype=pl.String), age=pl.Series([5.5, None]))
+    added, taken = add_cases(index, labels=half, unlabelled=True)
+    assert taken == ["c04", "c05"] and added.cases["age"].to_list() == [1, 2, 3, 4, 5.5, None]
+    assert list_unlabelled(added.cases) == ["c05"]
+    make_cache(cache, range(6, 7))
+    more, _ = add_cases(added, unlabelled=True)
+    assert list_unlabelled(more.cases) == ["c05", "c06"] and more.cases["sex"].null_count() == 3
+    make_cache(cache, range(7, 8))
+    assert add_cases(build_index(cache, tmp_path / "plain", cases=["c00"]), cache=cache)[1][-1] == "c07"
 
 
 @pytest.mark.parametrize("level", ["case", "slice"])

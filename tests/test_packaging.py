@@ -32,6 +32,7 @@ ABOVE = {
     "extraction",
     "imagequeries",
     "indexbuilding",
+    "indexchanging",
     "ledger",
     "orders",
     "overlays",
