@@ -3,6 +3,7 @@ share queries find that neither the index nor the tuning has seen. Knows no case
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,7 @@ def tune_effort(
     """Finds the least effort with which an index reaches a recall, on one half of the held-out queries.
 
     Reached is what the lower end of a one-sided 95% interval reaches. What the other half then finds is told.
+    Cells that hold less than twice what is asked for are not enough: there an index that lacks some fares otherwise.
 
     Args:
         vectors: As in `embedkit.faissbuilding.build_without`.
@@ -174,9 +176,11 @@ def tune_effort(
         recalls = measure(shown, effort, refine)
         return bound_recall(recalls, held_out.groups[shown], _ONE_SIDED) >= recall
 
-    efforts = _list_efforts(kind, most)
     refinements = _REFINEMENTS if kind in ("sq", "ivfpq") else (1,)
-    refine = next((each for each in refinements if reaches(efforts[-1], each)), refinements[-1])
+    greatest = min(most, _MOST_CANDIDATES) if kind == "hnsw" else most
+    refine = next((each for each in refinements if reaches(greatest, each)), refinements[-1])
+    least = 16 if kind == "hnsw" else math.ceil(2 * DEPTH * refine * most / len(vectors))
+    efforts = _list_efforts(min(least, greatest), greatest)
     low, high = 0, len(efforts) - 1
     while low < high:
         middle = (low + high) // 2
@@ -215,9 +219,8 @@ def bound_recall(recalls: NDArray[np.float64], groups: RowArray, beyond: float) 
     return float(np.clip(mean + stdtrit(len(sums) - 1, beyond) * error, 0, 1))
 
 
-def _list_efforts(kind: str, most: int) -> list[int]:
+def _list_efforts(least: int, most: int) -> list[int]:
     """Efforts to try, ascending, each about a fifth more than the one before."""
-    least, most = (min(16, most), min(_MOST_CANDIDATES, most)) if kind == "hnsw" else (1, most)
     found = {most}
     effort = float(least)
     while effort < most:

@@ -73,7 +73,7 @@ def test_every_row_is_found_under_its_own_number_after_some_were_held_out(tmp_pa
         index = build(tmp_path / kind, vectors, kind=kind, recall=0.9)
         found = index.search(vectors, 1)
         own = found.filter(pl.col("case_id") == pl.col("query").cast(pl.String))
-        assert len(own) > 1800 and own["similarity"].min() > 0.99
+        assert len(own) > 1800 and own["similarity"].min() > 0.9
         assert own.filter(pl.col("query").is_in(held_out.tolist())).height > 0.9 * len(held_out)
         assert index.search(vectors, 1, where="case_id = '7'")["case_id"].unique().to_list() == ["7"]
 
