@@ -27,8 +27,10 @@ from embedkit.lora import LowRankUpdates
 from embedkit.packing import pack_cache
 from embedkit.planning import make_recipe
 from embedkit.runs import open_run, predict
+from embedkit.segmentation import segment
 from embedkit.tails import keep_tail, load_tail, read_tail_shape, tail_path
 from embedkit.training import train
+from embedkit.volumes import read_volume
 
 TINY = "test_vit"  # timm's own for tests: 6 blocks of 64 numbers
 
@@ -269,6 +271,29 @@ def test_a_tail_is_trained_predicts_and_explains(extracted: tuple[Cache, pl.Data
     attention = cache.read(int(cache.stacks.filter(pl.col("case_id") == "c01")["stack"][0]), "attention:6")
     expected = slices["image/axial"][:, None] * attention.astype(np.float32).mean(1)
     np.testing.assert_allclose(rows.reshape(3, 16), expected, rtol=0.05)
+
+
+def test_a_tail_learns_masks_on_all_its_patches_and_draws_them(
+    extracted: tuple[Cache, pl.DataFrame], tmp_path: Path
+) -> None:
+    cache, labels = extracted
+    scans = cache.path.parent / "scans"
+    mask = np.zeros((3, 64, 64), np.uint8)
+    mask[1:, :, :32] = 1
+    np.save(tmp_path / "mask.npy", mask)
+    odd = pl.when(pl.col("case_id").str.tail(1).cast(pl.Int64) % 2 == 1)
+    table = pl.read_csv(scans / "cases.csv").with_columns(
+        path=str(scans) + "/" + pl.col("path"), mask=odd.then(pl.lit(str(tmp_path / "mask.npy")))
+    )
+    fit = {"epochs": 12, "precision": "fp32", "holdout": 0.3, "batch_size": 4, "learning_rate": 5e-3}
+    small = {"rank": 2, "grid": 2, "blocks": 1, "dropout": 0.0}
+    given: dict[str, Any] = {"targets": ["bright"], "heads": ["tail"], "folds": 2, "resamples": 20}
+    train(cache, labels, masks=table, out=tmp_path, fit_options=fit, head_options={"tail": small}, **given)
+    run = open_run(tmp_path / "bright.tail")
+    assert run.record.masks == 6 and run.metrics["dice"].value > 0.8
+    (drawn,) = segment(run, cache, tmp_path / "masks", case_ids=["c03"], held_out=True)
+    found = read_volume(drawn.path).array > 0
+    assert 2 * (found & (mask > 0)).sum() / (found.sum() + mask.sum()) > 0.7
 
 
 def test_a_cache_whose_tail_is_gone_says_so_before_training(
