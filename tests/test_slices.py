@@ -453,6 +453,14 @@ def test_previews_are_the_mean_of_the_channels() -> None:
     assert previews.unique().tolist() == [128]
 
 
+def test_an_object_of_less_than_a_hundredth_of_the_volume_is_still_found() -> None:
+    array = np.zeros((20, 64, 64), np.float32)
+    array[4:12, 20:30, 40:46] = 7.0
+    assert np.percentile(array, 99) == 0 < np.percentile(array, 99.5)
+    extent = foreground_extent(array)
+    assert extent == ((4, 12), (20, 30), (40, 46))
+
+
 # patches and voxels
 
 
