@@ -243,10 +243,13 @@ def compare_patches(query: StackSlices, other: StackSlices) -> FloatArray:
     """[query-slices other-slices]: the mean of each query patch's best cosine in the other slice, by its vote."""
     slices, patches, dim = query.patches.shape
     votes = np.ones((slices, patches), np.float32) if query.votes is None else query.votes
-    cosines = query.patches.reshape(-1, dim) @ other.patches.reshape(-1, dim).T
-    best = cosines.reshape(slices, patches, *other.patches.shape[:2]).max(3)
-    shares = votes / np.maximum(votes.sum(1, keepdims=True), np.finfo(np.float32).tiny)
-    return cast(FloatArray, np.einsum("sp,spo->so", shares, best))
+    shares = (votes / np.maximum(votes.sum(1, keepdims=True), np.finfo(np.float32).tiny)).reshape(-1)
+    voting = np.flatnonzero(shares)
+    cosines = query.patches.reshape(-1, dim)[voting] @ other.patches.reshape(-1, dim).T
+    best = cosines.reshape(len(voting), *other.patches.shape[:2]).max(2)
+    found = np.zeros((slices, best.shape[1]), np.float32)
+    np.add.at(found, voting // patches, shares[voting, None] * best)
+    return found
 
 
 def _common_views(query: CaseSlices, other: CaseSlices) -> list[str]:
