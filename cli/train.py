@@ -97,6 +97,14 @@ def train_command(
     start: Annotated[
         Path | None, typer.Option("--from", help="Run whose head the new one starts from; its last layer begins anew.")
     ] = None,
+    keep_old: Annotated[
+        int | None,
+        typer.Option(
+            help="With --from: hold the head to that run's answers on this many exemplars per fold, and write that run"
+            " anew beside the new one."
+        ),
+    ] = None,
+    keep_weight: Annotated[float, typer.Option(help="What --keep-old counts beside the new target's loss.")] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the runs that exist, if they are the same, and train the others.")
@@ -142,6 +150,8 @@ def train_command(
                 seeds=seeds,
                 storage=storage,  # type: ignore[arg-type]  # refused with the known ones by train
                 start=start,
+                keep_old=keep_old,
+                keep_weight=keep_weight,
                 device=device,
                 overwrite=overwrite,
                 resume=resume,

@@ -63,6 +63,7 @@ class CrossFit:
             fold that tested it; NaN where in no fold.
         inner: Of every fold and inner split.
         notes: What the user should know of how they were trained.
+        kept: One per member where the answers of an old run are kept: for its target, with the same layers.
     """
 
     shape: BagShape
@@ -72,6 +73,7 @@ class CrossFit:
     scores: NDArray[np.float64]
     inner: tuple[InnerScores, ...]
     notes: tuple[str, ...] = ()
+    kept: tuple[Member, ...] = ()
 
 
 def cross_fit(
@@ -125,7 +127,10 @@ def cross_fit(
             fitter.answer(each) if each[0].plan.by_gradient else [_answer_closed_form(preparation, job) for job in each]
             for each in jobs
         ]
-    return [_collect(preparation, each, found, fitter.obstacles) for each, found in zip(jobs, answers, strict=True)]
+    return [
+        _collect(preparation, each, found, fitter.notes(each[0].plan.head))
+        for each, found in zip(jobs, answers, strict=True)
+    ]
 
 
 def _fit_closed_form(preparation: Preparation, job: FoldJob) -> None:
@@ -168,7 +173,7 @@ def _features(preparation: Preparation, job: FoldJob, candidate: Candidate) -> T
 
 
 def _collect(
-    preparation: Preparation, jobs: Sequence[FoldJob], answers: Sequence[Sequence[Tensor]], obstacles: dict[str, str]
+    preparation: Preparation, jobs: Sequence[FoldJob], answers: Sequence[Sequence[Tensor]], notes: tuple[str, ...]
 ) -> CrossFit:
     """The members of all folds and their scores."""
     plan, task = jobs[0].plan, jobs[0].task
@@ -185,8 +190,6 @@ def _collect(
             for split, (held, logits) in enumerate(zip(job.splits, job.fitted[0][1].inner, strict=True))
         ]
     fitted = [(job.fold, member, report) for job in jobs for member, report in job.fitted]
-    obstacle = obstacles.get(plan.head)
-    notes = (f"{plan.head} was fitted one fit after the other ({obstacle})",) if obstacle else ()
     return gather_fits(preparation, plan, fitted, scores, inner, notes=notes)
 
 

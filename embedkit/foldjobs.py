@@ -25,7 +25,7 @@ from embedkit.plugins import survival_likelihood
 from embedkit.sweeps import Candidate
 from embedkit.tasks import Task, TaskKind, inner_split
 
-__all__ = ["FoldJob", "FoldedTask", "make_job", "rank"]
+__all__ = ["FoldJob", "FoldedTask", "make_job", "make_task_loss", "rank"]
 
 _CLOSED_FORM_SPLITS = 5
 _SWEEP_SPLITS = 3
@@ -129,16 +129,17 @@ def make_job(
 def _make_loss(plan: HeadPlan, task: Task, training: NDArray[np.bool_], device: torch.device) -> FitLoss:
     if isinstance(task, JointTask):
         parts = [
-            _make_task_loss(plan, part.kind, task.spread(place, part.targets), training & has, device)
+            make_task_loss(plan, part.kind, task.spread(place, part.targets), training & has, device)
             for place, (part, has) in enumerate(zip(task.parts, task.labelled.T, strict=True))
         ]
         return JointLoss(parts, task.columns, task.labelled, training)
-    return _make_task_loss(plan, task.kind, task.targets, training, device)
+    return make_task_loss(plan, task.kind, task.targets, training, device)
 
 
-def _make_task_loss(
+def make_task_loss(
     plan: HeadPlan, kind: TaskKind, targets: NDArray[Any], training: NDArray[np.bool_], device: torch.device
 ) -> TaskLoss:
+    """The loss of a head on targets of a kind, those of the training cases bool [cases] giving weights or unit."""
     return TaskLoss(
         kind,
         targets,

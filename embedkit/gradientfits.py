@@ -97,6 +97,11 @@ class GradientFitter:
         run_passes(list(last), self.obstacles, finish)
         self._fit_curves([job for job in jobs if job.task.kind == "survival"])
 
+    def notes(self, head: str) -> tuple[str, ...]:
+        """What the user should know of how the fits of a head were run."""
+        obstacle = self.obstacles.get(head)
+        return (f"{head} was fitted one fit after the other ({obstacle})",) if obstacle else ()
+
     def answer(self, jobs: Sequence[FoldJob]) -> list[list[Tensor]]:
         """Logits [tested outputs] of the tested cases of each job by each of its members."""
         return self._compute_logits(jobs, {job: job.tested for job in jobs})

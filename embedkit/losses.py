@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from embedkit.curves import choose_edges, count_edges, interval_logits
 from embedkit.targets import TaskKind
 
-__all__ = ["FitLoss", "StackedFitLoss", "StackedLoss", "TaskLoss", "count_outputs", "target_unit"]
+__all__ = ["FitLoss", "StackedFitLoss", "StackedLoss", "TaskLoss", "count_outputs", "lengthen", "target_unit"]
 
 
 class StackedFitLoss(Protocol):
@@ -162,7 +162,7 @@ class StackedLoss:
         most = max(len(loss.targets) for loss in losses)
         self._targets, self._weights = losses[0].targets[None], losses[0].weights
         if not self._same:
-            self._targets = torch.stack([_lengthen(loss.targets, most) for loss in losses])
+            self._targets = torch.stack([lengthen(loss.targets, most) for loss in losses])
             weights = [loss.weights for loss in losses if loss.weights is not None]
             self._weights = torch.stack(weights) if weights else None
 
@@ -219,7 +219,7 @@ class StackedLoss:
         return torch.stack(losses)
 
 
-def _lengthen(values: Tensor, length: int) -> Tensor:
+def lengthen(values: Tensor, length: int) -> Tensor:
     """Values [cases ...] with rows of zeros after them, up to ``length``."""
     return torch.cat([values, values.new_zeros(length - len(values), *values.shape[1:])])
 

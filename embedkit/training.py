@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,12 +19,13 @@ from embedkit.cache import Cache, open_cache
 from embedkit.errors import OptionError
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, TokenChoice, match_heads, plan_heads
-from embedkit.jointfitting import cross_fit_all, deal_jointly
+from embedkit.jointfitting import deal_jointly
+from embedkit.keeping import Keeper, require_keepable
 from embedkit.manifest import read_labels
 from embedkit.planning import choose_device
-from embedkit.preparation import Preparation
 from embedkit.resuming import is_finished
-from embedkit.runfolder import require_absent, write_run
+from embedkit.rounds import Work
+from embedkit.runfolder import require_absent
 from embedkit.runs import Run, open_run
 from embedkit.storage import Storage
 from embedkit.supervision import Supervision
@@ -34,8 +35,6 @@ from embedkit.trainingrecords import (
     TrainedTarget,
     describe_sweep,
     list_fit_options,
-    make_record,
-    tabulate_inner,
     tabulate_scores,
 )
 from embedkit.warmstart import WarmStart, plan_start, require_fresh
@@ -101,6 +100,8 @@ def train(
     resamples: int = 2000,
     storage: Storage = "auto",
     start: Run | Path | str | None = None,
+    keep_old: int | None = None,
+    keep_weight: float = 1.0,
     on_progress: Callable[[TrainingProgress], None] | None = None,
 ) -> Training:
     """Trains heads on the cached tokens of labelled cases and writes one run folder ``OUT/TARGET.HEAD`` each.
@@ -147,6 +148,9 @@ def train(
         start: A run whose head the new one of the same name starts from, see `embedkit.warmstart`; ``heads`` are then
             that one unless given, its options and token sets those of the run. Where the run knows patients of a
             target, its folds are kept.
+        keep_old: Most exemplars per fold on which the head is held to the answers of ``start``, see
+            `embedkit.keeping`; its run as it is then is written too, ``OUT/OLD_TARGET.HEAD``. None keeps nothing.
+        keep_weight: What that counts beside the loss of the new target.
         on_progress: Called after every fit.
 
     Raises:
@@ -168,38 +172,42 @@ def train(
     chosen = choose_device(device)
     _check_runs(resume=resume, overwrite=overwrite, seeds=seeds)
     _check_folds(repeats=repeats, split=split, group_by=group_by)
+    keeps = keep_old is not None
+    if keep_old is not None:
+        require_keepable(keep_old, keep_weight, starts=start is not None, targets=names, masks=masks is not None)
     fresh = {"sweep": sweep, "repeats": repeats, "resume": resume}
-    begun, heads, token_sets, head_options = _begin(
-        start, source, supervision, heads=heads, token_sets=token_sets, head_options=head_options or {}, fresh=fresh
-    )
+    asked: dict[str, Any] = {"heads": heads, "token_sets": token_sets, "head_options": head_options or {}}
+    begun, heads, token_sets, head_options = _begin(start, source, supervision, **asked, fresh=fresh, keeps=keeps)
     plans = plan_heads(source, heads, token_sets, head_options, fit_options or {}, sweep=sweep, seed=seed)
-    folders = _plan_folders(Path(out), names, plans, overwrite=overwrite or resume)
+    folders = _plan_folders(Path(out), names, plans, kept=begun if keeps else None, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
     made = [
         make_task(table, name, usable, **_task_options(name, kind=kind, classes=classes, event=event, times=times))
         for name in names
     ]
     tasks = [task for task, _ in made]
-    case_ids = sorted({case for task in tasks for case in task.case_ids})
     _check_imbalance(plans, tasks)
     matched = match_heads(plans, tasks, heads)
     deal = partial(
         _deal, table=table, begun=begun, split=split, group_by=group_by, folds=folds, repeats=repeats, seed=seed
     )
     joint = deal_jointly(matched, tasks, deal)
-    prepared = [
+    prepared = tuple(
         TrainedTarget(dealt, split or group_by or len(dealt.tested) // len(dealt.folds), report, blank)
         for dealt, report in ((joint.parts.get(task.name) or deal(task), report) for task, report in made)
-    ]
-    fit_count = sum(len(target.folded.tested) * len(matched[target.task.name]) for target in prepared)
+    )
+    keeper = None
+    if begun is not None and keep_old is not None:
+        (plan,) = (plan for plan in plans if plan.head == begun.head)
+        folded = prepared[0].folded
+        keeper = Keeper(begun, source, plan, folded, usable=usable, count=keep_old, weight=keep_weight)
+    case_ids = sorted({case for cases in (*tasks, *([] if keeper is None else [keeper])) for case in cases.case_ids})
     supervision.measure(plans, case_ids)
-    account = _Account(fit_count, on_progress)
     given: dict[str, Any] = {"folds": split or group_by or folds, "repeats": repeats, "sweep": sweep, "seed": seed}
+    wanted = [(plan, target) for plan in plans for target in prepared if plan in matched[target.task.name]]
     pending = [
         (plan, target)
-        for plan in plans
-        for target in prepared
-        if plan in matched[target.task.name]
+        for plan, target in wanted
         if not resume
         or not _is_done(
             folders[target.task.name, plan.head],
@@ -210,31 +218,14 @@ def train(
             seeds=seeds,
         )
     ]
-    account.done = account.total - sum(len(target.folded.tested) for _, target in pending)
-    unfinished = [plan for plan in plans if any(plan is each for each, _ in pending)]
-    shared: dict[str, Any] = {"seed": seed, "storage": storage, "covers": supervision.covers}
-    preparation = Preparation(source, unfinished, case_ids, chosen, **shared) if pending else None
-    for together in preparation.rounds(unfinished) if preparation else ():
-        started = time.perf_counter()
-        wanted = [(plan, target) for plan, target in pending if plan in together]
-        fits = [(plan, target.folded) for plan, target in wanted]
-        how: dict[str, Any] = {"seed": seed, "seeds": seeds, "start": begun, "on_fold": account.after_fold}
-        found = cross_fit_all(cast(Preparation, preparation), fits, joint, **how)
-        seconds = (time.perf_counter() - started) / len(wanted)
-        for (plan, target), fitted in zip(wanted, found, strict=True):
-            told: dict[str, Any] = {
-                "sweep": sweep,
-                "seed": seed,
-                "seconds": seconds,
-                "resamples": resamples,
-                "more": (begun.note,) if begun is not None and begun.head == plan.head else (),
-            }
-            record = make_record(source, joint.place(plan, target.task), target, fitted, **told)
-            record = supervision.tell(record, plan, target.folded, fitted, resamples=resamples)
-            scored, inner = tabulate_scores(target, fitted.scores), tabulate_inner(target.task, fitted.inner)
-            folder = folders[target.task.name, plan.head]
-            write_run(folder, record, fitted.members, scored, inner, overwrite=overwrite)
-    runs = [open_run(folders[target.task.name, plan.head]) for target in prepared for plan in matched[target.task.name]]
+    work = Work(source, joint, supervision, folders, begun=begun, keeper=keeper, device=chosen, storage=storage)
+    account = _Account(wanted, pending, on_progress)
+    how: dict[str, Any] = {"sweep": sweep, "seed": seed, "seeds": seeds, "resamples": resamples}
+    work.run(pending, case_ids, overwrite=overwrite, on_fold=account.after_fold, **how)
+    written = [(target.task.name, plan.head) for target in prepared for plan in matched[target.task.name]]
+    if keeper is not None:
+        written.append((keeper.start.run.record.target, keeper.start.head))
+    runs = [open_run(folders[each]) for each in written]
     return Training(tuple(runs), _tabulate_runs(runs))
 
 
@@ -247,13 +238,15 @@ def _begin(
     token_sets: TokenChoice,
     head_options: Mapping[str, Mapping[str, Any]],
     fresh: Mapping[str, Any],
+    keeps: bool,
 ) -> tuple[WarmStart | None, Sequence[str] | None, TokenChoice, Mapping[str, Mapping[str, Any]]]:
     """What heads start from, which are trained, on which token sets and with which options."""
     if start is None:
         return None, heads, token_sets, supervision.ask(heads or DEFAULT_HEADS, head_options)
     require_fresh(token_sets=token_sets, **fresh)
     opened = start if isinstance(start, Run) else open_run(start)
-    return plan_start(opened, source, heads, supervision.ask(heads or [opened.head], head_options))
+    asked = supervision.ask(heads or [opened.head], head_options)
+    return plan_start(opened, source, heads, asked, keeps=keeps)
 
 
 def _deal(
@@ -280,9 +273,14 @@ def _deal(
 class _Account:
     """Counts the fits that are done and tells the caller."""
 
-    def __init__(self, total: int, on_progress: Callable[[TrainingProgress], None] | None) -> None:
-        self.total = total
-        self.done = 0
+    def __init__(
+        self,
+        wanted: Sequence[tuple[HeadPlan, TrainedTarget]],
+        pending: Sequence[tuple[HeadPlan, TrainedTarget]],
+        on_progress: Callable[[TrainingProgress], None] | None,
+    ) -> None:
+        self.total = sum(len(target.folded.tested) for _, target in wanted)
+        self.done = self.total - sum(len(target.folded.tested) for _, target in pending)
         self.on_progress = on_progress
         self.started = time.perf_counter()
 
@@ -329,18 +327,25 @@ def _is_done(
 
 
 def _plan_folders(
-    out: Path, targets: Sequence[str], plans: Sequence[HeadPlan], *, overwrite: bool
+    out: Path, targets: Sequence[str], plans: Sequence[HeadPlan], *, kept: WarmStart | None, overwrite: bool
 ) -> dict[tuple[str, str], Path]:
-    """The run folder of each target and head, which must be free before anything is trained."""
+    """The run folder of each target and head, an old run that is kept among them; free before anything is trained."""
+    wanted = [(target, plan.head) for target in targets for plan in plans]
+    if kept is not None:
+        wanted.append((kept.run.record.target, kept.head))
     folders: dict[tuple[str, str], Path] = {}
-    for target in targets:
+    for target, head in wanted:
         safe = re.sub(r"[^\w.-]", "_", target).lstrip(".") or "_"
-        for plan in plans:
-            path = out / f"{safe}.{plan.head}"
-            if path in folders.values():
-                raise OptionError(f"two targets would both write to {path}; rename the column {target!r}")
-            require_absent(path, overwrite=overwrite)
-            folders[target, plan.head] = path
+        path = out / f"{safe}.{head}"
+        if path in folders.values():
+            raise OptionError(f"two targets would both write to {path}; rename the column {target!r}")
+        if kept is not None and path.resolve() == kept.run.path.resolve():
+            raise OptionError(
+                f"run {kept.run.name} would be written over where it lies, {path}; choose another --out, so that it can"
+                " be compared with what training made of it"
+            )
+        require_absent(path, overwrite=overwrite)
+        folders[target, head] = path
     return folders
 
 

@@ -38,18 +38,25 @@ class WarmStart:
 
     Attributes:
         run: The old run.
-        taken: Parameters and buffers that are taken over.
+        axes: Parameter or buffer of its head -> the axes that grow with the number of outputs.
+        keeps: Whether the new head has the outputs of the old one too, after its own.
     """
 
-    def __init__(self, run: Run, taken: tuple[str, ...]) -> None:
+    def __init__(self, run: Run, axes: Mapping[str, tuple[int, ...]], *, keeps: bool = False) -> None:
         self.run = run
-        self.taken = taken
+        self.axes = axes
+        self.keeps = keeps
         self._folds = sorted({int(each["fold"]) for each in run.record.members})
 
     @property
     def head(self) -> str:
         """Name of the head that it is for."""
         return self.run.head
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Parameters and buffers that are taken over: those that all outputs share."""
+        return tuple(name for name, grows in self.axes.items() if not grows)
 
     @property
     def note(self) -> str:
@@ -65,7 +72,8 @@ class WarmStart:
         Raises:
             RunError: a tensor has another shape.
         """
-        old = self._member(fold, number).head.state_dict()
+        members = self.members(fold)
+        old = members[number % len(members)].head.state_dict()
         new = head.state_dict()
         for name in self.taken:
             if name not in new or new[name].shape != old[name].shape:
@@ -76,10 +84,23 @@ class WarmStart:
                 )
         with torch.no_grad():
             head.load_state_dict({**new, **{name: old[name] for name in self.taken}})
+            for name, axes in self.axes.items() if self.keeps else ():
+                for axis in axes:  # one, as keeping requires
+                    size = old[name].shape[axis]
+                    head.state_dict()[name].narrow(axis, new[name].shape[axis] - size, size).copy_(old[name])
 
     def standardiser(self, fold: int) -> Standardiser:
         """That of the member which the heads of a fold start from."""
-        return cast(Standardiser, self._member(fold, 0).standardiser)
+        return cast(Standardiser, self.members(fold)[0].standardiser)
+
+    def old_fold(self, fold: int) -> int:
+        """The fold of the old run whose members the heads of a fold start from."""
+        return self._folds[fold % len(self._folds)]
+
+    def members(self, fold: int) -> list[Member]:
+        """The members of the old run that the heads of a fold start from."""
+        pairs = zip(self.run.record.members, self.run.members, strict=True)
+        return [member for each, member in pairs if each["fold"] == self.old_fold(fold)]
 
     def deal(self, task: Task, *, column: str | None = None) -> FoldedTask | None:
         """The folds of the old run, where it knows patients of the task; None where any folds will do.
@@ -115,30 +136,25 @@ class WarmStart:
             values = [fold_of[patient] for patient in task.patient_ids]
         name = f"fold of run {self.run.name}"
         table = pl.DataFrame({"case_id": task.case_ids, name: values})
-        return FoldedTask(task, folds_from_column(task, table, name)[None])
-
-    def _member(self, fold: int, number: int) -> Member:
-        wanted = self._folds[fold % len(self._folds)]
-        of_fold = [
-            member
-            for each, member in zip(self.run.record.members, self.run.members, strict=True)
-            if each["fold"] == wanted
-        ]
-        return of_fold[number % len(of_fold)]
+        folds = folds_from_column(task, table, name)
+        if not untested:  # a fold of which no patient is in the task has no number in those, but keeps its own here
+            folds = np.array([self._folds.index(int(value)) for value in values], np.int64)
+        return FoldedTask(task, folds[None])
 
 
-def open_start(run: Run | Path | str, cache: Cache, options: Mapping[str, Any]) -> WarmStart:
+def open_start(run: Run | Path | str, cache: Cache, options: Mapping[str, Any], *, keeps: bool = False) -> WarmStart:
     """Opens an old run to start from.
 
     Args:
         run: The run or its folder.
         cache: That the new training reads.
         options: Of the run's head, as the user gave them.
+        keeps: As `WarmStart` has it.
 
     Raises:
         RunError: its head is fitted in closed form or learns several targets, shares nothing between its outputs, was
-            chosen by a sweep or on repeated folds, or has other sizes by these options; or the cache has other views or
-            lacks token sets.
+            chosen by a sweep or on repeated folds, or has other sizes by these options; the cache has other views or
+            lacks token sets; or answers are to be kept of a head that mixes its outputs.
         RecipeError: the cache has another recipe.
     """
     opened = run if isinstance(run, Run) else open_run(run)
@@ -164,15 +180,20 @@ def open_start(run: Run | Path | str, cache: Cache, options: Mapping[str, Any]) 
         )
     kept = {**record.head_options, **options}
     axes = find_output_axes(record.head, record.shape, record.token_sets, record.outputs, options=kept)
-    taken = tuple(name for name, grows in axes.items() if not grows)
-    if not taken:
+    if all(axes.values()):
         raise RunError(
             f"run {record.name} is no start for another: all of head {record.head!r} belongs to its outputs; choose a"
             " head with layers before its last, as mlp or abmil"
         )
-    start = WarmStart(opened, taken)
+    if keeps and (mixed := [name for name, grows in axes.items() if len(grows) > 1]):
+        raise RunError(
+            f"the answers of run {record.name} cannot be kept: {mixed[0]} of head {record.head!r} mixes its outputs;"
+            " choose a run of a head whose outputs are apart, as abmil or grid, or keep nothing"
+        )
+    start = WarmStart(opened, axes, keeps=keeps)
+    outputs = record.outputs * (2 if keeps else 1)
     with torch.random.fork_rng(devices=[]):
-        start.load(create_head(record.head, record.shape, record.token_sets, record.outputs, options=kept), 0, 0)
+        start.load(create_head(record.head, record.shape, record.token_sets, outputs, options=kept), 0, 0)
     return start
 
 
@@ -181,6 +202,8 @@ def plan_start(
     cache: Cache,
     heads: Sequence[str] | None,
     head_options: Mapping[str, Mapping[str, Any]],
+    *,
+    keeps: bool = False,
 ) -> tuple[WarmStart, Sequence[str], TokenChoice, Mapping[str, Mapping[str, Any]]]:
     """Opens an old run to start from, and says which heads are then trained, on which token sets, with which options.
 
@@ -196,7 +219,7 @@ def plan_start(
             " leave the heads out"
         )
     given = head_options.get(head, {})
-    start = open_start(opened, cache, given)
+    start = open_start(opened, cache, given, keeps=keeps)
     options = {**head_options, head: {**opened.record.head_options, **given}}
     return start, [head] if heads is None else heads, {head: opened.record.token_sets}, options
 

@@ -101,6 +101,29 @@ def test_a_head_starts_from_the_member_of_its_fold_and_the_folds_of_the_old_run_
     assert not any("started" in note for run in trained.runs[:-1] for note in run.record.notes)
 
 
+def test_a_fold_that_has_no_patient_of_the_new_target_leaves_the_others_with_their_members(
+    cache: Cache, tmp_path: Path
+) -> None:
+    old = run_training(cache, tmp_path / "old", "ill", heads=("mlp",), head_options=MLP, folds=3).runs[-1]
+    fold_of = dict(old.predictions.select("case_id", "fold").iter_rows())
+    labels = LABELS.with_columns(
+        few=pl.Series(
+            [ill if fold_of.get(case) in (0, 2) else None for case, ill in LABELS.select("case_id", "ill").iter_rows()]
+        )
+    )
+    new = train(
+        cache, labels, targets="few", out=tmp_path / "new", start=old, fit_options=FROZEN, resamples=10, device="cpu"
+    ).runs[-1]
+    assert dict(new.predictions.select("case_id", "fold").iter_rows()) == {
+        case: fold for case, fold in fold_of.items() if fold != 1
+    }
+    assert [member["fold"] for member in new.record.members] == [0, 2]
+    for one, other in ((0, 0), (1, 2)):
+        weight = "head.weight"
+        mine, theirs = new.members[one].state_dict()[weight], old.members[other].state_dict()[weight]
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
 def test_on_other_patients_any_folds_will_do(cache: Cache, old: dict[str, Run], tmp_path: Path) -> None:
     trained = run_training(cache, tmp_path, "later", start=old["mlp"].path, fit_options=FROZEN, folds=3)
     require_taken_over(trained.runs[-1], old["mlp"], [(0, 0), (1, 1), (2, 0)])
