@@ -63,7 +63,7 @@ class KeepingTask(Task):
     @property
     def outputs(self) -> int:
         """Width of the logits of both targets side by side."""
-        return self.width + self.answers.shape[1]
+        return self.width + int(self.answers.shape[1])
 
     def spread(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values [cases of own ...] over all cases, 0 where a case is not of ``own``."""

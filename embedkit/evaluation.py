@@ -42,7 +42,7 @@ class Calibration:
     """How far scores are from how often they come true.
 
     Attributes:
-        metrics: ``ece`` and ``brier``.
+        metrics: ``ece``, ``ece_adaptive`` and ``brier``.
         debiased: Root mean squared error less what chance adds (`debiased_calibration_error`).
         reliability: The curve.
     """
@@ -241,7 +241,7 @@ def _measure_calibration(outcomes: Outcomes, *, resamples: int, seed: int) -> Ca
     labels = len(pairs[0][0]) // len(outcomes.case_ids)  # of a multilabel task: each case comes once per label
     confidence, right = (np.concatenate(each) for each in zip(*pairs, strict=True))
     return Calibration(
-        {name: metrics[name] for name in ("ece", "brier")},
+        {name: metrics[name] for name in ("ece", "ece_adaptive", "brier")},
         float(np.mean([debiased_calibration_error(*pair) for pair in pairs])),
         measure_reliability(confidence, right, outcomes.patient_ids * (labels * len(pairs))),
     )

@@ -170,7 +170,7 @@ def _calibration_section(evaluation: Evaluation) -> tuple[Section, ...]:
     names = ("as the run gives them", f"calibrated: {evaluation.method}")[: len(evaluation.calibration)]
     curves = {name: each.reliability for name, each in zip(names, evaluation.calibration, strict=True)}
     rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (name, each.metrics["ece"], each.debiased, each.metrics["brier"])
+        (name, each.metrics["ece"], each.metrics["ece_adaptive"], each.debiased, each.metrics["brier"])
         for name, each in zip(names, evaluation.calibration, strict=True)
     )
     what = {"multiclass": "the most probable class", "multilabel": "every label"}.get(
@@ -180,9 +180,10 @@ def _calibration_section(evaluation: Evaluation) -> tuple[Section, ...]:
         Section(
             "Calibration",
             f"How often {what} came true, over the probability given, in bins of like size. The usual ECE is too high"
-            " with few cases, and its interval with it; the debiased error takes off what chance adds.",
+            " with few cases, and its interval with it (bins of equal width; the adaptive one has bins of equally many"
+            " cases); the debiased error takes off what chance adds.",
             (Figure(plot_reliability(curves), "Bars: 95% intervals over patients.", "Reliability"),),
-            Table(("Scores", "ECE ↓", "Debiased error ↓", "Brier ↓"), rows),
+            Table(("Scores", "ECE ↓", "Adaptive ECE ↓", "Debiased error ↓", "Brier ↓"), rows),
         ),
     )
 

@@ -16,6 +16,7 @@ from embedkit.bootstrap import Floats, Statistic
 __all__ = [
     "Ties",
     "average_statistics",
+    "weigh_adaptive_calibration_error",
     "weigh_auroc",
     "weigh_average_precision",
     "weigh_balanced_accuracy",
@@ -162,6 +163,26 @@ def weigh_calibration_error(confidence: Floats, right: _Bools) -> Statistic:
 
     def statistic(weights: Floats) -> Floats:
         return np.asarray(np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1))
+
+    return statistic
+
+
+def weigh_adaptive_calibration_error(confidence: Floats, right: _Bools) -> Statistic:
+    """Calibration error over 15 bins of equal weight, so that none is nearly empty (Nguyen and O'Connor 2015, 3.2).
+
+    In each resample anew; equal confidences stay together, in the bin that holds the middle of their weight.
+
+    Args:
+        confidence, right: As in `weigh_calibration_error`.
+    """
+    ties, gaps = Ties(confidence), right - confidence
+
+    def statistic(weights: Floats) -> Floats:
+        total = weights.sum(axis=1)
+        bins = np.minimum((_ECE_BINS * ties.midranks(weights) / total[:, None]).astype(np.int64), _ECE_BINS - 1)
+        places = bins + _ECE_BINS * np.arange(len(weights))[:, None]
+        sums = np.bincount(places.ravel(), (weights * gaps).ravel(), minlength=_ECE_BINS * len(weights))
+        return np.asarray(np.abs(sums).reshape(len(weights), _ECE_BINS).sum(axis=1) / total)
 
     return statistic
 

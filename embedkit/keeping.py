@@ -98,7 +98,8 @@ class Keeper:
 
         Raises:
             OptionError: the new target is a survival task, or batches are to be balanced.
-            RunError: in some fold the cache holds no case to keep answers on, or the head mixes its outputs.
+            RunError: the cache holds no case that the old run was tested on, or in some fold none to keep answers on;
+                or the head mixes its outputs.
         """
         self.start = start
         self.weight = weight
@@ -111,6 +112,12 @@ class Keeper:
         if plan.fit.sampling == "balanced":
             raise OptionError("old answers cannot be kept in balanced batches: exemplars have no class; leave one out")
         self.known = list_known(start.run, usable)
+        if not set(self.known["case_id"]) & set(start.run.predictions["case_id"]):
+            raise RunError(
+                f"old answers cannot be kept: cache {source.path} holds no case that run {start.run.name} was tested"
+                " on, so nobody could tell what became of its score; extract some of them into this cache, or keep"
+                " nothing"
+            )
         self.buffers = self._fill(folded, count)
         self._require_apart(plan, plan.outputs(task))
 

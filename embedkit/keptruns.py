@@ -6,7 +6,7 @@ Fits nothing; how old answers are kept is in `embedkit.keeping`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def _answer_again(
     )
 
 
-def _judge(run: Run, table: pl.DataFrame, **judged: Any) -> Mapping[str, Interval]:
+def _judge(run: Run, table: pl.DataFrame, **judged: Any) -> dict[str, Interval]:
     """The metrics of a table of predictions of a run."""
     record = run.record
     scores = record.score_array(table.select(record.score_columns).to_numpy())

@@ -21,6 +21,7 @@ from embedkit.bootstrap import Floats, Interval, Statistic, bootstrap_values, dr
 from embedkit.errors import OptionError, TaskError
 from embedkit.formulas import (
     average_statistics,
+    weigh_adaptive_calibration_error,
     weigh_auroc,
     weigh_average_precision,
     weigh_balanced_accuracy,
@@ -47,7 +48,7 @@ __all__ = [
     "roc_points",
 ]
 
-_CLASSIFICATION = ("auroc", "auprc", "balanced_accuracy", "accuracy", "f1", "brier", "ece")
+_CLASSIFICATION = ("auroc", "auprc", "balanced_accuracy", "accuracy", "f1", "brier", "ece", "ece_adaptive")
 
 METRICS: dict[TaskKind, tuple[str, ...]] = {
     "binary": _CLASSIFICATION,
@@ -58,7 +59,7 @@ METRICS: dict[TaskKind, tuple[str, ...]] = {
 }
 """Names of the metrics of each kind of task; the first is the usual headline, of a regression ``r2``."""
 
-_LOWER_IS_BETTER = ("brier", "ece", "mae", "integrated_brier")
+_LOWER_IS_BETTER = ("brier", "ece", "ece_adaptive", "mae", "integrated_brier")
 HIGHER_IS_BETTER = {name: name not in _LOWER_IS_BETTER for names in METRICS.values() for name in names}
 
 _BAND_POINTS = 101
@@ -101,7 +102,7 @@ def compute_metrics(
     - ``brier``: mean squared error of the probability, 0..1; multiclass: summed over classes, 0..2 (Brier 1950).
     - ``ece``: 15 bins of equal width; of the positive class's probability for binary (Naeini et al. 2015), of the most
       probable class's for multiclass (Guo et al. 2017). Too high in small samples and more so in resamples, so its
-      interval lies high and may even miss the value.
+      interval lies high and may even miss the value. ``ece_adaptive``: the same over 15 bins of equal weight.
     - multilabel: each of these per label as if binary, then their mean; ``accuracy`` is thus 1 - Hamming loss.
     - ``mae``, ``r2``, ``spearman`` for regression.
     - survival: ``c_index`` (Harrell's), ``c_index_ipcw`` (Uno's, for events before the last stated time), and
@@ -307,7 +308,7 @@ def _statistics(
         return _multiclass_statistics(targets, scores)
     labels = [_binary_statistics(truth == 1, column) for truth, column in zip(targets.T, scores.T, strict=True)]
     varying = [label for label, truth in zip(labels, targets.T, strict=True) if 0 < truth.sum() < len(truth)]
-    whole = ("accuracy", "brier", "ece")
+    whole = ("accuracy", "brier", "ece", "ece_adaptive")
     return {
         name: average_statistics([label[name] for label in (labels if name in whole else varying)])
         for name in METRICS[task_kind]
@@ -340,6 +341,7 @@ def _binary_statistics(positive: NDArray[np.bool_], scores: Floats) -> dict[str,
         "f1": weigh_f1(positive[:, None], called[:, None]),
         "brier": weigh_mean((scores - positive) ** 2),
         "ece": weigh_calibration_error(scores, positive),
+        "ece_adaptive": weigh_adaptive_calibration_error(scores, positive),
     }
 
 
@@ -348,6 +350,7 @@ def _multiclass_statistics(targets: NDArray[Any], scores: Floats) -> dict[str, S
     true, called = targets[:, None] == everyone, scores.argmax(axis=1)[:, None] == everyone
     there = np.flatnonzero(true.any(axis=0))
     right = (true & called).any(axis=1)
+    confidence = np.clip(scores.max(axis=1), 0, 1)
     return {
         "auroc": average_statistics([weigh_auroc(true[:, each], scores[:, each]) for each in there]),
         "auprc": average_statistics([weigh_average_precision(true[:, each], scores[:, each]) for each in there]),
@@ -355,7 +358,8 @@ def _multiclass_statistics(targets: NDArray[Any], scores: Floats) -> dict[str, S
         "accuracy": weigh_mean(right.astype(np.float64)),
         "f1": weigh_f1(true[:, there], called[:, there]),
         "brier": weigh_mean(((scores - true) ** 2).sum(axis=1)),
-        "ece": weigh_calibration_error(np.clip(scores.max(axis=1), 0, 1), right),
+        "ece": weigh_calibration_error(confidence, right),
+        "ece_adaptive": weigh_adaptive_calibration_error(confidence, right),
     }
 
 

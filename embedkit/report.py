@@ -49,6 +49,7 @@ _TITLES = {
     "f1": "F1",
     "brier": "Brier",
     "ece": "ECE",
+    "ece_adaptive": "Adaptive ECE",
     "mae": "MAE",
     "r2": "R²",
     "spearman": "Spearman",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.func import functional_call
 from embedkit.augmentation import drop_views
 from embedkit.bags import Bag
 from embedkit.batching import Deck
+from embedkit.calls import Call, Calls, as_index, pad_cases
 from embedkit.descent import StackedAdamW, one_cycle
 from embedkit.fitting import FitOptions
 from embedkit.losses import FitLoss
@@ -38,8 +39,6 @@ from embedkit.storage import TokenStore
 
 __all__ = ["Fit", "Outcome", "Stack"]
 
-_SHARED_AT_ONCE = 64 * 2**20  # bytes of float32 tokens in one run of a head, were they not shared by its rows
-_APART_AT_ONCE = 8 * 2**20  # where each row has its own: more does not stay in the processor's own memory
 _JUDGED_AT_ONCE = 64
 _APART = 1_000_003  # so that no two steps of two noises draw alike
 
@@ -114,21 +113,12 @@ class Outcome:
     state: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One run of the head: rows of the stack on cases [1 batch] that they share, or [rows batch] each its own."""
-
-    rows: list[int]
-    cases: _Ints
-    slices: int
-
-
 class Stack:
     """Some fits of one `Fit.kin`, in training."""
 
     def __init__(self, fits: Sequence[Fit], *, stackable: bool) -> None:
         """Takes the fits, and whether the head can be run for several rows at once."""
-        self.fits = sorted(fits, key=lambda fit: (fit.noise, str(fit.key)))
+        self.fits = sorted(fits, key=lambda fit: (fit.noise, int(fit.training.sum()), str(fit.key)))
         self.store = store = self.fits[0].store
         self.stackable = stackable
         self.head = copy.deepcopy(self.fits[0].head).to(store.device)
@@ -183,9 +173,9 @@ class Stack:
         for step in range(steps):
             at = one_cycle(self._step, first.how.epochs * first.deck.blocks * steps)
             batches = [dealt[fit.key][step] for fit in self.fits]
-            for call in self._calls(batches):
+            for call in self._calls.cover(batches):
                 _seed(self.store.device, (self.fits[call.rows[0]].noise * _APART + self._step) % 2**63)
-                self._adam.update(_as_index(call.rows), self._slopes(call), at)
+                self._adam.update(as_index(call.rows), self._slopes(call), at)
             if idle := [row for row, cases in enumerate(batches) if not len(cases)]:
                 nothing = torch.zeros_like(self._adam.values[idle])
                 self._adam.update(idle, {(0, nothing.shape[1]): nothing}, at)
@@ -200,7 +190,7 @@ class Stack:
         for start in range(0, max(map(len, asked)), _JUDGED_AT_ONCE):
             part = slice(start, start + _JUDGED_AT_ONCE)
             with torch.no_grad():
-                for call in self._calls([cases[part] for cases in asked], level=True):
+                for call in self._calls.cover([cases[part] for cases in asked], level=True):
                     found = self._answer(call, self._leaves(call.rows))
                     for row, logits in zip(call.rows, found["logits"].float(), strict=True):
                         self._keep_logits(row, spots[row][part], logits)
@@ -226,12 +216,14 @@ class Stack:
 
     def _arrange(self) -> None:
         """What follows from which fits there are."""
-        if self.fits:
-            self._loss = self.fits[0].loss.stack([fit.loss for fit in self.fits])
-            self._judge = self.fits[0].loss.judge.stack([fit.loss.judge for fit in self.fits])
-        self._sharing: dict[Hashable, list[int]] = {}
-        for row, fit in enumerate(self.fits):
-            self._sharing.setdefault((fit.noise, fit.key), []).append(row)
+        if not self.fits:
+            return
+        self._loss = self.fits[0].loss.stack([fit.loss for fit in self.fits])
+        self._judge = self.fits[0].loss.judge.stack([fit.loss.judge for fit in self.fits])
+        sizes = [self.store.shape.token_sets[name] for name in self.token_sets]
+        numbers = len(self.store.shape.views) * sum(patches * dim for patches, dim in sizes)
+        groups = [(fit.noise, fit.key) for fit in self.fits]
+        self._calls = Calls(groups, [fit.deck for fit in self.fits], numbers, stackable=self.stackable)
 
     def _keep(self, rows: Tensor) -> None:
         places = rows.tolist()
@@ -256,35 +248,7 @@ class Stack:
         logits = watch.logits[row, : len(self._held[row])].cpu()
         return Outcome(int(watch.epochs[row]), float(watch.sharpness[row]), float(watch.losses[row]), logits, state)
 
-    def _calls(self, batches: Sequence[_Ints], *, level: bool = False) -> Iterator[_Call]:
-        """The runs that cover every row's batch; ``level`` pads batches of several sizes with their first case."""
-        side: dict[Hashable, list[int]] = {}
-        for rows in self._sharing.values():
-            fit, cases = self.fits[rows[0]], batches[rows[0]]
-            if len(cases) == 0:
-                continue
-            slices = fit.deck.slices(cases)
-            if len(rows) > 1 or not self.stackable:
-                yield from self._cut(rows, cases[None], slices)
-            else:
-                side.setdefault(0 if level else (fit.noise, len(cases), slices), []).append(rows[0])
-        for rows in side.values():
-            most = max(len(batches[row]) for row in rows)
-            slices = max(self.fits[row].deck.slices(batches[row]) for row in rows)
-            yield from self._cut(rows, np.stack([_pad(batches[row], most) for row in rows]), slices)
-
-    def _cut(self, rows: list[int], cases: _Ints, slices: int) -> Iterator[_Call]:
-        """Splits a run into such as fit in memory; a head that is not stackable runs for one row at a time."""
-        shape = self.store.shape
-        sizes = [shape.token_sets[name] for name in self.token_sets]
-        numbers = cases.shape[1] * len(shape.views) * slices * sum(patches * dim for patches, dim in sizes)
-        limit = _SHARED_AT_ONCE if len(cases) == 1 else _APART_AT_ONCE
-        most = max(1, limit // (4 * numbers)) if self.stackable else 1
-        for start in range(0, len(rows), most):
-            part = slice(start, start + most)
-            yield _Call(rows[part], cases if len(cases) == 1 else cases[part], slices)
-
-    def _slopes(self, call: _Call) -> dict[tuple[int, int], Tensor]:
+    def _slopes(self, call: Call) -> dict[tuple[int, int], Tensor]:
         """The gradients [rows ...] of one run, by the place of their numbers in a row of the stack."""
         leaves = {name: leaf.requires_grad_() for name, leaf in self._leaves(call.rows).items()}
         answers = self._answer(call, leaves)
@@ -300,15 +264,15 @@ class Stack:
 
     def _leaves(self, rows: list[int]) -> dict[str, Tensor]:
         """The parameters of some rows, each [rows ...]."""
-        values = self._adam.values[_as_index(rows)].detach()
+        values = self._adam.values[as_index(rows)].detach()
         return {
             name: values[:, start:stop].reshape(len(rows), *shape).detach()
             for name, (start, stop, shape) in self._layout.items()
         }
 
-    def _answer(self, call: _Call, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _answer(self, call: Call, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """The head's answers by name, as `_answers` of each row: [rows batch outputs], of masks [rows batch]."""
-        parameters = leaves | {name: values[_as_index(call.rows)] for name, values in self._fixed.items()}
+        parameters = leaves | {name: values[as_index(call.rows)] for name, values in self._fixed.items()}
         places = np.concatenate(
             [self.fits[row].deck.places[cases] for row, cases in zip(call.rows, call.cases, strict=False)]
         )
@@ -332,7 +296,7 @@ class Stack:
         answers: dict[str, Tensor] = torch.vmap(run, randomness="same")(parameters)
         return answers
 
-    def _run_side_by_side(self, parameters: dict[str, Tensor], bag: Bag, call: _Call) -> dict[str, Tensor]:
+    def _run_side_by_side(self, parameters: dict[str, Tensor], bag: Bag, call: Call) -> dict[str, Tensor]:
         """Runs each row on its own part of a standardised bag [rows * batch ...]."""
         size, ids = call.cases.shape, bag.case_ids[: call.cases.shape[1]]
         fields: dict[str, Any] = {
@@ -351,7 +315,7 @@ class Stack:
 
     def _standardise(self, bag: Bag, rows: list[int]) -> Bag:
         """As `Standardiser`, with that of each row on its part of the bag; masked slices become zeros."""
-        size, at = (len(rows), len(bag) // len(rows)), _as_index(rows)
+        size, at = (len(rows), len(bag) // len(rows)), as_index(rows)
         masked = (~bag.mask).flatten().nonzero()[:, 0]
         tokens = {}
         for name, (mean, scale) in self._standard.items():
@@ -411,16 +375,6 @@ def _start_watch(held: Sequence[_Ints], patience: int, device: torch.device) -> 
     most = max(map(len, held))
     if most == 0:
         return None
-    cases = torch.from_numpy(np.stack([_pad(each, most) for each in held])).to(device)
+    cases = torch.from_numpy(np.stack([pad_cases(each, most) for each in held])).to(device)
     real = torch.from_numpy(np.stack([np.arange(most) < len(each) for each in held])).to(device)
     return Watch(cases, real, patience)
-
-
-def _pad(cases: _Ints, length: int) -> _Ints:
-    """Cases with the first one repeated at their end, up to ``length``."""
-    return np.concatenate([cases, np.repeat(cases[:1], length - len(cases))])
-
-
-def _as_index(rows: list[int]) -> slice | list[int]:
-    """Rows as a slice where they follow each other, which copies nothing."""
-    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows

@@ -201,7 +201,8 @@ def train(
         (plan,) = (plan for plan in plans if plan.head == begun.head)
         folded = prepared[0].folded
         keeper = Keeper(begun, source, plan, folded, usable=usable, count=keep_old, weight=keep_weight)
-    case_ids = sorted({case for cases in (*tasks, *([] if keeper is None else [keeper])) for case in cases.case_ids})
+    exemplars = () if keeper is None else keeper.case_ids
+    case_ids = sorted({*exemplars, *(case for task in tasks for case in task.case_ids)})
     supervision.measure(plans, case_ids)
     given: dict[str, Any] = {"folds": split or group_by or folds, "repeats": repeats, "sweep": sweep, "seed": seed}
     wanted = [(plan, target) for plan in plans for target in prepared if plan in matched[target.task.name]]

@@ -119,7 +119,7 @@ def test_a_second_call_repeats_nothing_and_gives_the_same(
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("done again")
 
-    monkeypatch.setattr("embedkit.training.cross_fit_all", refuse)
+    monkeypatch.setattr("embedkit.rounds.cross_fit_all", refuse)
     monkeypatch.setattr("embedkit.suitesearch.evaluate_search", refuse)
     again = bench(work / "suite.toml", work / "out", device="cpu")
     assert again.table.equals(found.table)

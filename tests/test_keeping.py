@@ -302,14 +302,20 @@ def test_the_old_run_is_not_written_over(cache: Cache, old: dict[str, Run]) -> N
 
 
 def test_a_cache_without_the_old_cases_is_refused(
-    old: dict[str, Run], tmp_path: Path, cache_tokens: Callable[..., Cache]
+    cache: Cache, old: dict[str, Run], tmp_path: Path, cache_tokens: Callable[..., Cache]
 ) -> None:
     tokens = {case: values for case, values in make_tokens().items() if case >= "c080"}
-    other = cache_tokens(tmp_path / "cache", tokens, PATIENTS)
+    other = cache_tokens(tmp_path / "later", tokens, PATIENTS)
     with pytest.raises(
-        RunError, match=r"holds 0 cases that run ill.mlp was trained on, none of which may be an exemplar"
+        RunError, match=r"holds no case that run ill.mlp was tested on, so nobody could tell what became"
     ):
         run_training(other, tmp_path / "runs", "late", start=old["mlp"], keep_old=8)
+    fold = old["mlp"].predictions.filter(pl.col("fold") == 0)["case_id"].to_list()
+    tokens |= {case: values for case, values in make_tokens().items() if case in fold}
+    other = cache_tokens(tmp_path / "one-fold", tokens, PATIENTS)
+    with pytest.raises(RunError, match=r"that run ill.mlp was trained on, none of which may be an exemplar in fold 0"):
+        run_training(other, tmp_path / "runs", "late", start=old["mlp"], keep_old=8)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command_line_keeps_old_answers(cache: Cache, old: dict[str, Run], tmp_path: Path) -> None:

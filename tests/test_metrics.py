@@ -80,6 +80,16 @@ def plain_calibration_error(confidence: np.ndarray, right: np.ndarray, weights: 
     return error
 
 
+def plain_adaptive_error(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> float:
+    error, below, total = np.zeros(15), 0.0, weights.sum()
+    for value in sorted(set(confidence.tolist())):
+        here = confidence == value
+        place = min(int(15 * (below + weights[here].sum() / 2) / total), 14)
+        error[place] += (weights[here] * (right[here] - confidence[here])).sum()
+        below += weights[here].sum()
+    return float(np.abs(error).sum() / total)
+
+
 def people(count: int) -> list[str]:
     return [f"p{number}" for number in range(count)]
 
@@ -101,6 +111,7 @@ def test_weighted_binary_metrics_equal_scikit_learn(data: tuple[np.ndarray, np.n
             "f1": sk.f1_score(targets, called, sample_weight=weights),
             "brier": sk.brier_score_loss(targets, scores, sample_weight=weights),
             "ece": plain_calibration_error(scores, targets, weights),
+            "ece_adaptive": plain_adaptive_error(scores, targets, weights),
         },
         abs=1e-9,
     )
@@ -121,6 +132,7 @@ def test_weighted_multiclass_metrics_equal_scikit_learn(data: tuple[np.ndarray, 
             "f1": sk.f1_score(targets, called, sample_weight=weights, average="macro"),
             "brier": sk.brier_score_loss(targets, scores, sample_weight=weights),
             "ece": plain_calibration_error(scores.max(axis=1), right, weights),
+            "ece_adaptive": plain_adaptive_error(scores.max(axis=1), right, weights),
         },
         abs=1e-9,
     )
@@ -164,8 +176,18 @@ def test_known_values_by_hand() -> None:
             "f1": 0.8,
             "brier": (0.01 + 0.25 + 0.25 + 0.01) / 4,
             "ece": (0.1 + 0.0 + 0.1) / 4,
+            "ece_adaptive": (0.1 + 0.0 + 0.1) / 4,
         }
     )
+
+
+def test_the_adaptive_calibration_error_fills_all_its_bins() -> None:
+    scores = np.linspace(0.9, 0.99, 30)  # one bin of equal width, fifteen of equal weight, of two cases each
+    targets = (np.arange(30) % 4 < 2).astype(int)  # pairs that both come true, then pairs that both do not
+    found = compute_metrics("binary", targets, scores, people(30), resamples=0)
+    means = scores.reshape(15, 2).mean(1)
+    assert found["ece_adaptive"].value == pytest.approx(np.abs(means - (np.arange(15) % 2 == 0)).mean())
+    assert found["ece"].value < found["ece_adaptive"].value
 
 
 def test_every_metric_of_a_kind_is_there_in_order() -> None:
@@ -174,6 +196,7 @@ def test_every_metric_of_a_kind_is_there_in_order() -> None:
     assert [name for name, higher in HIGHER_IS_BETTER.items() if not higher] == [
         "brier",
         "ece",
+        "ece_adaptive",
         "mae",
         "integrated_brier",
     ]

@@ -197,9 +197,10 @@ def test_a_fit_alone_is_what_plain_torch_makes_of_it(kind_of_head: str) -> None:
         torch.testing.assert_close(outcome.state[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_stacked_adamw_is_torchs_row_by_row() -> None:
+@pytest.mark.parametrize("length", [7, 8200])  # rows taken together, and through the fused kernel
+def test_stacked_adamw_is_torchs_row_by_row(length: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(3, 7, generator=generator)
+    start = torch.randn(3, length, generator=generator)
     rates, decays = torch.tensor([1e-1, 1e-2, 1e-3]), torch.tensor([0.0, 0.1, 0.5])
     stacked = StackedAdamW(start.clone(), rates, decays)
     rows = [nn.Parameter(row.clone()) for row in start]
@@ -212,17 +213,22 @@ def test_stacked_adamw_is_torchs_row_by_row() -> None:
         for each, rate in zip(optimisers, rates, strict=True)
     ]
     for step in range(20):
-        slopes = torch.randn(3, 7, generator=generator)
+        slopes = torch.randn(3, length, generator=generator)
         for rows_of in (slice(0, 1), [2, 1]):  # a view, and rows that lie apart
             part = slopes[rows_of]
-            stacked.update(rows_of, {(0, 4): part[:, :4].reshape(-1, 2, 2), (4, 7): part[:, 4:]}, one_cycle(step, 20))
+            stacked.update(
+                rows_of, {(0, 4): part[:, :4].reshape(-1, 2, 2), (4, length): part[:, 4:]}, one_cycle(step, 20)
+            )
         for row, slope, optimiser, schedule in zip(rows, slopes, optimisers, schedules, strict=True):
             row.grad = slope.clone()
             optimiser.step()
             schedule.step()
     torch.testing.assert_close(stacked.values, torch.stack([row.detach() for row in rows]), rtol=1e-5, atol=1e-6)
     stacked.keep(torch.tensor([2]))
-    assert stacked.values.shape == (1, 7)
+    assert stacked.values.shape == (1, length)
+    before = stacked.values.clone()
+    stacked.update(slice(0, 1), {(0, length): torch.zeros(1, length)}, one_cycle(0, 1))
+    assert float((stacked.values - before).abs().max()) > 0  # the row that is left has its own rate and decay
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 40])

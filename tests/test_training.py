@@ -576,7 +576,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("embedkit.training.cross_fit_all", interrupt)
+    monkeypatch.setattr("embedkit.rounds.cross_fit_all", interrupt)
     LABELS.write_csv(tmp_path / "labels.csv")
     labels, out = str(tmp_path / "labels.csv"), str(tmp_path / "runs")
     command = ["embedkit", "train", str(cache.path), "--labels", labels, "--target", "disease", "-o", out]
