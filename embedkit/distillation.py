@@ -1,9 +1,10 @@
 """Owns the task and the loss of a head that learns a target and keeps the answers of an old run; knows no token.
 
 The answers are kept as "dark experience replay" keeps them (Buzzega et al. 2020, arXiv 2004.07211): on a buffer of
-exemplars the head's logits for the old target are held to those of the old run, by their mean squared difference. No
-label of the old target is asked for. That a network that is trained on task after task should be held so to what it
-was, on a small buffer of fitting cases, is MedSeqFT's idea (arXiv 2509.06096) for whole networks.
+exemplars the head's logits for the old target are held to those of the old run, by their mean squared difference. An
+exemplar counts as much as a case of the new target. No label of the old target is asked for. That a network that is
+trained on task after task should be held so to what it was, on a small buffer of fitting cases, is MedSeqFT's idea
+(arXiv 2509.06096) for whole networks.
 """
 
 from __future__ import annotations
@@ -185,19 +186,18 @@ class StackedKeepingLoss:
         head: nn.Module,  # noqa: ARG002 - for losses that the head weighs
         leaves: Mapping[str, Tensor],  # noqa: ARG002
     ) -> Tensor:
-        """What is descended on, summed over fits; arguments as in `StackedLoss.total`."""
+        """What is descended on: a case has either part or both, all cases count alike; summed over fits.
+
+        Arguments as in `StackedLoss.total`.
+        """
         there, kept = self._find(self._labelled, cases, rows), self._find(self._exemplar, cases, rows)
         losses = self._own.each(logits[..., : -self._width], cases, rows, real=there)
         apart = (logits[..., -self._width :] - self._find(self._answers, cases, rows)).square().mean(-1)
-        return (_mean(losses, there) + self.weight * _mean(apart, kept)).sum()
+        both = torch.where(there, losses, 0.0) + self.weight * torch.where(kept, apart, 0.0)
+        return both.mean(1).sum()
 
     @staticmethod
     def _find(values: Tensor, cases: Tensor, rows: Sequence[int] | None) -> Tensor:
         """Values [fits batch ...] of the cases [fits batch] of some fits."""
         asked = torch.arange(len(cases)) if rows is None else torch.tensor(list(rows))
         return values[asked.to(cases.device)[:, None], cases]
-
-
-def _mean(losses: Tensor, there: Tensor) -> Tensor:
-    """Mean [fits] of losses [fits batch] over the cases that are there; 0 where none is."""
-    return torch.where(there, losses, 0.0).sum(1) / there.sum(1).clamp(min=1)

@@ -117,10 +117,10 @@ def test_the_loss_is_the_new_targets_and_the_mean_squared_distance_to_the_old_an
     loss = make_loss(0.5)
     logits = torch.tensor([[[0.3, 9.0, 9.0], [-0.2, 0.0, -1.0], [7.0, 2.0, 2.5]]])  # of b, c and d
     cases = torch.tensor([[1, 2, 3]])
-    own = (np.log1p(np.exp(-0.3)) + np.log1p(np.exp(0.2))) / 2
-    apart = ((1.0**2 + 0.0**2) / 2 + (0.0**2 + 2.0**2) / 2) / 2
+    own = np.log1p(np.exp(-0.3)) + np.log1p(np.exp(0.2))  # of b and c
+    apart = (1.0**2 + 0.0**2) / 2 + (0.0**2 + 2.0**2) / 2  # of c and d
     found = loss.stack([loss]).total(logits, cases, [0], nn.Identity(), {})
-    assert float(found) == pytest.approx(own + 0.5 * apart, rel=1e-6)
+    assert float(found) == pytest.approx((own + 0.5 * apart) / 3, rel=1e-6)
     alone = loss.stack([loss]).total(logits[:, 2:], cases[:, 2:], [0], nn.Identity(), {})
     assert float(alone) == pytest.approx(0.5 * 2.0, rel=1e-6)
 
