@@ -36,7 +36,6 @@ from embedkit.gradientfits import GradientFitter, HeadStart
 from embedkit.headplans import HeadPlan
 from embedkit.jointlosses import JointLoss
 from embedkit.jointtasks import JointTask, join_tasks
-from embedkit.keeping import Keeper
 from embedkit.losses import StackedLoss
 from embedkit.members import Member, build_member
 from embedkit.plugins import is_joint
@@ -102,12 +101,10 @@ def cross_fit_all(
     seed: int,
     seeds: int = 1,
     start: HeadStart | None = None,
-    keeper: Keeper | None = None,
     on_fold: OnFold | None = None,
 ) -> list[CrossFit]:
-    """As `cross_fit`, joint heads once for all of their targets, and that of a keeper beside its old answers."""
-    kept = [pair for pair in wanted if keeper is not None and pair[0].head == keeper.start.head]
-    alone = [pair for pair in wanted if not is_joint(pair[0].head) and pair not in kept]
+    """As `cross_fit`, joint heads once for all of their targets."""
+    alone = [pair for pair in wanted if not is_joint(pair[0].head)]
     found = dict(
         zip(
             map(_name, alone),
@@ -115,8 +112,6 @@ def cross_fit_all(
             strict=True,
         )
     )
-    for pair in kept:
-        found[_name(pair)] = cast(Keeper, keeper).fit(preparation, *pair, seed=seed, seeds=seeds, on_fold=on_fold)
     together: dict[str, list[tuple[HeadPlan, FoldedTask]]] = {}
     for pair in wanted:
         if is_joint(pair[0].head):

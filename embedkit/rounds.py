@@ -77,15 +77,26 @@ class Work:
         plans = list(dict.fromkeys(plan for plan, _ in pending))
         shared: dict[str, Any] = {"seed": told["seed"], "storage": self.storage, "covers": self.supervision.covers}
         preparation = Preparation(self.source, plans, case_ids, self.device, **shared)
-        how: dict[str, Any] = {"seed": told["seed"], "seeds": seeds, "start": self.begun, "keeper": self.keeper}
+        how: dict[str, Any] = {"seed": told["seed"], "seeds": seeds, "on_fold": on_fold}
         for together in preparation.rounds(plans):
             started = time.perf_counter()
             wanted = [(plan, target) for plan, target in pending if plan in together]
-            fits = [(plan, target.folded) for plan, target in wanted]
-            found = cross_fit_all(preparation, fits, self.joint, on_fold=on_fold, **how)
+            found = self._fit(preparation, [(plan, target.folded) for plan, target in wanted], **how)
             seconds = (time.perf_counter() - started) / len(wanted)
             for (plan, target), fitted in zip(wanted, found, strict=True):
                 self._write(plan, target, fitted, overwrite=overwrite, seconds=seconds, **told)
+
+    def _fit(
+        self, preparation: Preparation, wanted: Sequence[tuple[HeadPlan, FoldedTask]], **how: Any
+    ) -> list[CrossFit]:
+        """The fits of some plans and tasks, those of a keeper beside its old answers."""
+        kept = [pair for pair in wanted if self.keeper is not None and pair[0].head == self.keeper.start.head]
+        others = [pair for pair in wanted if pair not in kept]
+        fits = cross_fit_all(preparation, others, self.joint, start=self.begun, **how)
+        found = dict(zip(others, fits, strict=True))
+        if self.keeper is not None:
+            found |= {pair: self.keeper.fit(preparation, *pair, **how) for pair in kept}
+        return [found[pair] for pair in wanted]
 
     def _write(
         self, plan: HeadPlan, target: TrainedTarget, fitted: CrossFit, *, overwrite: bool, seconds: float, **told: Any
