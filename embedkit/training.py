@@ -243,7 +243,7 @@ def _begin(
 ) -> tuple[WarmStart | None, Sequence[str] | None, TokenChoice, Mapping[str, Mapping[str, Any]]]:
     """What heads start from, which are trained, on which token sets and with which options."""
     if start is None:
-        return None, heads, token_sets, supervision.ask(heads or DEFAULT_HEADS, head_options)
+        return None, heads, token_sets, supervision.ask(DEFAULT_HEADS if heads is None else heads, head_options)
     require_fresh(token_sets=token_sets, **fresh)
     opened = start if isinstance(start, Run) else open_run(start)
     asked = supervision.ask(heads or [opened.head], head_options)

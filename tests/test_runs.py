@@ -115,7 +115,7 @@ def test_a_run_folder_holds_json_weights_and_predictions_alone(runs: dict[str, R
     assert fields["format"] == "embedkit-run"
     assert fields["fingerprint"] == RECIPE.fingerprint
     assert fields["recipe"] == json.loads(RECIPE.to_json())
-    assert fields["head_options"] == {"hidden": 64, "width": 24, "dropout": 0.3, "views": "joint"}
+    assert fields["head_options"] == {"hidden": 64, "width": 24, "dropout": 0.3, "views": "joint", "masks": False}
     assert set(fields["metrics"]["auroc"]) >= {"value", "low", "high"}
     assert {"embedkit", "torch", "python", "head"} <= set(fields["versions"])
     assert run.views == ("post/axial", "pre/axial")

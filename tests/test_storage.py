@@ -142,7 +142,7 @@ SCRIPT = """
 import functools, resource, sys
 import polars as pl
 import torch
-from embedkit import storage, training
+from embedkit import rounds, storage, training
 from embedkit.cache import open_cache
 
 torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def train(labels, folder, where):
         storage=where, fit_options={"epochs": 1, "batch_size": 2},
     )
 
-training.Preparation = functools.partial(training.Preparation, block_bytes=size // 24)
+rounds.Preparation = functools.partial(rounds.Preparation, block_bytes=size // 24)
 train(labels[:8], "warm", "stream")  # loads all libraries
 taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData:")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (taken + int(0.8 * size),) * 2)
