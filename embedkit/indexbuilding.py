@@ -226,6 +226,10 @@ def _name_rows(places: NDArray[np.int32], views: Sequence[str]) -> pl.DataFrame:
 def _check_level(level: str, embedding: str | None, run: str | Path | None, slices: str | None) -> None:
     if level not in LEVELS:
         raise OptionError(f"level {level!r} is unknown; give {' or '.join(LEVELS)}")
+    if run is not None and embedding is not None:
+        raise OptionError(
+            f"embedding {embedding!r} was given beside run {run}, whose pooled vector is used instead; leave one out"
+        )
     if level == "slice" and (
         run is not None or slices is not None or any(part in (embedding or "") for part in ("+", "aligned"))
     ):

@@ -174,7 +174,7 @@ def choose_slices(count: int, spacing_mm: float, choice: str) -> Array:
         OptionError: another choice.
     """
     kind, amount = _parse_choice(choice)
-    if kind == "every":
+    if kind == "every" and amount > spacing_mm:
         length = (count - 1) * spacing_mm
         steps = math.floor(length / amount + 1e-6)
         points = (length - steps * amount) / 2 + amount * np.arange(steps + 1)

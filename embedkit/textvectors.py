@@ -45,7 +45,7 @@ def read_vectors(source: str) -> Vectors:
     path = Path(source)
     try:
         found = np.load(path, allow_pickle=False) if path.suffix == ".npy" else _read_safetensors(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, SafetensorError) as error:
         raise HeadError(
             f"text vectors cannot be read from {path}: {error}; give a .npy or .safetensors file of one array"
             " [texts, dim]"

@@ -171,7 +171,8 @@ def tune_effort(
         return measure_recalls(search(queries[part], truth.shape[1], effort, refine), truth[part])
 
     def reaches(effort: int, refine: int) -> bool:
-        if kind == "ivf" and effort == most:
+        compared = refine * DEPTH if refine == _REFINEMENTS[-1] else 0
+        if effort == most and (kind == "ivf" or compared >= len(vectors)):
             return True  # every vector was compared
         recalls = measure(shown, effort, refine)
         return bound_recall(recalls, held_out.groups[shown], _ONE_SIDED) >= recall

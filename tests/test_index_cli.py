@@ -43,6 +43,13 @@ def test_a_recall_that_cannot_be_promised_is_said_and_exits_with_1(explored: Exp
     assert json.loads(told)["recall_reached"] is False
 
 
+def test_a_recall_that_nobody_asked_for_is_told_alone(explored: Explored, tmp_path: Path) -> None:
+    _, errors = call(explored.cache, "-o", tmp_path / "index", "--kind", "hnsw")
+    assert "cannot be promised" in errors
+    _, errors = call(explored.cache, "-o", tmp_path / "all", "--kind", "sq", "--recall", "0.95")
+    assert "cannot be promised" not in errors  # so few that all are compared
+
+
 def test_a_memory_that_is_too_small_is_told_with_what_would_be_taken(explored: Explored, tmp_path: Path) -> None:
     message = r"vectors of length \d+ take [\d.]+ k?B as sq, and tables and arrays .* [\d.]+ k?B: more than the 1 kB"
     with pytest.raises(OptionError, match=message):

@@ -298,6 +298,8 @@ def test_options_that_mean_nothing_are_refused(cache: Path, tmp_path: Path) -> N
             build_index(cache, tmp_path / "other", embedding=name)
     with pytest.raises(OptionError, match="level 'row' is unknown; give case or slice"):
         build_index(cache, tmp_path / "x", level="row")
+    with pytest.raises(OptionError, match="embedding 'mean:cls' was given beside run here, whose pooled vector"):
+        build_index(cache, tmp_path / "x", embedding="mean:cls", run="here")
     with pytest.raises(OptionError, match="an index of slices takes one embedding, mean or grid, and no run"):
         build_index(cache, tmp_path / "x", level="slice", embedding="aligned:patch@2")
     with pytest.raises(SearchError, match="holds vectors of each slice, but this asks for an index of each case"):

@@ -225,6 +225,7 @@ def test_without_contrast_the_whole_image_is_kept() -> None:
         (5, 4.0, "every:1", [0, 1, 2, 3, 4]),
         (5, 1.0, "every:100", [2]),
         (1, 1.0, "every:2", [0]),
+        (4, 1.0, "every:1e-300", [0, 1, 2, 3]),  # as many points would fill any memory
     ],
 )
 def test_slices_are_chosen_evenly(count: int, spacing_mm: float, choice: str, expected: list[int]) -> None:

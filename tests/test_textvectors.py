@@ -48,6 +48,9 @@ def test_what_is_no_table_of_vectors_is_refused(tmp_path: Path, array: np.ndarra
 def test_files_that_hold_no_vectors_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=r"cannot be read from .*none.npy: .*give a .npy or .safetensors file"):
         read_vectors(str(tmp_path / "none.npy"))
+    (tmp_path / "empty.npy").touch()
+    with pytest.raises(HeadError, match=r"cannot be read from .*empty.npy"):
+        read_vectors(str(tmp_path / "empty.npy"))
     with pytest.raises(HeadError, match=r"its name ends in '\.txt'"):
         read_vectors(str(tmp_path / "a.txt"))
     safetensors.numpy.save_file({"a": VECTORS, "b": VECTORS}, tmp_path / "two.safetensors")
