@@ -3,7 +3,6 @@ may. Knows no case and no file, and not how many of the neighbours found are rig
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, cast
@@ -22,6 +21,7 @@ FloatArray = NDArray[np.float32]
 RowArray = NDArray[np.int64]
 
 _RARE = 0.1
+_MOST_WALKED = 64  # vectors that a filter leaves out; a graph can end among more of them, however far it is walked
 
 
 class FaissSearcher:
@@ -79,8 +79,10 @@ class FaissSearcher:
     ) -> tuple[FloatArray, RowArray]:
         """The k nearest of each query by the index's own arithmetic; as many as are allowed, where k asks for them.
 
-        Under a filter the effort grows as what is allowed shrinks. Where it allows less than a tenth, and for a query
-        that finds fewer than it should, all allowed vectors are compared.
+        A filter may take away what lies next to a query, so the effort is then that at which as many allowed vectors
+        are compared as vectors without it: cells are opened until they hold so many, and a graph is walked as far as
+        if those left out were the nearest. Where these are many for a walk (more than 64), where less than a tenth is
+        allowed, and for a query that finds fewer than it should, all allowed vectors are compared.
 
         Args:
             queries: float32 [queries dim], of length 1.
@@ -99,13 +101,47 @@ class FaissSearcher:
         selector = None
         if allowed is not None and share < 1:
             selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        if self.kind == "flat" or share < _RARE:
+        left_out = len(self) - count
+        if self.kind == "flat" or share < _RARE or (self.kind == "hnsw" and left_out > _MOST_WALKED):
             return self._compare_all(queries, k, selector)
-        widened = min(max(math.ceil(effort / share), k if self.kind == "hnsw" else 1), self.most)
-        similarities, rows = self._ask(queries, k, selector, widened)
+        if self._cells and selector is not None:
+            similarities, rows = self._open_cells(queries, k, selector, effort, cast(NDArray[np.bool_], allowed))
+        else:
+            walked = max(effort + left_out, k) if self.kind == "hnsw" else effort
+            similarities, rows = self._ask(queries, k, selector, min(walked, self.most))
         if (short := (rows < 0).any(1)).any():
             similarities[short], rows[short] = self._compare_all(queries[short], k, selector)
         return similarities, rows
+
+    def _open_cells(
+        self, queries: FloatArray, k: int, selector: Any, effort: int, allowed: NDArray[np.bool_]
+    ) -> tuple[FloatArray, RowArray]:
+        """Looks into the cells nearest to a query until they hold as many allowed vectors as ``effort`` of them hold.
+
+        Queries that need about as many cells, to a power of two, are asked together.
+        """
+        sizes, kept = self._count_cells(allowed)
+        _, order = faiss.downcast_index(self.index.quantizer).search(queries, self.most)
+        wanted = sizes[order[:, :effort]].sum(1)
+        needed = (np.cumsum(kept[order], 1) < wanted[:, None]).sum(1) + 1
+        cells = np.minimum(2 ** np.ceil(np.log2(needed)).astype(np.int64), self.most)
+        similarities, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        for count in np.unique(cells):
+            asked = cells == count
+            similarities[asked], rows[asked] = self._ask(queries[asked], k, selector, int(count))
+        return similarities, rows
+
+    def _count_cells(self, allowed: NDArray[np.bool_]) -> tuple[RowArray, RowArray]:
+        """How many vectors each cell holds, and how many of these are allowed."""
+        lists = self.index.invlists
+        sizes, kept = np.zeros(self.most, np.int64), np.zeros(self.most, np.int64)
+        for cell in range(self.most):
+            sizes[cell] = lists.list_size(cell)
+            if sizes[cell]:
+                ids = faiss.rev_swig_ptr(lists.get_ids(cell), int(sizes[cell]))
+                self._require_rows(ids)
+                kept[cell] = np.count_nonzero(allowed[ids])
+        return sizes, kept
 
     def _compare_all(self, queries: FloatArray, k: int, selector: Any) -> tuple[FloatArray, RowArray]:
         if self.kind != "hnsw":
@@ -119,11 +155,14 @@ class FaissSearcher:
         gpu = None if selector is not None or explain_search_refusal(k, effort) else self._moved[0]
         target = self.index if gpu is None else gpu
         similarities, rows = target.search(queries, k, params=self._params(selector, effort))
-        if rows.min() < -1 or rows.max() >= self._rows:
+        self._require_rows(rows, least=-1)
+        return similarities, rows
+
+    def _require_rows(self, rows: RowArray, *, least: int = 0) -> None:
+        if rows.min() < least or rows.max() >= self._rows:
             raise SearchError(
                 f"index.faiss is damaged: it names vectors other than its {self._rows}; build the index again"
             )
-        return similarities, rows
 
     def _params(self, selector: Any, effort: int) -> Any:
         """Search parameters; a selector that is None is left out."""

@@ -96,6 +96,22 @@ def test_same_patient_is_left_out_whatever_the_type(indexes: dict[str, Index], k
     assert not set(found["patient_id"][:10]) & {"p5"} and "p250" not in set(found["patient_id"][10:])
 
 
+@pytest.mark.parametrize("kind", ["hnsw", "ivf", "sq"])
+def test_a_filter_that_takes_away_what_is_next_to_a_query_keeps_the_recall(tmp_path: Path, kind: str) -> None:
+    """As where every neighbour of a query is of its own institution, and that is left out."""
+    random = np.random.default_rng(0)
+    centres, sites = random.standard_normal((40, 32)), random.integers(40, size=6_000)
+    vectors = (centres[sites] + 0.5 * random.standard_normal((6_000, 32))).astype(np.float32)
+    queries = (centres[0] + 0.5 * random.standard_normal((50, 32))).astype(np.float32)
+    table = table_of(6_000).with_columns(site=pl.Series(sites))
+    options = IndexOptions(kind=kind, recall=0.9)
+    index = write_index(vectors, table, embedding="mean:cls:2", recipe=RECIPE, out=tmp_path / kind, options=options)
+    assert index.tuning.reached
+    found = index.search(queries, 10, where="site != 0")["case_id"].str.slice(1).cast(pl.Int64).to_numpy()
+    truth = np.argsort(np.where(sites == 0, np.inf, -cosines(queries, vectors)), axis=1)[:, :10]
+    assert measure_recalls(found.reshape(50, 10), truth).mean() >= 0.9
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_index_mapped_from_disk_answers_alike(
     indexes: dict[str, Index], kind: str, monkeypatch: pytest.MonkeyPatch
