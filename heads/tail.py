@@ -41,7 +41,12 @@ class TailHead(nn.Module):
     slice_order: ClassVar[SliceOrder] = "free"
     one_by_one: ClassVar[str] = "its blocks keep the machine busy by themselves"
     prefers: ClassVar[TokenPreference] = TokenPreference("cut")
-    fit_defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 2e-3, "precision": "bf16", "epochs": 20}
+    fit_defaults: ClassVar[Mapping[str, Any]] = {
+        "learning_rate": 2e-3,
+        "precision": "bf16",
+        "epochs": 20,
+        "batch_size": 4,  # of some hundred cases, 16 make too few steps
+    }
 
     def __init__(
         self,
