@@ -120,10 +120,14 @@ class FaissSearcher:
 
         Queries that need about as many cells, to a power of two, are asked together.
         """
-        sizes, kept = self._count_cells(allowed)
-        _, order = faiss.downcast_index(self.index.quantizer).search(queries, self.most)
-        wanted = sizes[order[:, :effort]].sum(1)
-        needed = (np.cumsum(kept[order], 1) < wanted[:, None]).sum(1) + 1
+        cell_of, sizes = self._cell_of
+        kept = np.bincount(cell_of[np.flatnonzero(allowed)], minlength=self.most + 1)[: self.most]
+        depth, needed = effort, np.full(len(queries), self.most + 1)
+        while depth < self.most and (needed > depth).any():
+            depth = min(4 * depth, self.most)
+            _, order = self.index.quantizer.search(queries, depth)
+            wanted = sizes[order[:, :effort]].sum(1)
+            needed = (np.cumsum(kept[order], 1) < wanted[:, None]).sum(1) + 1
         cells = np.minimum(2 ** np.ceil(np.log2(needed)).astype(np.int64), self.most)
         similarities, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         for count in np.unique(cells):
@@ -131,17 +135,17 @@ class FaissSearcher:
             similarities[asked], rows[asked] = self._ask(queries[asked], k, selector, int(count))
         return similarities, rows
 
-    def _count_cells(self, allowed: NDArray[np.bool_]) -> tuple[RowArray, RowArray]:
-        """How many vectors each cell holds, and how many of these are allowed."""
+    @cached_property
+    def _cell_of(self) -> tuple[NDArray[np.int32], RowArray]:
+        """The cell of each row, int32 [rows], one after the last where it has none; and the rows in each cell."""
         lists = self.index.invlists
-        sizes, kept = np.zeros(self.most, np.int64), np.zeros(self.most, np.int64)
-        for cell in range(self.most):
-            sizes[cell] = lists.list_size(cell)
-            if sizes[cell]:
-                ids = faiss.rev_swig_ptr(lists.get_ids(cell), int(sizes[cell]))
-                self._require_rows(ids)
-                kept[cell] = np.count_nonzero(allowed[ids])
-        return sizes, kept
+        sizes = np.array([lists.list_size(cell) for cell in range(self.most)], np.int64)
+        cell_of = np.full(self._rows, self.most, np.int32)
+        for cell in np.flatnonzero(sizes):
+            rows = faiss.rev_swig_ptr(lists.get_ids(int(cell)), int(sizes[cell]))
+            self._require_rows(rows)
+            cell_of[rows] = cell
+        return cell_of, sizes
 
     def _compare_all(self, queries: FloatArray, k: int, selector: Any) -> tuple[FloatArray, RowArray]:
         if self.kind != "hnsw":
