@@ -68,6 +68,8 @@ def search_command(
     from embedkit.index import open_index
     from embedkit.regions import Region
 
+    if not any((case, volume, vector, manifest, text, text_vectors)):
+        raise typer.BadParameter("name what to search for: --case, --volume, --vector, --manifest or --text")
     opened = open_index(index)
     if pairs < 0:
         raise typer.BadParameter(f"{pairs} pairs are none; give 0 or more", param_hint="--pairs")

@@ -31,7 +31,7 @@ def verify_command(
         )
         raise typer.Exit(1 if damages else 0)
     for damage in damages:
-        typer.echo(f"{damage.file} {damage.part}: {damage.problem}", err=True)
+        typer.echo(f"{' '.join(filter(None, (str(damage.file), damage.part)))}: {damage.problem}", err=True)
     if damages:
         remedy = "delete the files named and run the extraction again"
         if is_index:

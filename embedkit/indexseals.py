@@ -46,7 +46,7 @@ def check_file(folder: Path, name: str, seal: dict[str, Any]) -> None:
         raise SearchError(f"index {folder} names a file outside of it, {name}: refused")
     whole = seal["bytes"] <= _CHECKED_WHOLE_BYTES
     if problem := _find_problem(folder / name, seal, whole=whole):
-        raise SearchError(problem)
+        raise SearchError(f"{folder / name} is damaged: {problem}; build the index again")
 
 
 def list_damage(folder: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
@@ -78,8 +78,8 @@ def _find_problem(file: Path, seal: dict[str, Any], *, whole: bool) -> str | Non
         elif right:
             right = _sha256(file, seal["head_bytes"]) == seal["head_sha256"]
     except OSError as error:
-        return f"cannot read index: {explain_os_error(error, file)}"
-    return None if right else f"{file} is damaged: it is not what was written; build the index again"
+        return f"it cannot be read: {explain_os_error(error, file)}"
+    return None if right else "it is not what was written"
 
 
 def seal_fields(fields: dict[str, Any]) -> dict[str, Any]:

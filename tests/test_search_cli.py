@@ -54,6 +54,10 @@ def test_a_vector_of_the_index_finds_its_own_case_first(explored: Explored, tmp_
     assert "matches" not in found[0]
 
 
+def test_a_search_for_nothing_says_what_can_be_searched_for(explored: Explored) -> None:
+    assert "--case, --volume, --vector, --manifest or --text" in refused(explored.index, "-k", 2)
+
+
 def test_what_is_no_vector_of_the_index_is_refused(explored: Explored, tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_text("no array")
     with pytest.raises(SearchError, match=r"a.npy is no readable .npy array; write the query vector with numpy.save"):
