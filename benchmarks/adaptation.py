@@ -10,8 +10,9 @@ patient-grouped folds without the references (``side`` of the hippocampus is tol
 lie near chance with this backbone, so no goal rests on them). Every row of a table is at one resolution, 128 px,
 through ``deit_tiny_patch16_224``; LGG has three views as channels. Intervals are over patients; with several seeds a
 score is the mean over them. The rows ``chosen inside`` and ``mean of three`` take in each fold the cached method, or
-the mean of the three, that did best on the inner splits of its training cases: nothing is chosen on a test fold. The
-head with masks learns those of the training cases beside the label, and sees none at prediction. Heads that adapt
+the mean of the three, that did best on the inner splits of its training cases: nothing is chosen on a test fold. Heads
+with masks learn those of the training cases beside the label, and see none at prediction; as the references have
+none, they are chosen from in a row of their own, which no goal is about. Heads that adapt
 blocks, cached or from pixels, run --epochs in batches of --batch-size: as many steps as so few cases allow; the others
 have the library's defaults. Everything done stays in --work: a second call goes on. With the references it takes some
 hours; they are trained by this script.
@@ -96,13 +97,15 @@ METHODS = (
     Method("abmil", "gated ABMIL on class tokens", "abmil", ("cls:12",)),
     Method("grid", "grid head on block 8", "grid", ("patch:8",)),
     Method("layers", "grid head on blocks 4, 8 and 12, weights learned", "grid", LAYERS),
-    Method("segment", "head segment on block 8, label alone", "segment", ("patch:8",)),
-    Method("masks", "head segment on block 8, label and masks", "segment", ("patch:8",), masks=True),
+    Method("segment", "head segment on block 8", "segment", ("patch:8",)),
     *(
         Method(f"tail{blocks}cls", f"LoRA in the last {blocks}, class token", options={"grid": 0, "blocks": blocks})
         for blocks in (1, 2, 4)
     ),
     Method("tail4", "LoRA in the last 4, class token and places"),
+    Method("layersmasks", "grid head on blocks 4, 8 and 12, masks beside the label", "grid", LAYERS, masks=True),
+    Method("segmentmasks", "head segment on block 8, masks beside the label", "segment", ("patch:8",), masks=True),
+    Method("tail4masks", "LoRA in the last 4, class token and places, masks beside the label", masks=True),
     Method("reference", "LoRA in all blocks from pixels, class token", grid=0),
     Method("reference4", "LoRA in all blocks from pixels, class token and places", grid=4),
 )
@@ -234,6 +237,23 @@ def choose_inside(found: Mapping[str, Scores], count: int) -> pl.DataFrame:
     return pl.concat(parts)
 
 
+def groups_to_choose_from(
+    found: Mapping[str, Sequence[Scores]], methods: Iterable[Method]
+) -> list[tuple[str, str, list[str], int]]:
+    """Name, title, methods and count of each row that is chosen inside: without masks, and with them where they are."""
+    cached = [method for method in methods if method.name in found and method.grid is None]
+    plain = [method.name for method in cached if not method.masks]
+    groups = [("chosen", "", plain, 1), ("three", "mean of three ", plain, 3)]
+    if len(plain) < len(cached):
+        every = [method.name for method in cached]
+        groups += [("any", "", every, 1), ("anythree", "mean of three ", every, 3)]
+    return [
+        (name, f"{title}chosen inside{', masks or not' if among != plain else ''}", among, count)
+        for name, title, among, count in groups
+        if among
+    ]
+
+
 def align(frames: Sequence[pl.DataFrame]) -> tuple[NDArray[np.int64], NDArray[np.float64], list[str]]:
     """Targets [cases], scores [seeds cases] and patients of the same cases in one order."""
     ordered = [frame.sort("case_id") for frame in frames]
@@ -267,10 +287,9 @@ def report(task: Task, found: dict[str, list[Scores]], methods: Iterable[Method]
     frames = {name: [each.cases for each in seeds] for name, seeds in found.items()}
     seeds = range(len(next(iter(found.values()))))
     rows = [(method.name, method.title) for method in methods if method.name in found]
-    if any(each[0].inner is not None for each in found.values()):
-        for name, title, count in (("chosen", "chosen inside", 1), ("three", "mean of three chosen inside", 3)):
-            frames[name] = [choose_inside({key: each[seed] for key, each in found.items()}, count) for seed in seeds]
-            rows.append((name, title))
+    for name, title, among, count in groups_to_choose_from(found, methods):
+        frames[name] = [choose_inside({key: found[key][seed] for key in among}, count) for seed in seeds]
+        rows.append((name, title))
     others = ("query", *REFERENCES)
     cases = next(iter(frames.values()))[0]
     lines = [
