@@ -76,6 +76,9 @@ def train_command(
     group_by: Annotated[
         str | None, typer.Option(help="Label column, each value of which is left out in turn: a site, a scanner.")
     ] = None,
+    same_folds: Annotated[
+        bool, typer.Option("--same-folds", help="Deal the cases once for all targets: one partition, and faster.")
+    ] = False,
     loss: Annotated[str, typer.Option(help="cross_entropy or focal, of heads trained by gradient.")] = "cross_entropy",
     gamma: Annotated[float, typer.Option(help="Of the focal loss: how little well answered cases count.")] = 2.0,
     sampling: Annotated[
@@ -138,6 +141,7 @@ def train_command(
                 repeats=repeats,
                 split=split,
                 group_by=group_by,
+                same_folds=same_folds,
                 fit_options={
                     "loss": loss,
                     "gamma": gamma,

@@ -140,7 +140,7 @@ def _fit_closed_form(preparation: Preparation, job: FoldJob) -> None:
     found: list[tuple[Member, FitReport]] = []
     for candidate in job.plan.candidates:
         torch.manual_seed(job.seed)
-        member = job.build_member(preparation.source, candidate)
+        member = job.build_member(preparation.shape(candidate), candidate)
         features = _features(preparation, job, candidate)[torch.from_numpy(training)]
         report = fit_closed_form(member, features, job.task.targets[training], held, class_weights=weights)
         found.append((member, report))

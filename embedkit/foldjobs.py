@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from embedkit.bags import TokenSource, bag_shape
+from embedkit.bags import BagShape
+from embedkit.errors import TaskError
 from embedkit.fitting import FitReport
 from embedkit.headplans import HeadPlan
 from embedkit.jointlosses import JointLoss
@@ -38,10 +39,14 @@ class FoldedTask:
     Attributes:
         task: The task.
         folds: int64 [repeats cases], a row per deal, -1 for cases that are never tested; no two deals share a number.
+        joint: The joint task, with folds, of the targets that have folds and inner splits in common, of which this task
+            is one; None where it was dealt alone.
     """
 
     task: Task
     folds: NDArray[np.int64]
+    joint: FoldedTask | None = None
+    _held_out: dict[tuple[int, float, int], NDArray[np.bool_]] = field(default_factory=dict, repr=False)
 
     @property
     def tested(self) -> list[int]:
@@ -51,6 +56,27 @@ class FoldedTask:
     def find_tested(self, fold: int) -> NDArray[np.bool_]:
         """bool [cases], which cases a fold tests; the others train."""
         return np.asarray((self.folds == fold).any(axis=0))
+
+    def hold_out(self, fold: int, *, fraction: float, seed: int) -> NDArray[np.bool_]:
+        """bool [cases], training cases of a fold to choose by: an `inner_split`, or its part of that of all targets.
+
+        Raises:
+            TaskError: they cannot be split, or the split of all targets holds out none that this one has.
+        """
+        asked = fold, fraction, seed
+        if asked not in self._held_out:
+            if self.joint is None:
+                held = inner_split(self.task, ~self.find_tested(fold), fraction=fraction, seed=seed)
+            else:
+                whole = self.joint.hold_out(fold, fraction=fraction, seed=seed)
+                held = whole[cast(JointTask, self.joint.task).find_rows(self.task)]
+                if not held.any():
+                    raise TaskError(
+                        f"target {self.task.name}: of the cases held out of fold {fold} for all targets together, none"
+                        " has a label; deal it alone, or label more cases"
+                    )
+            self._held_out[asked] = held
+        return self._held_out[asked]
 
     def find_repeat(self, fold: int) -> int:
         """The deal that a fold belongs to."""
@@ -93,11 +119,11 @@ class FoldJob:
         """Numbers of the tested cases."""
         return np.flatnonzero(self.target.find_tested(self.fold))
 
-    def build_member(self, source: TokenSource, candidate: Candidate) -> Member:
-        """A member that is yet to be fitted."""
+    def build_member(self, shape: BagShape, candidate: Candidate) -> Member:
+        """A member that is yet to be fitted, on bags of a shape."""
         return build_member(
             self.plan.head,
-            bag_shape(source, candidate.token_sets),
+            shape,
             outputs=self.plan.outputs(self.task),
             kind=self.task.kind,
             options=candidate.options,
@@ -116,14 +142,13 @@ def make_job(
         TaskError: they cannot be split.
     """
     seed += 1000 * (fold + 1)
-    training, task = ~target.find_tested(fold), target.task
     several = inner_splits or (_SWEEP_SPLITS if len(plan.candidates) > 1 else 1)
     splits = tuple(
-        inner_split(task, training, fraction=plan.fit.holdout, seed=seed + number)
+        target.hold_out(fold, fraction=plan.fit.holdout, seed=seed + number)
         for number in range(several if plan.by_gradient else _CLOSED_FORM_SPLITS)
     )
     on = device if plan.by_gradient else torch.device("cpu")
-    return FoldJob(plan, target, fold, seed, splits, _make_loss(plan, task, training, on))
+    return FoldJob(plan, target, fold, seed, splits, _make_loss(plan, target.task, ~target.find_tested(fold), on))
 
 
 def _make_loss(plan: HeadPlan, task: Task, training: NDArray[np.bool_], device: torch.device) -> FitLoss:

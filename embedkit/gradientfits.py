@@ -6,6 +6,7 @@ Knows no file and no label; how fits are trained side by side is in `embedkit.st
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -73,8 +74,8 @@ class GradientFitter:
         for job in jobs:
             for place, candidate in enumerate(job.plan.candidates):
                 self._check(job, candidate)
-                for split, held in enumerate(job.splits):
-                    fit = self._fit(job, candidate, f"inner {split}", held_out=held, epochs=candidate.fit.epochs)
+                for held in job.splits:
+                    fit = self._fit(job, candidate, held_out=held, epochs=candidate.fit.epochs)
                     first[fit] = job, place
         outcomes = run_passes(list(first), self.obstacles)
         found: dict[FoldJob, dict[int, list[Outcome]]] = {job: {} for job in jobs}
@@ -85,7 +86,7 @@ class GradientFitter:
             report = _choose(job, found[job])
             candidate, nobody = job.plan.candidates[report.candidate], np.zeros_like(job.training)
             for number in range(self.seeds):
-                fit = self._fit(job, candidate, "final", held_out=nobody, epochs=report.epochs, number=number)
+                fit = self._fit(job, candidate, held_out=nobody, epochs=report.epochs, number=number)
                 last[fit] = job, report
 
         def finish(fit: Fit, outcome: Outcome) -> None:
@@ -152,7 +153,6 @@ class GradientFitter:
         self,
         job: FoldJob,
         candidate: Candidate,
-        part: str,
         *,
         held_out: NDArray[np.bool_],
         epochs: int,
@@ -166,7 +166,7 @@ class GradientFitter:
             standardiser=self._standardiser(job, candidate),
             loss=job.loss,
             deck=self._deck(job, candidate),
-            key=f"{job.task.name} {job.fold} {part}",
+            key=self._name_training_set(job, candidate, held_out),
             training=job.training & ~held_out,
             held_out=held_out,
             noise=self.seed + number,
@@ -180,16 +180,23 @@ class GradientFitter:
         key = (job.plan.head, candidate.token_sets, str(candidate.options), job.plan.outputs(job.task), seed)
         if key not in self._heads:
             torch.manual_seed(seed)
-            self._heads[key] = job.build_member(self.preparation.source, candidate).head
+            self._heads[key] = job.build_member(self.preparation.shape(candidate), candidate).head
             if (start := self._started(job)) is not None:
                 start.load(self._heads[key], job.fold, number)
         return self._heads[key]
+
+    def _name_training_set(self, job: FoldJob, candidate: Candidate, held_out: NDArray[np.bool_]) -> Hashable:
+        """Equal where fits see the same cases in the same order and are judged by the same ones, of whatever task."""
+        dealt = [self._deck(job, candidate).places, job.training, held_out]
+        if candidate.fit.sampling == "balanced":
+            dealt.append(job.task.targets)
+        return hashlib.blake2b(b"".join(each.tobytes() for each in dealt), digest_size=16).hexdigest()
 
     def _started(self, job: FoldJob) -> HeadStart | None:
         return self.start if self.start is not None and self.start.head == job.plan.head else None
 
     def _deck(self, job: FoldJob, candidate: Candidate) -> Deck:
-        key = (job.plan.head, job.target, candidate.token_sets)
+        key = (job.plan.head, job.task.case_ids, candidate.token_sets)
         if key not in self._decks:
             self._decks[key] = self.preparation.deck(job.plan, candidate, job.task, seed=self.seed)
         return self._decks[key]
@@ -197,7 +204,7 @@ class GradientFitter:
     def _standardiser(self, job: FoldJob, candidate: Candidate) -> Standardiser:
         if (start := self._started(job)) is not None:
             return start.standardiser(job.fold)
-        key = (job.target, job.fold, candidate.token_sets)
+        key = (job.task.case_ids, job.training.tobytes(), candidate.token_sets)
         if key not in self._standardisers:
             places = self._deck(job, candidate).places[job.training]
             self._standardisers[key] = self.preparation.standardiser(candidate, places)
@@ -211,7 +218,7 @@ class GradientFitter:
             return
         self._checked.add(key)
         whole, read = self.preparation.samples(job.plan, candidate)
-        head = job.build_member(self.preparation.source, candidate).head.to(self.preparation.device)
+        head = job.build_member(self.preparation.shape(candidate), candidate).head.to(self.preparation.device)
         with torch.no_grad():
             check_output(job.plan.head, head(whole), whole, outputs)
         if obstacle := getattr(head, "one_by_one", "") or find_obstacle(head, read):
@@ -219,7 +226,8 @@ class GradientFitter:
 
     def _finish(self, job: FoldJob, fit: Fit, report: FitReport, outcome: Outcome) -> Member:
         """The member of a last fit."""
-        member = job.build_member(self.preparation.source, job.plan.candidates[report.candidate])
+        candidate = job.plan.candidates[report.candidate]
+        member = job.build_member(self.preparation.shape(candidate), candidate)
         member.head.load_state_dict(outcome.state)
         member.standardiser = copy.deepcopy(fit.standardiser)
         member.unit.copy_(torch.tensor(job.loss.unit))

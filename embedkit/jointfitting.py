@@ -44,7 +44,7 @@ from embedkit.stopping import Watch
 from embedkit.targets import count_noun
 from embedkit.tasks import Task
 
-__all__ = ["JointTargets", "cross_fit_all", "deal_jointly"]
+__all__ = ["JointTargets", "cross_fit_all", "deal_jointly", "deal_together"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +66,32 @@ class JointTargets:
         return _lay_out(plan, _joint_task(self.folded), place=list(self.parts).index(task.name))
 
 
+def deal_together(tasks: Sequence[Task], deal: Callable[[Task], FoldedTask]) -> dict[str, FoldedTask]:
+    """Deals the cases of all targets at once: each has the folds and inner splits of its own cases, alike for all.
+
+    Args:
+        tasks: The targets.
+        deal: Deals the cases of a task.
+
+    Returns:
+        Per target.
+
+    Raises:
+        OptionError: there are fewer than two targets.
+        TaskError: as ``deal``.
+    """
+    if len(tasks) < 2:
+        raise OptionError("the same folds were asked for a single target, expected two targets or more")
+    joint = join_tasks(tasks)
+    whole = deal(joint)
+    return {task.name: FoldedTask(task, whole.folds[:, joint.find_rows(task)], whole) for task in tasks}
+
+
 def deal_jointly(
-    matched: Mapping[str, Sequence[HeadPlan]], tasks: Sequence[Task], deal: Callable[[Task], FoldedTask]
+    matched: Mapping[str, Sequence[HeadPlan]],
+    tasks: Sequence[Task],
+    deal: Callable[[Task], FoldedTask],
+    together: Mapping[str, FoldedTask] | None = None,
 ) -> JointTargets:
     """Joins the targets that a joint head is to learn, and deals the cases of all of them into common folds.
 
@@ -75,6 +99,7 @@ def deal_jointly(
         matched: Target -> the plans of its heads.
         tasks: The targets.
         deal: Deals the cases of a task.
+        together: The targets as `deal_together` dealt them, if it did.
 
     Raises:
         HeadError: a joint head has fewer than two targets, or an option that follows from them.
@@ -82,15 +107,18 @@ def deal_jointly(
         TaskError: as ``deal``.
     """
     plans = {plan.head: plan for each in matched.values() for plan in each if is_joint(plan.head)}
-    together = [task for task in tasks if set(plans) <= {plan.head for plan in matched[task.name]}]
+    learned = [task for task in tasks if set(plans) <= {plan.head for plan in matched[task.name]}]
     for plan in plans.values():
-        _require_joinable(plan, len(together))
+        _require_joinable(plan, len(learned))
     if not plans:
         return JointTargets()
-    task = join_tasks(together)
-    folded = deal(task)
+    task = join_tasks(learned)
+    whole = together[learned[0].name].joint if together else None
+    folded = (
+        deal(task) if whole is None else FoldedTask(task, whole.folds[:, _joint_task(whole).find_rows(task)], whole)
+    )
     parts = zip(task.parts, task.rows, strict=True)
-    return JointTargets(folded, {part.name: FoldedTask(part, folded.folds[:, rows]) for part, rows in parts})
+    return JointTargets(folded, {part.name: FoldedTask(part, folded.folds[:, rows], whole) for part, rows in parts})
 
 
 def cross_fit_all(

@@ -53,8 +53,11 @@ class JointTask(Task):
     @cached_property
     def rows(self) -> tuple[NDArray[np.int64], ...]:
         """Per target, where each of its cases is among those of the joint task."""
-        ids = np.asarray(self.case_ids)
-        return tuple(np.searchsorted(ids, np.asarray(part.case_ids)).astype(np.int64) for part in self.parts)
+        return tuple(map(self.find_rows, self.parts))
+
+    def find_rows(self, task: Task) -> NDArray[np.int64]:
+        """int64 [cases], where the cases of a task are among those of this one, which has all of them."""
+        return np.searchsorted(np.asarray(self.case_ids), np.asarray(task.case_ids)).astype(np.int64)
 
     @cached_property
     def states(self) -> tuple[str, ...]:

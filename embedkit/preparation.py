@@ -78,6 +78,7 @@ class Preparation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._heads = {_key(*pair): _build_head(source, *pair) for pair in pairs}
+        self._shapes: dict[tuple[str, ...], BagShape] = {}
         self._features: dict[_Key, Tensor] = {}
         self._reduced: dict[_Key, ResidentStore] = {}
         self._read_once(pairs)
@@ -95,7 +96,7 @@ class Preparation:
         """Where a head trained by gradient reads its batches."""
         if not (self._covers and learns_masks(plan.head)):
             return self._reduced.get(_key(plan, candidate)) or cast(TokenStore, self._store)
-        grid = joined_grid(bag_shape(self.source, candidate.token_sets), candidate.token_sets)
+        grid = joined_grid(self.shape(candidate), candidate.token_sets)
         return self._covered.setdefault(grid, CoveredStore(cast(TokenStore, self._store), self._covers[grid]))
 
     def rounds(self, plans: Sequence[HeadPlan]) -> list[list[HeadPlan]]:
@@ -119,9 +120,15 @@ class Preparation:
         longest = 1 if reduced else max(self._counts.values())
         return Deck(places, lengths, longest=longest, blocks=max(1, -(-size // self.block_bytes)), seed=seed)
 
+    def shape(self, candidate: Candidate) -> BagShape:
+        """Of the bags that a candidate reads."""
+        if candidate.token_sets not in self._shapes:
+            self._shapes[candidate.token_sets] = bag_shape(self.source, candidate.token_sets)
+        return self._shapes[candidate.token_sets]
+
     def standardiser(self, candidate: Candidate, places: NDArray[np.int64]) -> Standardiser:
         """Fitted on the cases at these places."""
-        shape = bag_shape(self.source, candidate.token_sets)
+        shape = self.shape(candidate)
         moments = {name: self._moments[name] for name in candidate.token_sets}
         return fit_standardiser(shape, moments, torch.from_numpy(places))
 

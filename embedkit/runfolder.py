@@ -71,6 +71,7 @@ class RunRecord:
             best first); None without a sweep.
         notes: What the user should know, in sentences.
         masks: Number of cases whose mask the head learned from; 0 for a head that learned none.
+        folded_with: Other targets that its folds and inner splits are those of as well.
         sha256: Of the other files, in hex; known once it is written.
     """
 
@@ -98,6 +99,7 @@ class RunRecord:
     sweep: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     masks: int = 0
+    folded_with: tuple[str, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -325,6 +327,7 @@ def _from_json(fields: dict[str, Any]) -> RunRecord:
             "metrics": {name: _interval(found) for name, found in fields["metrics"].items()},
             "members": tuple(fields["members"]),
             "notes": tuple(fields["notes"]),
+            "folded_with": tuple(fields.get("folded_with", ())),
         }
     )
 

@@ -57,7 +57,8 @@ class Fit:
         standardiser: Of the tokens.
         loss: Of the task on the training cases.
         deck: Deals the task's cases.
-        key: Names the training set; fits of equal keys have one deck, loss, standardiser and training set.
+        key: Names the training set; fits of equal keys have the cases of one deck in common, those to train on, those
+            to be judged by, and the standardiser.
         training: bool [cases], what to descend on.
         held_out: bool [cases], what to judge by; none where ``epochs`` is to be run without judging.
         noise: Seed of the dropout.

@@ -19,7 +19,7 @@ from embedkit.cache import Cache, open_cache
 from embedkit.errors import OptionError
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, TokenChoice, match_heads, plan_heads
-from embedkit.jointfitting import deal_jointly
+from embedkit.jointfitting import deal_jointly, deal_together
 from embedkit.keeping import Keeper, require_keepable
 from embedkit.manifest import read_labels
 from embedkit.planning import choose_device
@@ -89,6 +89,7 @@ def train(
     repeats: int = 1,
     split: str | None = None,
     group_by: str | None = None,
+    same_folds: bool = False,
     sweep: str | None = None,
     seed: int = 0,
     seeds: int = 1,
@@ -132,6 +133,9 @@ def train(
             The interval draws patients, each with all its scores. New cases are predicted by the mean of all members.
         split: Column of ``labels`` that holds the folds instead, as in `folds_from_column`: a published split.
         group_by: Column of ``labels``, each value of which is left out in turn, as in `folds_from_groups`: a site.
+        same_folds: Deal the cases once for all targets, so that whoever is tested for one is in training for none, and
+            hold out the same cases to choose by. Each class of each target is in every fold still. Targets that the
+            same cases have are then fitted as candidates of a sweep are, in a part of the time.
         sweep: ``small`` (dozens) or ``large`` (hundreds of candidates): learning rate, weight decay, dropout, size and
             token set of every head are chosen anew in each fold, by three inner splits of its training cases alone;
             baselines are tried on every token set.
@@ -171,7 +175,7 @@ def train(
     _check_events(names, event)
     chosen = choose_device(device)
     _check_runs(resume=resume, overwrite=overwrite, seeds=seeds)
-    _check_folds(repeats=repeats, split=split, group_by=group_by)
+    _check_folds(repeats=repeats, split=split, group_by=group_by, same=same_folds, starts=start is not None)
     keeps = keep_old is not None
     if keep_old is not None:
         require_keepable(keep_old, keep_weight, starts=start is not None, targets=names, masks=masks is not None)
@@ -191,10 +195,13 @@ def train(
     deal = partial(
         _deal, table=table, begun=begun, split=split, group_by=group_by, folds=folds, repeats=repeats, seed=seed
     )
-    joint = deal_jointly(matched, tasks, deal)
+    together = deal_together(tasks, deal) if same_folds else {}
+    joint = deal_jointly(matched, tasks, deal, together)
     prepared = tuple(
         TrainedTarget(dealt, split or group_by or len(dealt.tested) // len(dealt.folds), report, blank)
-        for dealt, report in ((joint.parts.get(task.name) or deal(task), report) for task, report in made)
+        for dealt, report in (
+            (joint.parts.get(task.name) or together.get(task.name) or deal(task), report) for task, report in made
+        )
     )
     keeper = None
     if begun is not None and keep_old is not None:
@@ -320,6 +327,7 @@ def _is_done(
         "times": task.times,
         "member_count": members,
         "masks": given["masks"],
+        "folded_with": target.folded_with,
     }
     if given["sweep"] is None:
         fields["token_sets"] = plan.token_sets
@@ -357,7 +365,9 @@ def _check_runs(*, resume: bool, overwrite: bool, seeds: int) -> None:
         raise OptionError(f"seeds is {seeds}, expected 1 or more members per fold")
 
 
-def _check_folds(*, repeats: int, split: str | None, group_by: str | None) -> None:
+def _check_folds(*, repeats: int, split: str | None, group_by: str | None, same: bool, starts: bool) -> None:
+    if same and starts:
+        raise OptionError("a head that starts from a run keeps its folds; leave the same folds for all targets away")
     if split is not None and group_by is not None:
         raise OptionError(
             f"folds from both split {split} and group_by {group_by} were asked for; choose one of the two"

@@ -9,7 +9,7 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -22,6 +22,7 @@ from embedkit.crossfitting import CrossFit, InnerScores
 from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import HeadPlan
+from embedkit.jointtasks import JointTask
 from embedkit.layers import layer_weights
 from embedkit.members import Member, count_parameters
 from embedkit.metrics import compute_metrics
@@ -58,6 +59,13 @@ class TrainedTarget:
     @property
     def folds(self) -> NDArray[np.int64]:
         return self.folded.folds
+
+    @property
+    def folded_with(self) -> tuple[str, ...]:
+        """Other targets that have its folds and inner splits too."""
+        if self.folded.joint is None:
+            return ()
+        return tuple(part.name for part in cast(JointTask, self.folded.joint.task).parts if part.name != self.task.name)
 
 
 def make_record(
@@ -109,6 +117,7 @@ def make_record(
         ),
         fit_options=list_fit_options(plan, plan.candidates[0]),
         folds=target.split,
+        folded_with=target.folded_with,
         repeats=len(target.folds),
         seed=seed,
         parameters=max(count_parameters(member) for member in fitted.members),
