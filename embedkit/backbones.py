@@ -29,6 +29,7 @@ __all__ = [
     "compile_backbone",
     "list_backbones",
     "load_backbone",
+    "require_backbone",
     "suggest_backbones",
 ]
 
@@ -111,7 +112,7 @@ def load_backbone(
         if weights is not None:
             raise BackboneError(f"{SCATTERING} has no learned weights, but {weights} was given; leave --weights out")
         return ScatteringBackbone(image_size=128 if size is None else size, channels=channels, device=device)
-    _check_name(name)
+    require_backbone(name)
     source, file = (f"file {weights}", weights) if weights else (f"hub {name}", _fetch(name))
     state = read_weights(file)
     model = _create(name)
@@ -123,13 +124,29 @@ def load_backbone(
     return _wrap(model, name=name, weights=digest, image_size=size)
 
 
+def require_backbone(name: str) -> None:
+    """Raises BackboneError for an architecture or a weight tag that timm does not have; reaches for no weights."""
+    if name == SCATTERING or name.startswith(_HUB):
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = suggest_backbones(name)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise BackboneError(f"unknown backbone {name!r}{hint}; `embedkit backbones` lists the recommended ones")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise BackboneError(
+            f"backbone {architecture} has no weight tag {tag!r}; timm publishes: {', '.join(tags) or 'none'}"
+        )
+
+
 def build_frame(name: str, *, image_size: int) -> VitBackbone:
     """An untrained transformer of the shape that `load_backbone` gives, for weights that the caller has.
 
     Raises:
         BackboneError: unknown name, no transformer, or an image size that it cannot take.
     """
-    _check_name(name)
+    require_backbone(name)
     model = _create(name)
     _resize(model, image_size, name)
     model.eval().requires_grad_(False)
@@ -160,22 +177,6 @@ def suggest_backbones(name: str, count: int = 4) -> list[str]:
     holding = sorted((item for item in known if parts and all(part in item for part in parts)), key=len)
     alike = difflib.get_close_matches(name, known, n=count, cutoff=0.6)
     return list(dict.fromkeys([*holding[: count // 2], *alike, *holding]))[:count]
-
-
-def _check_name(name: str) -> None:
-    """Raises BackboneError for an architecture or a weight tag that timm does not have."""
-    if name.startswith(_HUB):
-        return
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = suggest_backbones(name)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise BackboneError(f"unknown backbone {name!r}{hint}; `embedkit backbones` lists the recommended ones")
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        raise BackboneError(
-            f"backbone {architecture} has no weight tag {tag!r}; timm publishes: {', '.join(tags) or 'none'}"
-        )
 
 
 def _fetch(name: str) -> Path:

@@ -14,13 +14,14 @@ from typing import Any
 
 import polars as pl
 
+from embedkit.backbones import require_backbone
 from embedkit.benchtable import Score, rank_methods, tabulate_scores
 from embedkit.cache import Cache, open_cache
 from embedkit.errors import DifferentRunError, HeadError, SearchError, SuiteError, TaskError
 from embedkit.extraction import extract
 from embedkit.headplans import BASELINES
 from embedkit.metrics import HIGHER_IS_BETTER
-from embedkit.plugins import learned_kinds
+from embedkit.plugins import learned_kinds, load_head
 from embedkit.runs import Run
 from embedkit.suitedata import SuiteTables, read_tables, require_columns
 from embedkit.suiteentries import SuiteBackbone, SuiteTask
@@ -103,10 +104,12 @@ def bench(
 
     Raises:
         SuiteError: the suite means nothing, a file of it is absent, or ``out`` holds results of another one.
-        BackboneError, RecipeError, CacheError, RunError: as `extract` and `train`; what is finished stays.
+        HeadError, BackboneError: no such head or backbone, before anything runs; or as `extract` and `train`.
+        RecipeError, CacheError, RunError: as `extract` and `train`; what is finished stays.
     """
     opened = suite if isinstance(suite, Suite) else read_suite(suite, data=data)
     opened = _narrow(opened, tasks, heads, backbones, weights or {})
+    _require_parts(opened)
     folder = Path(out)
     chosen = list(dict.fromkeys(task.dataset for task in opened.tasks))
     tables = {name: read_tables(opened.datasets[name], folder / "datasets") for name in chosen}
@@ -151,6 +154,16 @@ def _narrow(
             replace(each, weights=Path(weights[each.name])) if each.name in weights else each for each in taken
         ),
     )
+
+
+def _require_parts(suite: Suite) -> None:
+    """Raises for a head or backbone that is not installed, and for weights that are not there."""
+    for head in dict.fromkeys((*suite.heads, *(head for task in suite.tasks for head in task.heads))):
+        load_head(head)
+    for each in suite.backbones:
+        require_backbone(each.name)
+        if each.weights is not None and not each.weights.is_file():
+            raise SuiteError(f"weights {each.weights} of {each.name} are not there; check the suite and --weights")
 
 
 class _Work:

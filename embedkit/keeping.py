@@ -51,7 +51,7 @@ def require_keepable(exemplars: int, weight: float, *, starts: bool, targets: Se
     """
     problem = ""
     if not starts:
-        problem = "there is no old run whose answers could be kept: name one to start from"
+        problem = "no old run was given to start from, with --from"
     elif len(targets) != 1:
         problem = f"targets are {', '.join(targets)}, expected one: train each in a call of its own"
     elif exemplars < 1:

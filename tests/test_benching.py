@@ -16,7 +16,7 @@ from embedkit.cli.main import main
 from embedkit.benching import Bench, bench
 from embedkit.benchpage import write_bench
 from embedkit.benchtable import Score, rank_methods, tabulate_scores
-from embedkit.errors import SuiteError
+from embedkit.errors import BackboneError, HeadError, SuiteError
 from embedkit.medmnistfiles import unpack_medmnist
 from embedkit.runs import open_run
 from embedkit.suitedata import read_tables
@@ -222,9 +222,14 @@ def test_wrong_names_and_columns_are_refused_before_anything_runs(work: Path, tm
         ({"tasks": ["kinds"]}, "has no task 'kinds'; did you mean kind"),
         ({"weights": {"deit": "x"}}, "weights are given for 'deit', which is no backbone here"),
         ({"data": tmp_path}, "manifest.csv is not there"),
+        ({"weights": {"embedkit/scattering": "x"}}, "weights x of embedkit/scattering are not there"),
     ):
         with pytest.raises(SuiteError, match=message):
             bench(suite, tmp_path / "out", **options)  # type: ignore[arg-type]
+    with pytest.raises(HeadError, match="no head is called 'querry'; did you mean query"):
+        bench(suite, tmp_path / "out", heads=["querry"])
+    with pytest.raises(BackboneError, match="unknown backbone 'deit_tny"):
+        bench(suite, tmp_path / "out", backbones=["deit_tny_patch16_224"])
     wrong = work / "wrong.toml"
     for old, new, message in (
         ('target = "kind"', 'target = "knd"', "target is 'knd', but data set scans has no such column; did you mean"),

@@ -268,7 +268,7 @@ def test_a_head_that_mixes_its_outputs_is_refused(
 @pytest.mark.parametrize(
     "wrong",
     [
-        ("late", {"start": None}, "there is no old run whose answers could be kept: name one to start from"),
+        ("late", {"start": None}, "no old run was given to start from, with --from"),
         ("late", {"keep_old": 0}, "0 exemplars per fold to keep them on, expected 1 or more"),
         ("late", {"keep_weight": -1.0}, "keeping is weighed by -1, expected 0 or above"),
         ("late", {"keep_weight": float("nan")}, "keeping is weighed by nan, expected 0 or above"),
