@@ -174,7 +174,7 @@ def train_reference(
     fits: dict[Fit, FoldJob] = {}
     for job in jobs:
         torch.manual_seed(job.seed)
-        head = job.build_member(source, candidate).head  # type: ignore[arg-type]
+        head = job.build_member(source.shape, candidate).head
         key = f"fold {job.fold}"
         fit = Fit("tail", head, how, source, standardiser, job.loss, deck, key, job.training, nobody, seed, epochs)
         fits[fit] = job
