@@ -9,17 +9,18 @@ replaced by the average one (``tokens``); slices left out, or replaced by a neig
 their labels mixed (``mixup``, Zhang et al., arXiv 1710.09412, as in its reference code one share per batch); noise in
 units of each channel's deviation (``noise``); columns of the token grid from right to left (``flip``, not for a target
 that asks for a side: --no-flip). From pixels: ``copies``, --copies of each case turned, moved, scaled, in another
-contrast and flipped, in the training of the other folds alone; copies of a fold's held-out training patients help to
-choose the number of epochs. Heads read what `DEFAULT_TOKENS` says. Scores are of the mean over --seeds members,
-intervals are over patients. Caches and runs stay in --work: a second call goes on. The last line is the best AUROC over
-that without augmentation, the mean over heads.
+contrast and flipped (not with --no-flip). A copy is trained on alone: of patients whose cases are tested, or held out
+to choose the number of epochs, none is seen. Heads read what `DEFAULT_TOKENS` says. Scores are of the mean over --seeds
+members, intervals are over patients. Caches and runs stay in --work: a second call goes on. The last line is the best
+AUROC over that without augmentation, the mean over heads.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,17 +32,21 @@ from numpy.typing import NDArray
 from scipy.ndimage import affine_transform
 from torch import Tensor, nn
 
-from embedkit import passes
+from embedkit import foldjobs, passes
 from embedkit.bags import Bag
 from embedkit.cache import Cache, open_cache
 from embedkit.extraction import extract
+from embedkit.foldjobs import FoldJob
+from embedkit.folds import inner_split
+from embedkit.gradientfits import GradientFitter
 from embedkit.losses import StackedFitLoss
 from embedkit.manifest import read_labels, read_manifest
 from embedkit.metrics import Interval, compute_metrics
 from embedkit.plots import describe_interval
 from embedkit.recipe import TokenSet
 from embedkit.runs import Run, open_run
-from embedkit.stacks import Stack
+from embedkit.stacks import Fit, Stack
+from embedkit.tasks import Task
 from embedkit.training import train
 from embedkit.volumes import read_volume, write_volume
 from views import describe_difference, encode
@@ -49,6 +54,7 @@ from views import describe_difference, encode
 DEFAULT_TOKENS = {"grid": "patch@4:8", "abmil": "cls:12", "tail": "cut:8"}
 CHANNELS = ("pre", "flair", "post")
 NO_COPY, COPY = "none", "copies"
+MARK = "#"  # in the name of a case that is a copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +197,39 @@ def choose_stack(name: str) -> type[Stack]:
     return Stack if arm is None else type("ArmStack", (AugmentedStack,), {"arm": staticmethod(arm)})
 
 
+def find_copies(task: Task) -> NDArray[np.bool_]:
+    """Which cases of a task are copies, bool [cases]."""
+    return np.array([MARK in case_id for case_id in task.case_ids])
+
+
+def hold_originals(task: Task, training: NDArray[np.bool_], **how: Any) -> NDArray[np.bool_]:
+    """As `inner_split`, but no copy is among what is held out."""
+    held: NDArray[np.bool_] = inner_split(task, training & ~find_copies(task), **how)
+    return held
+
+
+def leave_copies(fit: Callable[..., Fit]) -> Callable[..., Fit]:
+    """`GradientFitter._fit` without the copies of patients that are held out in what is trained on."""
+
+    def fit_others(fitter: GradientFitter, job: FoldJob, *args: Any, held_out: NDArray[np.bool_], **how: Any) -> Fit:
+        whole = fit(fitter, job, *args, held_out=held_out, **how)
+        patients = np.asarray(job.task.patient_ids)
+        return dataclasses.replace(whole, training=whole.training & ~np.isin(patients, patients[held_out]))
+
+    return fit_others
+
+
+@contextmanager
+def alter_training(arm: str) -> Iterator[None]:
+    """While it lasts fits are trained with an arm, and no copy is held out or seen of a patient who is."""
+    with (
+        patch.object(passes, "Stack", choose_stack(arm)),
+        patch.object(foldjobs, "inner_split", hold_originals),
+        patch.object(GradientFitter, "_fit", leave_copies(GradientFitter._fit)),
+    ):
+        yield
+
+
 def make_cache(options: argparse.Namespace, manifest: pl.DataFrame, name: str) -> Cache:
     extract(
         manifest,
@@ -220,7 +259,7 @@ def copy_cases(manifest: pl.DataFrame, out: Path, copies: int, *, flip: bool) ->
                 if not path.is_file():
                     image = read_volume(row["path"])
                     write_volume(path, alter_image(image.array, matrix, offset, gamma), image.affine)
-                rows.append(row | {"case_id": f"{case_id}#{copy}", "path": str(path)})
+                rows.append(row | {"case_id": f"{case_id}{MARK}{copy}", "path": str(path)})
     return pl.concat([manifest, pl.DataFrame(rows, schema=manifest.schema)])
 
 
@@ -252,7 +291,7 @@ def fit(options: argparse.Namespace, cache: Cache, labels: pl.DataFrame, head: s
     folder = options.work / "runs" / name
     path = folder / f"{options.target}.{head}"
     if not (path / "run.json").is_file():
-        with patch.object(passes, "Stack", choose_stack(arm)):
+        with alter_training(arm):
             train(
                 cache,
                 labels,
@@ -271,7 +310,7 @@ def fit(options: argparse.Namespace, cache: Cache, labels: pl.DataFrame, head: s
 
 def score(run: Run) -> Interval:
     """AUROC of the cases that are no copies."""
-    table = run.predictions.filter(~pl.col("case_id").str.contains("#", literal=True))
+    table = run.predictions.filter(~pl.col("case_id").str.contains(MARK, literal=True))
     return compute_metrics("binary", encode(run, table), table["score"].to_numpy(), table["patient_id"].to_list())[
         "auroc"
     ]
@@ -298,7 +337,9 @@ def main() -> None:
     if COPY in arms:
         folder = options.work / f"images-{options.copies}{'' if options.no_flip else '-flipped'}"
         more = copy_cases(manifest, folder, options.copies, flip=not options.no_flip)
-        copied = [labels.with_columns(case_id=pl.col("case_id") + f"#{copy}") for copy in range(1, options.copies + 1)]
+        copied = [
+            labels.with_columns(case_id=pl.col("case_id") + f"{MARK}{copy}") for copy in range(1, options.copies + 1)
+        ]
         data[COPY] = (
             make_cache(options, more, f"cache{folder.name.removeprefix('images')}"),
             pl.concat([labels, *copied]),

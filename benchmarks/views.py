@@ -1,7 +1,7 @@
 """One view, views joined early or late, and what is left when a view is missing: out-of-fold AUROC on real scans.
 
-Usage: python benchmarks/views.py SLABS --weights FILE [--work FOLDER] [--target tumour] [--head grid] [--seeds 3]
-                                  [--tokens patch@4:8] [--view-dropout 0.3]
+Usage: python benchmarks/views.py SLABS --weights FILE [--work FOLDER] [--target tumour] [--seeds 3]
+                                  [--head grid|conv|fusion|abmil|query] [--tokens patch@4:8] [--view-dropout 0.3]
 
 SLABS holds manifest.csv and labels.csv of small cases in several views, with a column of patient-grouped folds
 (``fold``) and a binary target. Each single view is trained alone; then all of them in every way the head knows, without
@@ -33,7 +33,8 @@ from embedkit.runs import Run
 from embedkit.training import train
 
 RESAMPLES = 2000
-WAYS = {"grid": ("joint", "late", "early"), "query": ("late", "early")}
+PLACED, POOLED = ("joint", "late", "early"), ("late", "early")
+WAYS = {"grid": PLACED, "conv": PLACED, "fusion": PLACED, "abmil": POOLED, "query": POOLED}
 
 
 def main() -> None:
@@ -43,10 +44,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("views"))
     parser.add_argument("--target", default="tumour")
     parser.add_argument("--head", choices=tuple(WAYS), default="grid")
-    parser.add_argument("--tokens", default="patch@4:8")
+    parser.add_argument("--tokens", help="default: patch@4:8, of abmil and query cls:12")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--view-dropout", type=float, default=0.3)
     options = parser.parse_args()
+    options.tokens = options.tokens or ("patch@4:8" if WAYS[options.head] is PLACED else "cls:12")
     cache = make_cache(options)
     views = cache.stacks["view"].unique().sort().to_list()
     single = {view: fit(options, cache, view, views=[view]) for view in views}

@@ -36,6 +36,12 @@ def explain_command(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Ask only the fold model that was trained without the case.")
     ] = False,
+    sanity: Annotated[
+        bool,
+        typer.Option(
+            "--sanity", help="Also say whether the map depends on what the head learned (maps of shuffled heads)."
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print answer, weights and files as JSON.")] = False,
 ) -> None:
     """Show where a trained run looked: NIfTI heatmaps in the source geometry, and a picture."""
@@ -50,6 +56,7 @@ def explain_command(
         manifest=manifest,
         class_name=class_name,
         held_out=held_out,
+        sanity=sanity,
     )
     if json:
         print_json(_as_fields(shown))
@@ -62,6 +69,8 @@ def explain_command(
             attention = shown.slice_attention[view]
             place = int(attention.argmax())
             typer.echo(f"  {view}: most attention on slice {weights.indices[place]} ({attention[place]:.0%})")
+    if shown.sanity is not None:
+        typer.echo(f"  sanity check {shown.sanity}")
     for path in (*shown.heatmaps.values(), shown.montage):
         typer.echo(str(path))
 
@@ -70,7 +79,7 @@ run = explain_command
 
 
 def _as_fields(shown: Explanation) -> dict[str, Any]:
-    """Plain values: per ``view/plane`` each slice's index, weight and, where the head has it, attention."""
+    """Plain values; per ``view/plane`` each slice's index, weight and, where the head has it, attention."""
     views = {}
     for view, weights in shown.slice_weights.items():
         attention = None if shown.slice_attention is None else shown.slice_attention[view].tolist()
@@ -80,10 +89,14 @@ def _as_fields(shown: Explanation) -> dict[str, Any]:
             "weights": weights.weights.tolist(),
             "attention": attention,
         }
+    sanity = None
+    if shown.sanity is not None:
+        sanity = {"passed": shown.sanity.passed, "alike": shown.sanity.alike, "correlations": shown.sanity.correlations}
     return {
         "case_id": shown.case_id,
         "answer": shown.answer,
         "method": shown.method,
         "montage": shown.montage,
+        "sanity": sanity,
         "views": views,
     }

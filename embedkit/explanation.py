@@ -21,6 +21,7 @@ from embedkit.patches import place_patch_scores
 from embedkit.pictures import upsample_heat, write_picture
 from embedkit.plots import plot_montage
 from embedkit.runs import Evidence, Run, open_run
+from embedkit.sanity import Sanity, check_sanity
 from embedkit.slices import plan_stacks, render_slices
 from embedkit.sources import group_cases, read_case
 from embedkit.volumes import to_source, write_volume
@@ -62,6 +63,7 @@ class Explanation:
             where it has no attention.
         heatmaps: By ``view/plane``, the NIfTI file: float32 in 0..1, in the size and geometry of the source image.
         montage: PNG of the slices of most weight with the heatmap over them.
+        sanity: What is left of the map without what the head learned; None where it was not asked for.
     """
 
     case_id: str
@@ -71,6 +73,7 @@ class Explanation:
     slice_attention: dict[str, FloatArray] | None
     heatmaps: dict[str, Path]
     montage: Path
+    sanity: Sanity | None = None
 
     @property
     def word(self) -> str:
@@ -88,6 +91,7 @@ def explain(
     manifest: str | Path | pl.DataFrame | None = None,
     class_name: str | None = None,
     held_out: bool = False,
+    sanity: bool = False,
 ) -> Explanation:
     """Shows where a run looked in one case.
 
@@ -103,6 +107,7 @@ def explain(
         manifest: Draw over the images it names; None draws over the cache's previews.
         class_name: The class explained; None is the positive class of a binary task, the predicted one of others.
         held_out: Only by the fold model that was trained without the case.
+        sanity: Also compare the map with those of shuffled heads, see `embedkit.sanity.check_sanity`.
 
     Raises:
         RunError: the cache lacks the case or what the method reads, the class is unknown, or nothing can be drawn.
@@ -127,7 +132,8 @@ def explain(
     montage = folder / f"{safe_name(case_id)}.png"
     images = _read_images(source, stacks, case_id, manifest)
     write_picture(montage, _draw(images, scaled, weights, word=_word(method)))
-    return Explanation(case_id, evidence.answer, method, weights, evidence.slice_attention, heatmaps, montage)
+    checked = check_sanity(opened, source, case_id, evidence, method=method, held_out=held_out) if sanity else None
+    return Explanation(case_id, evidence.answer, method, weights, evidence.slice_attention, heatmaps, montage, checked)
 
 
 def draw_evidence(

@@ -254,7 +254,8 @@ def choose_token_set(name: str, available: Sequence[TokenSet]) -> TokenSet:
     if not readable:
         raise HeadError(
             f"head {name!r} reads {', '.join(sorted(head.reads))} tokens, but the cache holds"
-            f" {', '.join(map(str, available)) or 'none'}; choose another head, or extract with --tokens"
+            f" {', '.join(map(str, available)) or 'none'}; choose another head, or extract with"
+            f" {'--cut 4' if head.reads == {'cut'} else '--tokens'}"
         )
     wanted_layer = preference.depth * max(found.layer for found in available)
     wanted_grid = math.inf if preference.grid is None else preference.grid

@@ -108,6 +108,12 @@ def _find_voxel(click: Click, record: StackRecord) -> tuple[int, int, int] | Non
 
 
 def _explain(click: Click, records: Sequence[StackRecord]) -> str:
+    views = sorted({view for record in records for view in (record.view, *record.sources)})
+    if click.view and click.view not in views:
+        return (
+            f"click at {click}, but case {records[0].case_id} has no view of that name among those that the run reads;"
+            f" it has {', '.join(views)}"
+        )
     images = [
         f"{record.view} has {'x'.join(map(str, record.source_shape[::-1]))} voxels,"
         f" its {record.plane} slices were seen in a window of {record.box[2]}x{record.box[3]} from"

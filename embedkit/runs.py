@@ -42,6 +42,7 @@ class Evidence:
 
     Attributes:
         answer: The prediction in words.
+        class_name: The class explained; None of a task without classes.
         scores: ``view/plane`` -> float32 [slices grid_height grid_width] (1 x 1 for class tokens): how much each token
             speaks for the class explained, by the method asked for; negative speaks against it, blank slices have 0.
         slice_attention: ``view/plane`` -> float32 [slices], the head's own weights, which sum to 1; None where the
@@ -49,6 +50,7 @@ class Evidence:
     """
 
     answer: str
+    class_name: str | None
     scores: dict[str, FloatArray]
     slice_attention: dict[str, FloatArray] | None = None
 
@@ -206,7 +208,8 @@ class Run:
             for view, count in counts.items()
         }
         answer = word_answer(record.kind, record.classes, record.target, prediction, place, times=record.times)
-        return Evidence(answer, scores, self._slice_attention(members, bag, counts))
+        explained = record.classes[place] if record.classes else None
+        return Evidence(answer, explained, scores, self._slice_attention(members, bag, counts))
 
     def held_out_members(self, case_id: str) -> tuple[Member, ...]:
         """The members that were trained without a case.

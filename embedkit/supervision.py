@@ -22,6 +22,7 @@ from embedkit.members import Member
 from embedkit.plugins import MASK_OPTION, learns_masks, list_heads, list_options
 from embedkit.pooling import joined_grid
 from embedkit.runfolder import RunRecord
+from embedkit.targets import count_noun
 from embedkit.tasks import Task
 
 __all__ = ["Supervision"]
@@ -87,7 +88,7 @@ class Supervision:
         """Reads the masks of some cases, for every grid that a head which learns masks reads.
 
         Raises:
-            OptionError: masks were given that no head learns, or of none of the cases.
+            OptionError: masks were given that no head learns, of none of the cases, or that are all empty.
             VolumeError: a mask cannot be read, or does not belong to its image.
         """
         if self._masks is None:
@@ -105,6 +106,12 @@ class Supervision:
             raise OptionError(
                 "masks were given, but of none of the labelled cases; give those of some that have a label, or leave"
                 " the label table away to learn masks alone"
+            )
+        if not any((part > 0).any() for covers in self.covers.values() for part in covers.parts.values()):
+            raise OptionError(
+                f"the masks of {count_noun(len(next(iter(self.covers.values())).case_ids), 'labelled case')} were read,"
+                " but none covers anything of what the backbone saw: they are empty, or lie outside the crop; give"
+                " masks that mark something (voxels above 0), or leave them away"
             )
 
     def count(self, plan: HeadPlan, task: Task) -> int:

@@ -30,14 +30,14 @@ def make_bag(lengths: list[list[int]], shape: BagShape = SHAPE, *, tail: Tail | 
     return Bag(tokens, mask, torch.zeros(mask.shape), tuple(f"c{case}" for case in range(len(lengths))), tail=tail)
 
 
-def make_member(head: str, shape: BagShape = SHAPE, **options: Any) -> Member:
-    """A head whose every fitted number is random."""
+def make_member(head: str, shape: BagShape = SHAPE, *, spread: float = 1.0, **options: Any) -> Member:
+    """A head whose every fitted number is random, ``spread`` being their deviation."""
     torch.manual_seed(0)
     member = build_member(head, shape, outputs=2, kind="multiclass", options=options).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for values in fitted_tensors(member):
-            values.copy_(torch.randn(values.shape, generator=generator))
+            values.copy_(spread * torch.randn(values.shape, generator=generator))
         member.sharpness.fill_(2.0)
     return member.requires_grad_(False)
 
@@ -55,6 +55,22 @@ def test_on_a_linear_head_every_method_tells_what_a_token_adds(method: Any) -> N
     expected = expected.masked_fill(~BAG.mask[..., None], 0)
     torch.testing.assert_close(score_tokens(member, BAG, 1), expected)
     torch.testing.assert_close(score_tokens(member, BAG, 1, method=method), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_without_an_account_of_the_head_contributions_sum_to_what_the_logit_gains_over_average_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attribution, "_STEPS", 100)  # heads of random numbers are rougher than trained ones
+    member = make_member(name, spread=0.3, dropout=0.0)
+    assert not hasattr(member.head, "evidence")
+    found = score_tokens(member, BAG, 1)
+    average = dataclasses.replace(BAG, tokens={key: torch.zeros_like(each) for key, each in BAG.tokens.items()})
+    with torch.no_grad():
+        gained = (member(BAG).logits - member(average).logits)[:, 1]
+    torch.testing.assert_close(found.sum((1, 2, 3)), gained, rtol=0.02, atol=0.02)
+    assert (found[~BAG.mask] == 0).all()
+    assert not torch.allclose(found, score_tokens(member, BAG, 1, method="gradient"), rtol=0.1)
 
 
 def test_without_standardisation_the_average_token_is_that_of_the_case() -> None:
@@ -157,7 +173,7 @@ def test_an_unknown_method_is_refused_by_the_known_ones() -> None:
         score_tokens(make_member("grid"), BAG, 0, method=cast(Any, "magic"))
 
 
-def test_cut_tokens_are_scored_by_patch_without_the_class_token() -> None:
+def test_cut_tokens_are_scored_by_patch_without_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = VisionTransformer(img_size=8, patch_size=2, embed_dim=6, depth=2, num_heads=2, num_classes=0)
     model.eval().requires_grad_(False)
@@ -174,6 +190,13 @@ def test_cut_tokens_are_scored_by_patch_without_the_class_token() -> None:
         fall = member(bag).logits[0, 0] - member(dataclasses.replace(bag, tokens={"cut:1": tokens})).logits[0, 0]
     torch.testing.assert_close(found[0, 0, 1, 7], fall, rtol=1e-3, atol=1e-4)
     assert score_tokens(member, bag, 0, method="gradient").shape == found.shape
+    tokens, member = bag.tokens["cut:1"], make_member("tail", shape, spread=0.2, grid=2, dropout=0.0)
+    average = tokens.clone()
+    average[0, 0, :3, 1:] = tokens[0, 0, :3, 1:].mean((0, 1))
+    with torch.no_grad():
+        gained = member(bag).logits[0, 0] - member(dataclasses.replace(bag, tokens={"cut:1": average})).logits[0, 0]
+    monkeypatch.setattr(attribution, "_STEPS", 100)
+    torch.testing.assert_close(score_tokens(member, bag, 0).sum(), gained, rtol=0.02, atol=0.02)
 
 
 def test_shuffled_heads_hold_the_same_numbers_in_another_order() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from embedkit.cli.main import app
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
-from embedkit.attribution import randomise_member
+from embedkit import sanity
 from embedkit.cache import open_cache
 from embedkit.errors import HeadError, OptionError, RunError
 from embedkit.explanation import canonical_shape, explain
 from embedkit.extraction import extract
 from embedkit.patches import measure_patch_cover
 from embedkit.phantoms import make_phantoms
-from embedkit.runs import Run, open_run
+from embedkit.runs import open_run
+from embedkit.sanity import Sanity, check_sanity, shuffle_run
 from embedkit.training import train
 from embedkit.volumes import read_volume
 
@@ -137,10 +138,6 @@ def test_the_attention_of_a_head_that_has_one_is_told_beside_the_evidence(work: 
     assert without.slice_attention is None
 
 
-def shuffle(run: Run, seed: int) -> Run:
-    return dataclasses.replace(run, members=tuple(randomise_member(each, seed=seed) for each in run.members))
-
-
 @pytest.mark.parametrize("method", ["contribution", "gradient", "occlusion"])
 def test_maps_of_a_head_with_shuffled_numbers_have_little_in_common_with_its_own(work: Path, method: Any) -> None:
     """The sanity check of Adebayo et al. 2018: a map that stays as it is says nothing of what was learned."""
@@ -150,10 +147,48 @@ def test_maps_of_a_head_with_shuffled_numbers_have_little_in_common_with_its_own
     for case_id, _ in lesion_cases(work)[:8]:
         (own,) = run.find_evidence(cache, case_id, method=method, held_out=True).scores.values()
         (random,) = (
-            shuffle(run, folds[case_id]).find_evidence(cache, case_id, method=method, held_out=True).scores.values()
+            shuffle_run(run, seed=folds[case_id])
+            .find_evidence(cache, case_id, method=method, held_out=True)
+            .scores.values()
         )
         alike.append(spearmanr(own.ravel(), random.ravel()).statistic)
     assert abs(np.mean(alike)) < 0.3
+
+
+def test_the_sanity_check_compares_a_map_with_those_of_shuffled_heads(work: Path) -> None:
+    cache, run = open_cache(work / "cache"), open_run(work / "runs" / "lesion.grid")
+    case_id, _ = lesion_cases(work)[0]
+    evidence = run.find_evidence(cache, case_id, class_name="0", held_out=True)
+    found = check_sanity(run, cache, case_id, evidence, held_out=True, shuffles=2)
+    for seed, value in enumerate(found.correlations):
+        other = shuffle_run(run, seed=seed).find_evidence(cache, case_id, class_name="0", held_out=True)
+        ((own, theirs),) = zip(evidence.scores.values(), other.scores.values(), strict=True)
+        real = ~cache.slices(int(cache.stacks.filter(pl.col("case_id") == case_id)["stack"][0])).blank
+        assert value == pytest.approx(spearmanr(own[real].ravel(), theirs[real].ravel()).statistic)
+
+
+def test_a_map_that_is_the_same_without_what_was_learned_fails_and_so_does_one_that_turns_over(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, run = open_cache(work / "cache"), open_run(work / "runs" / "lesion.grid")
+    case_id, _ = lesion_cases(work)[0]
+    evidence = run.find_evidence(cache, case_id)
+    monkeypatch.setattr(sanity, "randomise_member", lambda member, **_: member)
+    same = check_sanity(run, cache, case_id, evidence, shuffles=2)
+    assert same.correlations == pytest.approx((1.0, 1.0))
+    assert not same.passed and str(same).startswith("FAILED: much of the map is the same without what the head learned")
+    assert Sanity((-0.9, 0.9)).alike == pytest.approx(0.9) and not Sanity((-0.9, 0.9)).passed
+    fine = Sanity((0.1, -0.3))
+    assert fine.passed and str(fine).startswith("passed: the map depends on what the head learned (rank correlation")
+    assert "0.10, -0.30; mean magnitude 0.20" in str(fine)
+
+
+def test_a_flat_map_has_nothing_in_common_with_any(work: Path) -> None:
+    cache, run = open_cache(work / "cache"), open_run(work / "runs" / "lesion.grid")
+    case_id, _ = lesion_cases(work)[0]
+    evidence = run.find_evidence(cache, case_id)
+    flat = replace(evidence, scores={view: np.ones_like(each) for view, each in evidence.scores.items()})
+    assert check_sanity(run, cache, case_id, flat, shuffles=1).correlations == (0.0,)
 
 
 def test_methods_that_tell_of_the_answer_agree(work: Path) -> None:
@@ -189,5 +224,16 @@ def test_the_command_shows_what_was_asked_for(work: Path, tmp_path: Path) -> Non
     (view,) = fields["views"].values()
     np.testing.assert_allclose(view["weights"], view["attention"], atol=1e-5)
     shown = CliRunner().invoke(app, ["explain", *where, "--method", "attention"]).stdout
-    assert "most heat on slice" in shown and "evidence" not in shown
+    assert "most heat on slice" in shown and "evidence" not in shown and "sanity" not in shown
     assert "most evidence on slice" in CliRunner().invoke(app, ["explain", *where, "--method", "gradient"]).stdout
+
+
+def test_the_command_tells_whether_the_map_depends_on_what_was_learned(work: Path, tmp_path: Path) -> None:
+    case_id, _ = lesion_cases(work)[0]
+    where = [str(work / "runs" / "lesion.grid"), str(work / "cache"), "--case", case_id, "-o", str(tmp_path)]
+    shown = CliRunner().invoke(app, ["explain", *where, "--sanity"]).stdout
+    assert "sanity check passed: the map depends on what the head learned" in shown
+    fields = json.loads(CliRunner().invoke(app, ["explain", *where, "--sanity", "--json"]).stdout)["sanity"]
+    assert fields["passed"] and len(fields["correlations"]) == sanity.SHUFFLES
+    assert fields["alike"] == pytest.approx(np.mean(np.abs(fields["correlations"])))
+    assert json.loads(CliRunner().invoke(app, ["explain", *where, "--json"]).stdout)["sanity"] is None

@@ -172,6 +172,8 @@ def test_each_head_takes_the_token_set_that_suits_it(head: str, available: tuple
 def test_a_head_that_can_read_nothing_of_a_cache_says_what_it_reads() -> None:
     with pytest.raises(HeadError, match="'grid' reads cls, patch tokens, but the cache holds cut:8; choose another"):
         choose_token_set("grid", sets("cut:8"))
+    with pytest.raises(HeadError, match=r"'tail' reads cut tokens, but the cache holds cls:12; .*extract with --cut 4"):
+        choose_token_set("tail", sets("cls:12"))
 
 
 BAG = Bag({}, torch.ones(2, 1, 3, dtype=torch.bool), torch.zeros(2, 1, 3), ("a", "b"))
