@@ -23,11 +23,27 @@ _Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Call:
-    """One run of the head: rows of the stack on cases [1 batch] that they share, or [rows batch] each its own."""
+    """One run of the head: rows of the stack on the cases of each of some training sets.
+
+    Attributes:
+        rows: Those of the first training set, then those of the next; as many of each.
+        cases: [sets batch].
+        slices: Length of the slices axis.
+    """
 
     rows: list[int]
     cases: _Ints
     slices: int
+
+    @property
+    def sharing(self) -> int:
+        """How many rows share the cases of a training set."""
+        return len(self.rows) // len(self.cases)
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first row of each training set."""
+        return self.rows[:: self.sharing]
 
 
 class Calls:
@@ -50,29 +66,32 @@ class Calls:
 
     def cover(self, batches: Sequence[_Ints], *, level: bool = False) -> Iterator[Call]:
         """The runs that cover every row's batch; ``level`` pads batches of several sizes with their first case."""
-        side: dict[Hashable, list[int]] = {}
+        beside: dict[Hashable, list[list[int]]] = {}
         for rows in self._sharing.values():
-            first, cases = rows[0], batches[rows[0]]
-            if len(cases) == 0:
+            if len(cases := batches[rows[0]]) == 0:
                 continue
-            slices = self._decks[first].slices(cases)
-            if len(rows) > 1 or not self._stackable:
-                yield from self._cut(rows, cases[None], slices)
-            else:
-                noise, _ = self._groups[first]
-                side.setdefault(0 if level else (noise, len(cases), slices), []).append(first)
-        for rows in side.values():
-            most = max(len(batches[row]) for row in rows)
-            slices = max(self._decks[row].slices(batches[row]) for row in rows)
-            yield from self._cut(rows, np.stack([pad_cases(batches[row], most) for row in rows]), slices)
+            noise, _ = self._groups[rows[0]]
+            slices = self._decks[rows[0]].slices(cases)
+            alike = len(rows) if level else (len(rows), noise, len(cases), slices)
+            beside.setdefault(alike if self._stackable else rows[0], []).append(rows)
+        for sets in beside.values():
+            firsts = [rows[0] for rows in sets]
+            most = max(len(batches[row]) for row in firsts)
+            slices = max(self._decks[row].slices(batches[row]) for row in firsts)
+            yield from self._cut(sets, np.stack([pad_cases(batches[row], most) for row in firsts]), slices)
 
-    def _cut(self, rows: list[int], cases: _Ints, slices: int) -> Iterator[Call]:
-        """Splits a run into such as fit in memory."""
-        limit = _SHARED_AT_ONCE if len(cases) == 1 else _APART_AT_ONCE
-        most = max(1, limit // (4 * cases.shape[1] * slices * self._numbers)) if self._stackable else 1
-        for start in range(0, len(rows), most):
+    def _cut(self, sets: list[list[int]], cases: _Ints, slices: int) -> Iterator[Call]:
+        """Splits a run into such as fit in memory: few training sets at once, and of a large one few rows."""
+        size = 4 * cases.shape[1] * slices * self._numbers
+        rows = max(1, _SHARED_AT_ONCE // size) if self._stackable else 1
+        most = max(1, min(_APART_AT_ONCE // size, rows // len(sets[0])))
+        for start in range(0, len(sets), most):
             part = slice(start, start + most)
-            yield Call(rows[part], cases if len(cases) == 1 else cases[part], slices)
+            if len(sets[0]) <= rows:
+                yield Call([row for each in sets[part] for row in each], cases[part], slices)
+                continue
+            for at in range(0, len(sets[0]), rows):
+                yield Call(sets[start][at : at + rows], cases[part], slices)
 
 
 def pad_cases(cases: _Ints, length: int) -> _Ints:

@@ -253,7 +253,7 @@ class Stack:
         """The gradients [rows ...] of one run, by the place of their numbers in a row of the stack."""
         leaves = {name: leaf.requires_grad_() for name, leaf in self._leaves(call.rows).items()}
         answers = self._answer(call, leaves)
-        cases = torch.from_numpy(call.cases).to(self.store.device).expand(len(call.rows), -1)
+        cases = torch.from_numpy(call.cases.repeat(call.sharing, axis=0)).to(self.store.device)
         of_masks = answers.pop("mask_losses", None)
         losses = [self._loss.total(answer.float(), cases, call.rows, self.head, leaves) for answer in answers.values()]
         loss = torch.stack(losses).mean()
@@ -275,15 +275,16 @@ class Stack:
         """The head's answers by name, as `_answers` of each row: [rows batch outputs], of masks [rows batch]."""
         parameters = leaves | {name: values[as_index(call.rows)] for name, values in self._fixed.items()}
         places = np.concatenate(
-            [self.fits[row].deck.places[cases] for row, cases in zip(call.rows, call.cases, strict=False)]
+            [self.fits[row].deck.places[cases] for row, cases in zip(call.firsts, call.cases, strict=True)]
         )
         bag = self.store.batch(places, self.token_sets, slices=call.slices)
         if self.head.training:
             bag = self.alter(bag, rows=len(call.cases))
         with torch.autocast(self.store.device.type, torch.bfloat16, enabled=self.fits[0].how.precision == "bf16"):
-            if len(call.cases) == 1:
-                return self._run_together(parameters, self._standardise(bag, call.rows[:1]))
-            return self._run_side_by_side(parameters, self._standardise(bag, call.rows), call)
+            bag = self._standardise(bag, call.firsts)
+            return (
+                self._run_together(parameters, bag) if len(call.cases) == 1 else self._run_beside(parameters, bag, call)
+            )
 
     def _run_together(self, parameters: dict[str, Tensor], bag: Bag) -> dict[str, Tensor]:
         """Runs all rows on one standardised bag."""
@@ -297,8 +298,8 @@ class Stack:
         answers: dict[str, Tensor] = torch.vmap(run, randomness="same")(parameters)
         return answers
 
-    def _run_side_by_side(self, parameters: dict[str, Tensor], bag: Bag, call: Call) -> dict[str, Tensor]:
-        """Runs each row on its own part of a standardised bag [rows * batch ...]."""
+    def _run_beside(self, parameters: dict[str, Tensor], bag: Bag, call: Call) -> dict[str, Tensor]:
+        """Runs the rows of each training set on its own part of a standardised bag [sets * batch ...]."""
         size, ids = call.cases.shape, bag.case_ids[: call.cases.shape[1]]
         fields: dict[str, Any] = {
             name: values.view(*size, *values.shape[1:])
@@ -311,8 +312,13 @@ class Stack:
             part = dataclasses.replace(bag, **own, case_ids=ids)
             return _answers(functional_call(self.head, each, (part,)), part)
 
-        answers: dict[str, Tensor] = torch.vmap(run, randomness="same")(parameters, fields)
-        return answers
+        if call.sharing == 1:
+            answers: dict[str, Tensor] = torch.vmap(run, randomness="same")(parameters, fields)
+            return answers
+        of_sets = {name: values.unflatten(0, (len(call.cases), -1)) for name, values in parameters.items()}
+        rows_of_a_set = torch.vmap(run, in_dims=(0, None), randomness="same")
+        answers = torch.vmap(rows_of_a_set, randomness="same")(of_sets, fields)
+        return {name: answer.flatten(0, 1) for name, answer in answers.items()}
 
     def _standardise(self, bag: Bag, rows: list[int]) -> Bag:
         """As `Standardiser`, with that of each row on its part of the bag; masked slices become zeros."""
