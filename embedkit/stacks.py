@@ -315,7 +315,7 @@ class Stack:
         if call.sharing == 1:
             answers: dict[str, Tensor] = torch.vmap(run, randomness="same")(parameters, fields)
             return answers
-        of_sets = {name: values.unflatten(0, (len(call.cases), -1)) for name, values in parameters.items()}
+        of_sets = {name: values.reshape(len(call.cases), -1, *values.shape[1:]) for name, values in parameters.items()}
         rows_of_a_set = torch.vmap(run, in_dims=(0, None), randomness="same")
         answers = torch.vmap(rows_of_a_set, randomness="same")(of_sets, fields)
         return {name: answer.flatten(0, 1) for name, answer in answers.items()}
