@@ -1,14 +1,14 @@
 """Owns an open cache: its stack table and its tokens, mapped in place; knows nothing of how tokens are made.
 
 Opening reads and checks the tables of every shard and no token; tokens are read from a memory map, under no lock, the
-same for any number of processes: float16 as views that nobody copies, int8 restored to float16 as they are read.
+same for any number of processes: float16 as views that nobody copies, int8 restored to float16 as they are read. Every
+byte is held against a checksum when an open cache first reads it.
 """
 
 from __future__ import annotations
 
 import copy
 import errno
-import hashlib
 import mmap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from embedkit.blocks import UncheckedBlocks
 from embedkit.catalogue import STACK_KEY, StackRecord, join_tables, stack_record
 from embedkit.errors import CacheError
 from embedkit.failures import Failure, FailureLog, clear_failures, read_failures, record_failure
@@ -27,7 +28,9 @@ from embedkit.files import explain_os_error
 from embedkit.folder import create_cache, describe_folder, list_shards, parse_recipe, stored_recipe, write_shard
 from embedkit.quantisation import TOKEN_DTYPES, bytes_per_slice, dequantise_tokens
 from embedkit.recipe import Recipe, require_same_recipe
+from embedkit.seal import Region
 from embedkit.shards import Shard, array_names, load_shard
+from embedkit.spill import release_pages
 from embedkit.tables import StackTokens, check_stack
 from embedkit.tails import Tail, TailShape, load_tail, read_tail_shape
 
@@ -49,6 +52,8 @@ __all__ = [
 ]
 
 _MOST_MAPS = 128
+_MOST_RESIDENT = 64 << 20
+"""Bytes read after which the pages of the maps, which count as memory of the process, are let go of."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Cache:
         token_sets: Token set to what is stored of it per slice; empty where the cache holds no stack yet.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, shards: Sequence[Shard], *, check_tokens: bool = False) -> None:
+    def __init__(self, path: Path, recipe: Recipe, shards: Sequence[Shard]) -> None:
         _require_one_recipe(shards, recipe, path)
         self.path = path
         self.recipe = recipe
@@ -106,9 +111,9 @@ class Cache:
         self._rows: list[tuple[int, int, int]] = list(rows.iter_rows())
         quantised = self.shards if recipe.dtype == "int8" else ()
         self._starts = [np.ascontiguousarray(shard.stacks["first_row"]) for shard in quantised]
-        self._check_tokens = check_tokens
-        self._checked: set[int] = set()
         self._maps: dict[int, dict[str, NDArray[Any]]] = {}
+        self._unchecked: dict[int, dict[str, UncheckedBlocks]] = {}
+        self._resident = 0
 
     def read(self, stack: int, token_set: str) -> NDArray[np.float16]:
         """The tokens of a stack: read-only float16 [slices ...].
@@ -116,24 +121,23 @@ class Cache:
         A view of the memory map where the cache stores float16; where it stores int8, a copy restored from that.
 
         Raises:
-            CacheError: no such stack or token set; the shard was removed or changed since the cache was opened; a
-                scale that is NaN, infinite or negative.
+            CacheError: no such stack or token set; the shard was removed or changed since the cache was opened; its
+                bytes are not those that were written; a scale that is NaN, infinite or negative.
         """
         number, first, count = self._row(stack)
-        arrays = self._map(number)
-        tokens = arrays.get(f"tokens/{token_set}")
-        if tokens is None:
+        if token_set not in self.recipe.token_sets:
             raise CacheError(
                 f"cache {self.path} has no token set {token_set}; it holds {', '.join(self.recipe.token_sets)}."
                 " Choose one of these, or extract again with it"
             )
+        tokens = self._rows_of(number, f"tokens/{token_set}", first, count)
         if self.recipe.dtype == "float16":
-            return tokens[first : first + count]
+            return tokens
         place = int(np.searchsorted(self._starts[number], first))
         restored = dequantise_tokens(
-            tokens[first : first + count],
-            arrays[f"scales/{token_set}"][first : first + count],
-            arrays[f"channels/{token_set}"][place],
+            tokens,
+            self._rows_of(number, f"scales/{token_set}", first, count),
+            self._rows_of(number, f"channels/{token_set}", place, 1)[0],
             what=f"{self.shards[number].path}, {token_set} of stack {stack},",
         )
         restored.flags.writeable = False
@@ -143,11 +147,11 @@ class Cache:
         """Grey pictures of a stack's slices: read-only uint8 [slices height width]; None where none are kept.
 
         Raises:
-            CacheError: no such stack; the shard was removed or changed since the cache was opened.
+            CacheError: no such stack; the shard was removed or changed since the cache was opened; its bytes are not
+                those that were written.
         """
         number, first, count = self._row(stack)
-        previews = self._map(number).get("preview")
-        return None if previews is None else previews[first : first + count]
+        return self._rows_of(number, "preview", first, count) if self.recipe.preview else None
 
     def slices(self, stack: int) -> SliceTable:
         """Index, position and blank flag of each slice of a stack.
@@ -235,7 +239,7 @@ class Cache:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}, "_checked": set()}
+        return self.__dict__ | {"_maps": {}, "_unchecked": {}}
 
     def __repr__(self) -> str:
         return f"Cache({str(self.path)!r}, {self.fingerprint}, {len(self)} stacks in {len(self.shards)} shards)"
@@ -246,6 +250,19 @@ class Cache:
             raise CacheError(f"cache {self.path} has no stack {stack}; it has {len(self._rows)}, counted from 0")
         return self._rows[stack]
 
+    def _rows_of(self, number: int, name: str, first: int, count: int) -> NDArray[Any]:
+        """Rows of an array of a shard, whose bytes were held against their checksums when they were first read."""
+        array, unchecked = self._map(number)[name], self._unchecked[number][name]
+        if not unchecked.pass_bytes(array, first * array.strides[0], (first + count) * array.strides[0]):
+            path = self.shards[number].path
+            raise CacheError(f"{path} is damaged: {name} is not what was written; run embedkit verify")
+        self._resident += count * array.strides[0]
+        if self._resident > _MOST_RESIDENT:
+            self._resident = 0
+            for arrays in list(self._maps.values()):
+                release_pages(next(iter(arrays.values())))
+        return array[first : first + count]
+
     def _map(self, number: int) -> dict[str, NDArray[Any]]:
         """The arrays of a shard, mapped; the maps longest unused are let go, for each takes a file descriptor.
 
@@ -253,9 +270,9 @@ class Cache:
         """
         arrays = self._maps.pop(number, None)
         if arrays is None:
-            check = self._check_tokens and number not in self._checked
-            arrays = _map_arrays(self.shards[number], check=check)
-            self._checked.add(number)
+            arrays = _map_arrays(self.shards[number])
+            regions = self.shards[number].seal.regions
+            self._unchecked.setdefault(number, {region.name: _all_blocks(region) for region in regions})
         self._maps[number] = arrays
         if len(self._maps) > _MOST_MAPS:
             for longest_unused in list(self._maps)[:-_MOST_MAPS]:
@@ -263,7 +280,11 @@ class Cache:
         return arrays
 
 
-def _map_arrays(shard: Shard, *, check: bool) -> dict[str, NDArray[Any]]:
+def _all_blocks(region: Region) -> UncheckedBlocks:
+    return UncheckedBlocks(region.bytes, region.block_bytes, region.sums, region.sha256)
+
+
+def _map_arrays(shard: Shard) -> dict[str, NDArray[Any]]:
     try:
         with shard.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -277,23 +298,17 @@ def _map_arrays(shard: Shard, *, check: bool) -> dict[str, NDArray[Any]]:
             f"{shard.path} changed since the cache was opened: it has {len(mapped)} bytes, its seal says"
             f" {shard.seal.file_bytes}; run embedkit verify"
         )
-    for region in shard.seal.regions if check else ():
-        with memoryview(mapped) as view:
-            if hashlib.sha256(view[region.offset : region.offset + region.bytes]).hexdigest() != region.sha256:
-                raise CacheError(f"{shard.path} is damaged: {region.name} is not what was written; run embedkit verify")
     return {
         name: np.ndarray(place.shape, place.dtype, buffer=mapped, offset=place.offset)
         for name, place in shard.arrays.items()
     }
 
 
-def open_cache(path: Path | str, *, check_tokens: bool = False) -> Cache:
+def open_cache(path: Path | str) -> Cache:
     """Opens a cache: the folder that extract made, or one packed file.
 
     Args:
         path: Folder or file.
-        check_tokens: Also check every token against its checksum, when its shard is first read. Costs one full pass
-            over the data; without it, damage inside token bytes is found by `verify_cache` alone.
 
     Raises:
         CacheError: not a cache, damaged, of a newer format, or with parts that do not fit together; names the file.
@@ -313,7 +328,7 @@ def open_cache(path: Path | str, *, check_tokens: bool = False) -> Cache:
             raise CacheError(f"{path} does not exist; give the folder that embedkit extract wrote, or a packed file")
         shards = [load_shard(path)]
         recipe = parse_recipe(shards[0].recipe_json, path)
-    return Cache(path, recipe, shards, check_tokens=check_tokens)
+    return Cache(path, recipe, shards)
 
 
 def _require_one_recipe(shards: Sequence[Shard], recipe: Recipe, path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
+from embedkit.blocks import BlockSums
 from embedkit.cache import Cache, TokenSetInfo, open_cache
 from embedkit.errors import CacheError, RecipeError
 from embedkit.failures import Failure, read_failures
@@ -263,16 +264,19 @@ def _verify_shard(
 
 def _region_problem(shard: Shard, region: Region, report: Callable[[int], None]) -> str:
     digest, left = hashlib.sha256(), region.bytes
+    sums = BlockSums(region.block_bytes) if region.sums else None
     try:
         with shard.path.open("rb", buffering=0) as file:
             file.seek(region.offset)
             while left and (data := file.read(min(CHUNK_BYTES, left))):
                 digest.update(data)
+                if sums is not None:
+                    sums.update(data)
                 left -= len(data)
                 report(region.offset + region.bytes - left)
     except OSError as error:
         return f"{region.name} cannot be read: {explain_os_error(error, shard.path)}"
-    if left or digest.hexdigest() != region.sha256:
+    if left or digest.hexdigest() != region.sha256 or (sums is not None and sums.finish() != region.sums):
         return (
             f"{region.name} is not what was written; delete the file and run the same extract again, or restore a copy"
         )

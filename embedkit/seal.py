@@ -12,11 +12,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from embedkit.blocks import SUM_BYTES, block_size, count_blocks
 from embedkit.errors import CacheError
 from embedkit.files import explain_os_error
 
@@ -35,6 +36,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
+_Bytes = bytes  # the name is a field's below
+
+
 @dataclass(frozen=True)
 class Region:
     """Raw bytes of one dataset, left out of what is checked at every opening.
@@ -44,12 +48,26 @@ class Region:
         offset: First byte, counted from the start of the file.
         bytes: How many.
         sha256: Hex digest over them.
+        block_bytes: Of the blocks that they are checked by when they are first read.
+        sums: Checksums of these, of `embedkit.blocks.BlockSums`; empty where the writer made none.
     """
 
     name: str
     offset: int
     bytes: int
     sha256: str
+    block_bytes: int = 0
+    sums: _Bytes = b""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the seal says it."""
+        fields: dict[str, Any] = {
+            "name": self.name,
+            "offset": self.offset,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+        }
+        return fields | {"block_bytes": self.block_bytes, "xxh3": self.sums.hex()} if self.sums else fields
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,13 @@ class Seal:
 
     def to_bytes(self) -> bytes:
         """The user block: ``userblock`` bytes."""
-        fields = {name: value for name, value in asdict(self).items() if name not in ("userblock", "version")}
+        fields = {
+            "file_bytes": self.file_bytes,
+            "created_ns": self.created_ns,
+            "fingerprint": self.fingerprint,
+            "metadata_sha256": self.metadata_sha256,
+            "regions": [region.to_json() for region in self.regions],
+        }
         text = json.dumps(fields, separators=(",", ":"), ensure_ascii=True).encode()
         head = f"{FORMAT} {self.version} {self.userblock} ".encode()
         rest = text.ljust(self.userblock - len(head) - 65)
@@ -96,11 +120,13 @@ class Seal:
             yield start, self.file_bytes
 
 
-def userblock_bytes(names: Sequence[str]) -> int:
-    """Bytes of a user block that holds the seal of a file with regions of these names: a power of two from 8192."""
-    most = 10**19
-    seal = Seal(0, most, most, "f" * 16, "f" * 64, tuple(Region(name, most, most, "f" * 64) for name in names))
-    needed = len(json.dumps(asdict(seal), ensure_ascii=True)) + 128
+def userblock_bytes(sizes: Mapping[str, int]) -> int:
+    """Bytes of a user block that holds the seal of a file with regions of these names and sizes: a power of two."""
+    most, regions = 10**19, []
+    for name, size in sizes.items():
+        sums = bytes(SUM_BYTES * count_blocks(size, block_size(size)))
+        regions.append(Region(name, most, most, "f" * 64, most, sums).to_json())
+    needed = len(json.dumps(regions, ensure_ascii=True)) + 512
     return max(8192, 1 << (needed - 1).bit_length())
 
 
@@ -204,7 +230,13 @@ def _read_seal(descriptor: int, size: int, path: Path) -> Seal:
 
 def _parse_seal(userblock: int, fields: dict[str, Any]) -> Seal:
     regions = tuple(
-        Region(_text(part["name"]), _count(part["offset"]), _count(part["bytes"]), _digest(part["sha256"]))
+        Region(
+            _text(part["name"]),
+            _count(part["offset"]),
+            _count(part["bytes"]),
+            _digest(part["sha256"]),
+            *_sums(part),
+        )
         for part in fields["regions"]
     )
     seal = Seal(
@@ -243,6 +275,16 @@ def _digest(value: object) -> str:
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
         raise TypeError(f"{value!r} is not a SHA-256")
     return value
+
+
+def _sums(part: dict[str, Any]) -> tuple[int, bytes]:
+    """Bytes of a block, and the checksums of all blocks; none where the writer made none."""
+    if "xxh3" not in part:
+        return 0, b""
+    block_bytes, sums = _count(part["block_bytes"]), bytes.fromhex(_text(part["xxh3"]))
+    if block_bytes < 1 or len(sums) != SUM_BYTES * count_blocks(part["bytes"], block_bytes):
+        raise ValueError(f"region {part['name']} has {len(sums)} bytes of checksums for blocks of {block_bytes}")
+    return block_bytes, sums
 
 
 def _read_metadata(descriptor: int, seal: Seal, path: Path) -> Metadata:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from embedkit.blocks import BlockSums, block_size
 from embedkit.errors import CacheError
 from embedkit.files import publish_file, temporary_path
 from embedkit.recipe import Recipe
@@ -157,7 +159,12 @@ def _lay_out(
         skeleton,
         "w",
         libver=("v108", "v110"),
-        userblock_size=userblock_bytes(tuple(arrays)),
+        userblock_size=userblock_bytes(
+            {
+                name: int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+                for name, (shape, dtype) in arrays.items()
+            }
+        ),
         alignment_threshold=min(smallest, 1 << 16),
         alignment_interval=_ALIGNMENT,
     ) as file:
@@ -198,7 +205,7 @@ def _write_body(
     created_ns: int,
 ) -> None:
     """Writes everything from start to end, then the seal at the start."""
-    userblock = userblock_bytes(tuple(places))
+    userblock = userblock_bytes({name: place.bytes for name, place in places.items()})
     file.write(bytes(userblock))
     metadata, regions = hashlib.sha256(), []
     empty = tuple(Region(name, place.offset, place.bytes, "") for name, place in places.items())
@@ -207,7 +214,7 @@ def _write_body(
     pieces += [(place.offset, place.offset + place.bytes, name) for name, place in places.items()]
     for start, stop, name in sorted(pieces):
         if name:
-            regions.append(Region(name, start, stop - start, _write_region(file, chunks(name), stop - start, name)))
+            regions.append(_write_region(file, chunks(name), Region(name, start, stop - start, "")))
         else:
             skeleton.seek(start)
             piece = skeleton.read(stop - start) or b""
@@ -226,16 +233,18 @@ def _write_body(
     file.write(seal.to_bytes())
 
 
-def _write_region(file: BinaryIO, chunks: Iterable[NDArray[np.uint8]], expected: int, name: str) -> str:
-    """Writes an array and returns its SHA-256."""
-    digest, written = hashlib.sha256(), 0
+def _write_region(file: BinaryIO, chunks: Iterable[NDArray[np.uint8]], region: Region) -> Region:
+    """Writes an array and returns its region with the checksums."""
+    block_bytes = block_size(region.bytes)
+    digest, sums, written = hashlib.sha256(), BlockSums(block_bytes), 0
     for chunk in chunks:
         digest.update(chunk.data)
+        sums.update(chunk.data)
         file.write(chunk.data)
         written += chunk.nbytes
-    if written != expected:
-        raise CacheError(f"{name} has {written} bytes, its table says {expected}; the shard was not written")
-    return digest.hexdigest()
+    if written != region.bytes:
+        raise CacheError(f"{region.name} has {written} bytes, its table says {region.bytes}; the shard was not written")
+    return replace(region, sha256=digest.hexdigest(), block_bytes=block_bytes, sums=sums.finish())
 
 
 def array_chunks(arrays: Sequence[NDArray[Any]]) -> Iterator[NDArray[np.uint8]]:

@@ -23,11 +23,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import xxhash
 from embedkit.cli.main import app
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from embedkit import cache as cache_module
 from embedkit import packing
+from embedkit.blocks import SUM_BYTES, BlockSums, UncheckedBlocks, block_size, count_blocks
 from embedkit.cache import Cache, TokenSetInfo, create_cache, open_cache, write_shard
 from embedkit.errors import CacheError, OptionError, RecipeError
 from embedkit.failures import Failure, clear_failures, read_failures, record_failure
@@ -36,12 +40,14 @@ from embedkit.inspection import describe_cache, list_choices, verify_cache
 from embedkit.packing import pack_cache
 from embedkit.quantisation import dequantise_tokens, quantise_tokens
 from embedkit.recipe import Recipe
+from embedkit.seal import Region
 from embedkit.sealing import write_sealed
 from embedkit.shards import array_names
 from embedkit.tables import StackTokens
 
 RECIPE = Recipe("toy", "builtin:1", ("cls:2", "patch@2:1"), 32, (0.5,), (0.25,), preview=4)
 INT8 = replace(RECIPE, dtype="int8")
+OLD_REGION = ("name", "offset", "bytes", "sha256")
 
 WRITER = """
 import sys
@@ -237,9 +243,9 @@ def test_the_map_longest_unused_is_let_go(three_shards: Path, monkeypatch: pytes
     made: list[str] = []
     map_arrays = cache_module._map_arrays
 
-    def count(shard: Any, *, check: bool) -> Any:
+    def count(shard: Any) -> Any:
         made.append(shard.path.name)
-        return map_arrays(shard, check=check)
+        return map_arrays(shard)
 
     monkeypatch.setattr(cache_module, "_map_arrays", count)
     cache = open_cache(three_shards)
@@ -252,26 +258,52 @@ def test_the_map_longest_unused_is_let_go(three_shards: Path, monkeypatch: pytes
     assert made == [*names, names[1]]
 
 
-def test_a_shard_is_checked_once_however_often_it_is_mapped(
+def test_a_block_is_checked_when_it_is_first_read_and_once_however_often_it_is_mapped(
     three_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_module, "_MOST_MAPS", 1)
-    cache = open_cache(three_shards, check_tokens=True)
+    cache = open_cache(three_shards)
     written = [make_stack(number).tokens["cls:2"] for number in range(3)]
     hashed: list[int] = []
-    sha256 = hashlib.sha256
+    digest = xxhash.xxh3_64_digest
 
     def count(data: Any) -> Any:
         hashed.append(len(data))
-        return sha256(data)
+        return digest(data)
 
-    monkeypatch.setattr(hashlib, "sha256", count)
-    regions = len(cache.shards[0].seal.regions)
+    monkeypatch.setattr(xxhash, "xxh3_64_digest", count)
     for stack in (0, 1, 2, 0, 1, 2):
         assert np.array_equal(cache.read(stack, "cls:2"), written[stack])
-    assert len(hashed) == 3 * regions
+    assert hashed == [tokens.nbytes for tokens in written]
     pickle.loads(pickle.dumps(cache)).read(0, "cls:2")  # noqa: S301 - another process may see other files
-    assert len(hashed) == 4 * regions
+    assert len(hashed) == 4
+    cache.read(0, "patch@2:1")
+    assert len(hashed) == 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_what_was_read_does_not_stay_in_the_memory_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile"))
+
+    recipe = replace(RECIPE, token_sets=("cls:2",), preview=0)
+    create_cache(tmp_path, recipe)
+    for number in range(4):
+        tokens = {"cls:2": np.full((500, 10_000), number, np.float16)}
+        write_shard(tmp_path, recipe, [make_stack(number, 500, tokens=tokens, preview=None)])
+    grown = []
+    for most in (1 << 20, 1 << 40):
+        monkeypatch.setattr(cache_module, "_MOST_RESIDENT", most)
+        cache, before = open_cache(tmp_path), resident()
+        found = [cache.read(stack, "cls:2") for stack in range(4)]
+        grown.append(resident() - before)
+        assert [float(tokens[-1, -1]) for tokens in found] == [0, 1, 2, 3]
+        cache.close()
+        del found
+    assert grown[0] < 15 << 20 < 35 << 20 < grown[1]
 
 
 def test_threads_that_share_few_maps_read_what_was_written(three_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,7 +605,10 @@ def test_a_cache_is_not_made_among_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(CacheError, match=r"is no cache and holds thesis.tex; choose a new or empty folder"):
         create_cache(tmp_path, RECIPE)
-    with pytest.raises(CacheError, match=r"thesis.tex is no cache and is a file; choose a new or empty folder"):
+    with pytest.raises(
+        CacheError,
+        match=r"thesis.tex is a file, expected a folder: to a packed cache no case can be added; choose a new",
+    ):
         create_cache(tmp_path / "thesis.tex", RECIPE)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -905,15 +940,78 @@ def test_packing_writes_over_nothing_and_not_into_the_cache(folder: Path, tmp_pa
         pack_cache(tmp_path / "empty", tmp_path / "packed.h5")
 
 
-def test_checked_reading_finds_damaged_tokens(folder: Path) -> None:
-    shard = shard_files(folder)[0]
+@pytest.mark.parametrize("sums", ["blocks", "whole"])
+def test_a_flipped_bit_is_found_by_whoever_first_reads_its_block(
+    tmp_path: Path, sums: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sums == "whole":  # as shards were sealed before there were blocks
+        monkeypatch.setattr(Region, "to_json", lambda region: {name: getattr(region, name) for name in OLD_REGION})
+    create_cache(tmp_path / "cache", RECIPE)
+    slices = 10_000  # patch tokens in six blocks, those of the first stack in two
+    shard = write_shard(tmp_path / "cache", RECIPE, [make_stack(number, slices) for number in range(3)])
+    place = open_cache(tmp_path / "cache").shards[0].arrays["tokens/patch@2:1"]
     data = bytearray(shard.read_bytes())
-    data[open_cache(folder).shards[0].seal.regions[0].offset] ^= 4
+    data[place.offset + place.bytes - 1] ^= 1
     shard.write_bytes(data)
-    cache = open_cache(folder, check_tokens=True)
-    assert np.array_equal(cache.read(0, "cls:2"), make_stack(0, 2).tokens["cls:2"])
-    with pytest.raises(CacheError, match=f"{shard.name} is damaged: tokens/cls:2 is not what was written"):
-        cache.read(1, "cls:2")
+    cache = open_cache(tmp_path / "cache")
+    assert np.array_equal(cache.read(2, "cls:2"), make_stack(2, slices).tokens["cls:2"])
+    told = f"{shard.name} is damaged: tokens/patch@2:1 is not what was written; run embedkit verify"
+    if sums == "blocks":
+        assert np.array_equal(cache.read(0, "patch@2:1"), make_stack(0, slices).tokens["patch@2:1"])
+    for _ in range(2):
+        with pytest.raises(CacheError, match=told):
+            cache.read(2, "patch@2:1")
+    (damage,) = verify_cache(tmp_path / "cache")
+    assert (damage.file, damage.part) == (shard, "tokens/patch@2:1")
+
+
+def test_every_array_of_a_stack_is_checked(either_folder: Path) -> None:
+    shard = shard_files(either_folder)[1]
+    whole, seal = shard.read_bytes(), open_cache(either_folder).shards[1].seal
+    for region in seal.regions:
+        for place in (region.offset, region.offset + region.bytes - 1):
+            data = bytearray(whole)
+            data[place] ^= 4
+            shard.write_bytes(data)
+            cache = open_cache(either_folder)
+            with pytest.raises(CacheError, match=f"{shard.name} is damaged: {region.name} is not what was written"):
+                for stack in range(len(cache)):
+                    cache.preview(stack)
+                    for name in cache.token_sets:
+                        cache.read(stack, name)
+
+
+def test_checksums_of_blocks_that_contradict_those_of_the_whole_are_told_by_verify(folder: Path) -> None:
+    shard = shard_files(folder)[0]
+    seal, data = open_cache(folder).shards[0].seal, shard.read_bytes()
+    first = replace(seal.regions[0], sums=bytes(len(seal.regions[0].sums)))
+    shard.write_bytes(replace(seal, regions=(first, *seal.regions[1:])).to_bytes() + data[seal.userblock :])
+    assert [damage.part for damage in verify_cache(folder)] == [first.name]
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(0, 3000), block=st.integers(1, 700), pieces=st.integers(1, 900), flip=st.integers(0, 2999))
+def test_sums_do_not_depend_on_the_pieces_and_tell_the_block_that_changed(
+    size: int, block: int, pieces: int, flip: int
+) -> None:
+    array = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    sums = BlockSums(block)
+    for start in range(0, size, pieces):
+        sums.update(array[start : start + pieces].data)
+    made = sums.finish()
+    assert len(made) == SUM_BYTES * count_blocks(size, block)
+    assert UncheckedBlocks(size, block, made, "").pass_bytes(array, 0, size)
+    if flip < size:
+        array[flip] ^= 16
+        unchecked, first = UncheckedBlocks(size, block, made, ""), flip // block * block
+        assert unchecked.pass_bytes(array, 0, first)
+        assert not unchecked.pass_bytes(array, flip, flip + 1)
+        assert unchecked.pass_bytes(array, min(size, first + block), size)
+
+
+def test_blocks_are_of_256_kib_and_larger_where_there_would_be_too_many() -> None:
+    assert [block_size(size) for size in (0, 1, 1 << 34)] == [1 << 18] * 3
+    assert block_size((1 << 34) + 1) == 1 << 19 and count_blocks(10**12, block_size(10**12)) <= 1 << 16
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
 from embedkit.casevectors import join_embeddings
 from embedkit.embeddings import Embedding, embed_cases, parse_embeddings
-from embedkit.errors import OptionError, RecipeError, SearchError
+from embedkit.errors import CacheError, OptionError, RecipeError, SearchError
 from embedkit.index import open_index
 from embedkit.indexbuilding import build_index
 from embedkit.indexchanging import add_cases, remove_cases
@@ -338,3 +338,14 @@ def test_cases_that_the_cache_lacks_are_named(tmp_path: Path, cases: list[str], 
     cache = make_cache(tmp_path / "cache", range(2))
     with pytest.raises(SearchError, match=message):
         build_index(cache, tmp_path / "index", cases=cases)
+
+
+def test_a_flipped_bit_is_never_indexed(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", range(CASES))
+    (shard,) = open_cache(cache).shards
+    place, data = shard.arrays["tokens/patch@2:1"], bytearray(shard.path.read_bytes())
+    data[place.offset + place.bytes - 2] ^= 1  # the last token stays a number like the others
+    shard.path.write_bytes(data)
+    with pytest.raises(CacheError, match=f"{shard.path.name} is damaged: tokens/patch@2:1 is not what was written"):
+        build_index(cache, tmp_path / "index")
+    assert not (tmp_path / "index").exists()

@@ -585,3 +585,23 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(
         main()
     assert stopped.value.code == 130
     assert "the same command with --resume goes on" in capsys.readouterr().err
+
+
+def flip_bit(cache: Path, token_set: str) -> Path:
+    """Changes one bit of the last token of a set, so little that it stays a number like the others."""
+    (shard,) = open_cache(cache).shards
+    place, data = shard.arrays[f"tokens/{token_set}"], bytearray(shard.path.read_bytes())
+    data[place.offset + place.bytes - 2] ^= 1
+    shard.path.write_bytes(data)
+    return shard.path
+
+
+@pytest.mark.parametrize("storage", ["memory", "stream"])
+def test_a_flipped_bit_is_never_trained_on(tmp_path: Path, storage: str) -> None:
+    build_cache(tmp_path / "cache")
+    shard = flip_bit(tmp_path / "cache", "patch@2:1")
+    options: dict[str, Any] = {"heads": ["linear"], "storage": storage}
+    run_training(open_cache(tmp_path / "cache"), tmp_path / "fine", token_sets=["cls:2"], **options)
+    with pytest.raises(CacheError, match=f"{shard.name} is damaged: tokens/patch@2:1 is not what was written"):
+        run_training(open_cache(tmp_path / "cache"), tmp_path / "runs", token_sets=["patch@2:1"], **options)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
