@@ -4,7 +4,7 @@ knows no file format and no backbone beyond its image size."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,11 @@ Array = np.ndarray[Any, Any]
 BLANK_STD = 0.01
 """A slice whose grey values in 0..1 deviate less than this from their mean shows nothing."""
 
+_LONGEST_SIDE = 1 << 17
+"""Voxels along a side of what becomes an image: beyond any scan, and by few enough that its columns fit in memory."""
+_STRIP_PIXELS = 1 << 24
+"""Pixels, padding within their rows included, that are brought to the image's width at a time."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stack:
@@ -78,7 +83,8 @@ def plan_stacks(volumes: Mapping[str, Volume], recipe: Recipe) -> list[Stack]:
 
     Raises:
         OptionError: an option has a value that means nothing.
-        VolumeError: a channel is missing and has no fill, or the views of the channels do not share a grid.
+        VolumeError: a channel is missing and has no fill, the views of the channels do not share a grid, or an image
+            would have more than 131,072 voxels along a side.
     """
     if recipe.crop not in {"none", "foreground"}:
         raise OptionError(f"crop {recipe.crop!r} is unknown; give none or foreground")
@@ -125,17 +131,20 @@ def render_slices(
     rows, columns = _overlap(top, height, stack.plane_shape[0]), _overlap(left, width, stack.plane_shape[1])
     black = (columns.start - left, left + width - columns.stop, rows.start - top, top + height - rows.stop)
     chosen, side = stack.indices[start:stop], recipe.image_size
-    raw = {
-        view: _read_slab(cut_slices(volumes[view].array, stack.plane)[:, rows, columns], chosen).to(device).float()
-        for view in dict.fromkeys(stack.sources)
+    images = {
+        view: cut_slices(volumes[view].array, stack.plane)[:, rows, columns] for view in dict.fromkeys(stack.sources)
     }
-    channels = [
-        _resize((raw[view] - low).mul_(1 / (high - low)).clamp_(0, 1), black, side)
-        for view, (low, high) in zip(stack.sources, stack.limits, strict=True)
-    ]
-    images = torch.stack(channels, dim=1)
-    shown = images[:, :, _shown(black[2], black[3], height, side), _shown(black[0], black[1], width, side)]
-    return images, (shown.flatten(2).std(dim=2, correction=0) < BLANK_STD).all(dim=1)
+    narrow = [torch.zeros(len(chosen), height, side, device=device) for _ in stack.sources]
+    for strip in _strips(rows.stop - rows.start, len(chosen) * width):
+        raw = {view: _read_slab(image[:, strip], chosen).to(device).float() for view, image in images.items()}
+        place = slice(strip.start + black[2], strip.stop + black[2])
+        for target, view, (low, high) in zip(narrow, stack.sources, stack.limits, strict=True):
+            grey = (raw[view] - low).mul_(1 / (high - low)).clamp_(0, 1)
+            target[:, place] = _resize(F.pad(grey, black[:2]) if any(black[:2]) else grey, grey.shape[1], side)
+    channels = [_resize(each, side, side).clamp_(0, 1) for each in narrow]  # weights sum to 1 only to rounding
+    rendered = torch.stack(channels, dim=1)
+    shown = rendered[:, :, _shown(black[2], black[3], height, side), _shown(black[0], black[1], width, side)]
+    return rendered, (shown.flatten(2).std(dim=2, correction=0) < BLANK_STD).all(dim=1)
 
 
 def render_previews(images: Tensor, size: int) -> Tensor:
@@ -235,13 +244,22 @@ def _plan_stack(
     axis, row_axis, column_axis = plane_axes(plane)
     shape, spacing_mm = volume.array.shape, volume.spacing_mm[axis]
     indices = choose_slices(shape[axis], spacing_mm, recipe.slices)
+    box = wrap_box(extent, volume, plane, resize=recipe.resize)
+    if max(box[2:]) > _LONGEST_SIDE:
+        row_mm, column_mm = volume.spacing_mm[row_axis], volume.spacing_mm[column_axis]
+        raise VolumeError(
+            f"view {view}: its {plane} slices of {shape[row_axis]} x {shape[column_axis]} voxels of {row_mm:g} x"
+            f" {column_mm:g} mm make images of {box[2]} x {box[3]} voxels, expected {_LONGEST_SIDE} a side at most;"
+            " check the spacing in the header, crop the image, or leave the plane out",
+            view=view,
+        )
     return Stack(
         view=view,
         plane=plane,
         indices=indices,
         positions_mm=(indices * spacing_mm).astype(np.float32),
         plane_shape=(shape[row_axis], shape[column_axis]),
-        box=wrap_box(extent, volume, plane, resize=recipe.resize),
+        box=box,
         sources=sources,
         limits=limits,
     )
@@ -253,14 +271,18 @@ def _read_slab(images: Array, chosen: Array) -> Tensor:
     return torch.from_numpy(copy_slices(images, slice(chosen[0], chosen[-1] + 1) if one_run else chosen))
 
 
-def _resize(images: Tensor, black: tuple[int, int, int, int], side: int) -> Tensor:
-    """[slices side side] of [slices height width] in 0..1, first padded (left, right, top, bottom) with black."""
-    if any(black):
-        images = F.pad(images, black)
-    if images.shape[1:] == (side, side):
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
+    """[slices height width] of [slices rows columns], antialiased; one axis at a time gives the same bits as both."""
+    if images.shape[1:] == (height, width):
         return images
-    resized = F.interpolate(images.unsqueeze(1), size=(side, side), mode="bilinear", antialias=True)
-    return resized.squeeze(1).clamp_(0, 1)  # the filter's weights sum to 1 only to rounding
+    return F.interpolate(images.unsqueeze(1), size=(height, width), mode="bilinear", antialias=True).squeeze(1)
+
+
+def _strips(rows: int, pixels: int) -> Iterator[slice]:
+    """The rows of an image in parts of bounded size, given the pixels that a row of all slices takes."""
+    step = max(1, _STRIP_PIXELS // max(1, pixels))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def _overlap(first: int, length: int, size: int) -> slice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedkit import slices
 from embedkit.errors import OptionError, VolumeError
 from embedkit.planes import cut_slices, foreground_extent, restore_volume
 from embedkit.recipe import Recipe
@@ -121,6 +123,60 @@ def test_padding_keeps_the_physical_aspect_and_centres_the_image() -> None:
     images, _ = render({"ct": ones}, recipe(planes=("coronal",), image_size=40))
     assert images[0, 0, :9].max() == 0 and images[0, 0, 31:].max() == 0
     assert images[0, 0, 11:29].min() == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm", "side"),
+    [
+        ((3, 48, 61), (1, 1, 1), 32),
+        ((3, 61, 48), (1, 0.7, 0.7), 32),
+        ((2, 12, 70), (1, 0.5, 0.5), 224),
+        ((2, 32, 32), (1, 1, 1), 32),
+        ((2, 20, 32), (1, 1, 1), 32),
+        ((2, 90, 24), (1, 0.4, 2.5), 37),
+        ((1, 1, 9000), (1, 1, 1), 32),
+        ((1, 500, 2), (1, 1, 1), 32),
+    ],
+)
+@pytest.mark.parametrize("rows_at_a_time", [None, 7])
+def test_an_image_is_what_padding_and_resizing_its_whole_square_gives_to_the_last_bit(
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    side: int,
+    rows_at_a_time: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    array = np.random.default_rng(1).random(shape).astype(np.float32)
+    views, options = {"ct": volume(array, spacing_mm)}, recipe(image_size=side)
+    stack = plan_stacks(views, options)[0]
+    top, left, height, width = stack.box
+    if rows_at_a_time:
+        monkeypatch.setattr(slices, "_STRIP_PIXELS", rows_at_a_time * shape[0] * width)
+    square = torch.zeros(shape[0], 1, height, width)
+    square[:, 0, -top : shape[1] - top, -left : shape[2] - left] = torch.from_numpy(array)
+    whole = torch.nn.functional.interpolate(square, size=(side, side), mode="bilinear", antialias=True).clamp_(0, 1)
+    images, _ = render_slices(stack, views, options, 0, shape[0])
+    assert torch.equal(images, whole if (height, width) != (side, side) else square)
+
+
+def test_an_image_of_extreme_aspect_is_rendered_in_little_memory_and_refused_where_it_is_absurd() -> None:
+    long = np.zeros((1, 2, 60_000), np.float32)
+    long[:, :, ::2] = 1
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    images, _ = render({"ct": volume(long)}, recipe(image_size=32))  # its square has 3,600,000,000 voxels
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10 and 0 < float(images.max()) < 0.01
+    told = (
+        r"view ct: its axial slices of 1 x 200000 voxels of 1 x 1 mm make images of 200000 x 200000 voxels, expected"
+        " 131072 a side at most; check the spacing in the header, crop the image, or leave the plane out"
+    )
+    for resize in ("pad", "stretch"):
+        with pytest.raises(
+            VolumeError, match=told if resize == "pad" else "make images of 1 x 200000 voxels"
+        ) as caught:
+            plan_stacks({"ct": volume(np.zeros((1, 1, 200_000), np.float32))}, recipe(resize=resize))
+        assert caught.value.view == "ct"
+    with pytest.raises(VolumeError, match=r"coronal slices of 3 x 10 voxels of 1 x 1e-05 mm make images of"):
+        plan_stacks({"ct": volume(np.zeros((3, 10, 10), np.float32), (1, 1, 1e-5))}, recipe(planes=("coronal",)))
 
 
 def test_stretching_fills_the_square() -> None:
