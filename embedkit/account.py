@@ -28,7 +28,7 @@ class ExtractionProgress:
         cases_before: Of these, those that the cache held already.
         cases_done: Of these, those extracted by this call so far.
         cases_failed: Of these, those that failed so far.
-        slices: Slices stored so far.
+        slices: Slices computed so far, blank ones counted with the case that they belong to.
         seconds: Wall time so far.
     """
 
@@ -86,7 +86,7 @@ class ExtractionSummary:
 
 @dataclass
 class Account:
-    """Counts of one extraction, told to ``on_progress`` after every case."""
+    """Counts of one extraction, told to ``on_progress`` after every case, and once a second in between."""
 
     cases: int
     pending: int
@@ -99,6 +99,7 @@ class Account:
     cases_same: int = 0
     slices: int = 0
     blank_slices: int = 0
+    _in_work: int = 0
     _told: float = -math.inf
 
     @property
@@ -111,6 +112,7 @@ class Account:
         self.settled.append(work.case.case_id)
         self.slices += work.slices
         self.blank_slices += work.blank_slices
+        self._in_work -= work.slices - work.blank_slices
         if changed:
             self.changed.append(work.case.case_id)
         self._report()
@@ -126,8 +128,9 @@ class Account:
         self.cases_same += 1
         self._report()
 
-    def tick(self) -> None:
-        """Tells where the extraction stands, unless that was told within the last second."""
+    def tick(self, slices: int) -> None:
+        """Counts slices of cases in work, and tells where the extraction stands, at most once a second."""
+        self._in_work += slices
         if time.perf_counter() - self._told >= _TELL_EVERY_S:
             self._report()
 
@@ -140,7 +143,7 @@ class Account:
                     cases_before=self.cases - self.pending + self.cases_same,
                     cases_done=len(self.settled) - self.cases_same,
                     cases_failed=len(self.failures),
-                    slices=self.slices,
+                    slices=self.slices + max(0, self._in_work),
                     seconds=time.perf_counter() - self.started,
                 )
             )

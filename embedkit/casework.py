@@ -32,11 +32,24 @@ SPILL_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class FailedCase:
-    """A case that gives no tokens, and why, in one line; ``view`` where a single one of its images is to blame."""
+    """A case that gives no tokens.
+
+    Attributes:
+        case: Which.
+        reason: Why, in one line, with nothing in it that its files say; so it may be kept.
+        view: Where a single one of its images is to blame.
+        found: What its files say, or a library quotes of them; see `embedkit.errors.VolumeError`.
+    """
 
     case: Case
     reason: str
     view: str = ""
+    found: str = ""
+
+    @property
+    def told(self) -> str:
+        """The reason for who runs the program."""
+        return f"{self.reason} ({self.found})" if self.found else self.reason
 
 
 @dataclass(frozen=True)

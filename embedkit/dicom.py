@@ -28,7 +28,7 @@ from embedkit.dicomheaders import (
 from embedkit.dicomstacks import order_slices
 from embedkit.errors import VolumeError
 from embedkit.itk import explain_itk_error, quiet_itk
-from embedkit.sourceimage import MAX_VOXELS, Allocate, SourceImage
+from embedkit.sourceimage import MAX_VOXELS, Allocate, SourceImage, Stop, require_going
 from embedkit.spill import convert, release_pages
 
 __all__ = [
@@ -69,19 +69,20 @@ def list_dicom_series(folder: Path | str) -> list[DicomSeries]:
 
 
 def find_dicom_series(
-    folder: Path | str, *, files: Sequence[Path] | None = None
+    folder: Path | str, *, files: Sequence[Path] | None = None, stop: Stop = None
 ) -> tuple[list[DicomSeries], list[tuple[Path, str, bool]]]:
     """Like `list_dicom_series`, but says which DICOM files belong to no series instead of raising.
 
     Args:
         folder: Where the files lie directly.
         files: Only these of its files; None means all that are not hidden.
+        stop: Once set, the search ends with an error.
 
     Returns:
         The series, and for every other DICOM file (file, reason, whether it is damaged rather than not an image).
 
     Raises:
-        VolumeError: the folder cannot be listed.
+        VolumeError: the folder cannot be listed, or ``stop`` is set.
     """
     folder = Path(folder)
     groups: dict[str, list[DicomSlice]] = {}
@@ -94,6 +95,7 @@ def find_dicom_series(
             files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
         with quiet_itk():
             for file in sorted(files):
+                require_going(folder, stop)
                 with file.open("rb") as stream:
                     head = stream.read(1024)
                 if not looks_like_dicom(file, head):
@@ -105,8 +107,8 @@ def find_dicom_series(
                 try:
                     reader.SetFileName(str(file))
                     reader.ReadImageInformation()
-                except RuntimeError as error:
-                    others.append(explain_no_pixels(file, head, error))
+                except RuntimeError:
+                    others.append(explain_no_pixels(file, head))
                     continue
                 uid = read_tag(reader, "0020|000e")
                 groups.setdefault(uid, []).append(read_slice(file, reader))
@@ -129,7 +131,7 @@ def check_dicom_series(series: DicomSeries) -> None:
     order_slices(series)
 
 
-def read_dicom_series(series: DicomSeries, allocate: Allocate = np.zeros) -> SourceImage:
+def read_dicom_series(series: DicomSeries, allocate: Allocate = np.zeros, *, stop: Stop = None) -> SourceImage:
     """Reads a series as one stack, its slices sorted by position along their normal.
 
     The values are int16 where all are whole and fit, int32 where they are whole, else float32. Padding values are
@@ -138,28 +140,32 @@ def read_dicom_series(series: DicomSeries, allocate: Allocate = np.zeros) -> Sou
     Args:
         series: Of `list_dicom_series`.
         allocate: Makes the array that the values are put into, a few slices at a time.
+        stop: Once set, reading ends with an error.
 
     Raises:
         VolumeError: multi-frame, colour or inverted-grey files; slices of several sizes, orientations or pixel
             spacings; no position, orientation or pixel spacing; two slices at one place; a gap or uneven spacing;
-            tilted gantry; a rescale slope of zero; pixels that are damaged, too few or of an unknown compression.
+            tilted gantry; a rescale slope of zero; pixels that are damaged, too few or of an unknown compression;
+            ``stop`` is set.
         CacheError: there is no room for the array.
     """
     slices, affine = order_slices(series)
     digest, size = hashlib.sha256(), 0
     try:
         for item in slices:
+            require_going(series.folder, stop)
             content = item.file.read_bytes()
             digest.update(content)
             size += len(content)
             _check_pixel_bytes(item, content)
-        array = _read_pixels(slices, allocate)
+        array = _read_pixels(slices, allocate, stop)
     except OSError as error:
         raise VolumeError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
     except RuntimeError as error:
         raise VolumeError(
-            f"{_undecodable(slices) or series.folder}: its pixels cannot be decoded ({explain_itk_error(error)}); "
-            "copy the series again, or decompress it with another tool"
+            f"{_undecodable(slices) or series.folder}: its pixels cannot be decoded; copy the series again, or"
+            " decompress it with another tool",
+            found=f"ITK: {explain_itk_error(error)}",
         ) from error
     return SourceImage(array, affine, size, digest.hexdigest())
 
@@ -192,7 +198,7 @@ def _check_pixel_bytes(item: DicomSlice, content: bytes) -> None:
     )
 
 
-def _read_pixels(slices: Sequence[DicomSlice], allocate: Allocate) -> Array:
+def _read_pixels(slices: Sequence[DicomSlice], allocate: Allocate, stop: Stop) -> Array:
     """Rescaled values ``[slices height width]`` in the order given."""
     whole = all(
         item.slope.is_integer() and item.intercept.is_integer() and item.bits[1] <= 16 and _largest(item) < 2**31
@@ -207,6 +213,7 @@ def _read_pixels(slices: Sequence[DicomSlice], allocate: Allocate) -> Array:
     with quiet_itk():
         for start in range(0, len(slices), _CHUNK):
             chunk = slices[start : start + _CHUNK]
+            require_going(chunk[0].file.parent, stop)
             reader.SetFileNames([str(item.file) for item in chunk])
             image = reader.Execute()
             values = sitk.GetArrayViewFromImage(image)

@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from embedkit.itk import explain_itk_error
-
 __all__ = ["DicomSeries", "DicomSlice", "explain_no_pixels", "looks_like_dicom", "read_slice", "read_tag"]
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -114,7 +112,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     return numbers if np.isfinite(numbers).all() else ()
 
 
-def explain_no_pixels(file: Path, head: bytes, error: RuntimeError) -> tuple[Path, str, bool]:
+def explain_no_pixels(file: Path, head: bytes) -> tuple[Path, str, bool]:
     """Why a DICOM file gives no image: an object without pixels, or damage."""
     if file.name == "DICOMDIR":
         return file, f"{file}: a DICOMDIR, not an image", False
@@ -125,8 +123,4 @@ def explain_no_pixels(file: Path, head: bytes, error: RuntimeError) -> tuple[Pat
     for prefix, name in _PIXELLESS_CLASSES.items():
         if storage_class.startswith(prefix):
             return file, f"{file}: a DICOM {name}, not an image", False
-    return (
-        file,
-        f"{file}: damaged, truncated or not DICOM ({explain_itk_error(error)}); copy the file again or remove it",
-        True,
-    )
+    return file, f"{file}: damaged, truncated or not DICOM; copy the file again or remove it", True

@@ -109,17 +109,18 @@ def _check_spacing(series: DicomSeries, slices: Sequence[DicomSlice], places: Ar
     if not apart.all():
         first = int(np.argmin(apart))
         raise VolumeError(
-            f"{series.folder}: {int((~apart).sum())} slices lie where another one does, for example "
-            f"{slices[first].file.name} and {slices[first + 1].file.name} at {places[first]:.2f} mm; "
-            "remove the copies, or give each phase or echo a folder of its own"
+            f"{series.folder}: {int((~apart).sum())} slices lie where another one does, for example at"
+            f" {places[first]:.2f} mm; remove the copies, or give each phase or echo a folder of its own",
+            found=f"{slices[first].file.name} and {slices[first + 1].file.name}",
         )
     usual = float(np.median(steps))
     widest = int(np.argmax(steps))
     if steps[widest] > 1.5 * usual:
         raise VolumeError(
-            f"{series.folder}: about {round(steps[widest] / usual) - 1} slices are missing between "
-            f"{slices[widest].file.name} at {places[widest]:.2f} mm and {slices[widest + 1].file.name} at "
-            f"{places[widest + 1]:.2f} mm (usual spacing {usual:.2f} mm); fetch the whole series again"
+            f"{series.folder}: about {round(steps[widest] / usual) - 1} slices are missing between"
+            f" {places[widest]:.2f} and {places[widest + 1]:.2f} mm (usual spacing {usual:.2f} mm); fetch the whole"
+            " series again",
+            found=f"{slices[widest].file.name} and {slices[widest + 1].file.name}",
         )
     if np.abs(steps - usual).max() > _UNEVEN * usual:
         raise VolumeError(

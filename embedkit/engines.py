@@ -22,6 +22,7 @@ from embedkit.ledger import Ledger, Seat, Work
 from embedkit.orders import (
     Begin,
     Broken,
+    Computed,
     Drain,
     Drained,
     Event,
@@ -161,6 +162,8 @@ class _Dispatcher:
                 self._welcome(seat, event)
             case Wanted():
                 self._feed(seat)
+            case Computed():
+                self._require_work().ledger.compute(event.slices)
             case Drained():
                 self._require_work().ledger.wait(event.waits)
                 seat.cases.clear()

@@ -61,12 +61,18 @@ class VolumeError(EmbedkitError):
     """An image cannot be read, or is not one grey 3D image.
 
     Attributes:
+        reason: The message without ``found``.
         view: Of the case whose image it is, where that is known.
+        found: In words, what the files themselves say: a name in a header, what a library quotes of it. It can be a
+            patient's name, so it is told to who runs the program and kept nowhere.
     """
 
-    def __init__(self, message: str, *, view: str = "") -> None:
-        super().__init__(message)
-        self.view = view
+    def __init__(self, reason: str, *, view: str = "", found: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.view, self.found = reason, view, found
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.found})" if self.found else self.reason
 
 
 class BackboneError(EmbedkitError):

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from embedkit.cache import open_cache
 from embedkit.confirmations import read_confirmations
-from embedkit.errors import OptionError, VolumeError
+from embedkit.dicomfolders import SeriesFolders
+from embedkit.errors import CacheError, OptionError, VolumeError
 from embedkit.features import DEFAULT_BACKBONE, Backbone, BackboneInfo
 from embedkit.folder import require_room, stored_recipe
 from embedkit.forward import run_backbone
 from embedkit.manifest import read_manifest
 from embedkit.parts import take_part
-from embedkit.pipeline import explain_failure
+from embedkit.pipeline import fail_case
 from embedkit.planning import choose_device, require_counts
 from embedkit.processes import split_devices
 from embedkit.quantisation import TOKEN_DTYPES, token_set_bytes
@@ -203,9 +204,10 @@ def estimate_cases(
         VolumeError: none of the sampled cases can be read.
     """
     chosen = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, min(samples, len(cases))).round().astype(int))]
-    sample = _Sample()
+    sample, folders = _Sample(), SeriesFolders()
     for case in chosen:
-        _sample_case(case, recipe, sample, device=device, most=max(1, batch_size // max(1, len(chosen))))
+        most = max(1, batch_size // max(1, len(chosen)))
+        _sample_case(case, recipe, sample, folders=folders, device=device, most=most)
     if chosen and not sample.slices:
         raise VolumeError(
             f"none of the {len(chosen)} cases read for the estimate gives slices; first: {sample.unreadable[0]}"
@@ -254,17 +256,19 @@ def list_token_choices(info: BackboneInfo, recipe: Recipe) -> list[TokenSet]:
     return list(dict.fromkeys([*recipe.parsed_token_sets(), *others]))
 
 
-def _sample_case(case: Case, recipe: Recipe, sample: _Sample, *, device: torch.device, most: int) -> None:
+def _sample_case(
+    case: Case, recipe: Recipe, sample: _Sample, *, folders: SeriesFolders, device: torch.device, most: int
+) -> None:
     started = time.perf_counter()
     try:
-        images = read_case(case, spill=Path(tempfile.gettempdir()))
+        images = read_case(case, spill=Path(tempfile.gettempdir()), folders=folders)
         stacks = plan_stacks(images.volumes, recipe)
         took = time.perf_counter() - started
         _render_some(stacks, images, recipe, sample, device=device, most=most)
-    except OptionError:
+    except (CacheError, OptionError):
         raise
     except Exception as error:  # told, as an extraction tells it, and no other case suffers
-        sample.unreadable.append(f"{case.case_id}: {explain_failure(error)}")
+        sample.unreadable.append(f"{case.case_id}: {fail_case(case, error).told}")
         return
     sample.read_seconds.append(took)
     sample.slices.append(sum(len(stack.indices) for stack in stacks))

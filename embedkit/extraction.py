@@ -231,7 +231,7 @@ def extract_cases(
     sources.require_same_views(cases)
     pending = [case for case in cases if not sources.holds(case)]
     account = Account(cases=len(cases), pending=len(pending), on_progress=on_progress)
-    account.tick()
+    account.tick(0)
     if pending:
         require_writable(cache)
         require_precision(backbone, recipe, device)

@@ -24,6 +24,7 @@ from pathlib import Path
 __all__ = [
     "STALE_AFTER_S",
     "append_lines",
+    "changed_ns",
     "explain_os_error",
     "publish_file",
     "publish_folder",
@@ -45,6 +46,11 @@ _SERIAL = itertools.count()
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def changed_ns(found: os.stat_result) -> int:
+    """The latest change that no program can set back; of content alone where st_ctime is the time of creation."""
+    return found.st_mtime_ns if os.name == "nt" else found.st_ctime_ns
 
 
 def safe_name(text: str) -> str:

@@ -88,7 +88,7 @@ def read_header(path: Path, kind: str) -> SourceHeader:
         else:
             header, available, packed = parse_with_itk(path, kind, _read_head(path))
     except DAMAGE as error:
-        raise VolumeError(f"{path}: damaged or unreadable ({str(error)[:120]}); copy the file again") from error
+        raise VolumeError(f"{path}: damaged or unreadable; copy the file again", found=str(error)[:120]) from error
     check_promise(path, header, available, packed=packed)
     check_affine(path, header.affine)
     return header

@@ -18,7 +18,7 @@ from embedkit.casework import FailedCase
 from embedkit.failures import Failure, record_failure
 from embedkit.orders import Begin, Done, Failed, Same, Settled
 from embedkit.sources import CachedSources, Case
-from embedkit.stream import without_folders
+from embedkit.stream import without_names
 
 __all__ = ["MOST_LOSSES", "Ledger", "Seat", "Work"]
 
@@ -56,6 +56,7 @@ class Ledger:
     _counts: Counter[type[Settled]] = field(default_factory=Counter)
     _slices: int = 0
     _blank_slices: int = 0
+    _in_work: int = 0
     _waits: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -68,6 +69,16 @@ class Ledger:
         self.forget(outcome.case_id)
         self.outcomes[outcome.case_id] = outcome
         self._count(outcome, 1)
+        if isinstance(outcome, Done):
+            self._in_work -= outcome.slices - outcome.blank_slices
+        self._report()
+
+    def compute(self, slices: int) -> None:
+        """Counts slices of cases in work; those of a lost worker are counted again when they are done again."""
+        self._in_work += slices
+        self._report()
+
+    def _report(self) -> None:
         if self.on_progress is not None:
             self.on_progress(
                 ExtractionProgress(
@@ -75,7 +86,7 @@ class Ledger:
                     cases_before=self.cases - self.pending + self._counts[Same],
                     cases_done=self._counts[Done],
                     cases_failed=self._counts[Failed],
-                    slices=self._slices,
+                    slices=self._slices + max(0, self._in_work),
                     seconds=time.perf_counter() - self.started,
                 )
             )
@@ -148,7 +159,7 @@ class Work:
         """Queues again those cases of a lost worker that are not on disk; returns how many."""
         again = 0
         for case in given:  # the reason can be about any of them
-            reason = without_folders(FailedCase(case, reason))
+            reason = without_names(FailedCase(case, reason))
         with open_cache(self.begin.cache) as cache:
             held = CachedSources(cache.stacks, self.begin.recipe)
             for case in given:

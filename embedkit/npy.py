@@ -45,7 +45,8 @@ def parse_npz(path: Path) -> tuple[SourceHeader, int]:
         images = [name for name in names if name != "affine.npy"]
         if len(images) != 1 or len(set(names)) < len(names):
             raise VolumeError(
-                f"{path}: holds {', '.join(names)}; expected one array, named array, and at most an affine"
+                f"{path}: holds {len(names)} entries; expected one array, named array, and at most an affine",
+                found=f"it holds {', '.join(names)[:200]}",
             )
         with archive.open(images[0]) as stream:
             shape, fortran_order, dtype, offset = _parse_npy_header(path, stream)
@@ -65,7 +66,9 @@ def _parse_small_array(path: Path, content: bytes) -> Array:
     try:
         return np.asarray(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False), dtype=np.float64)
     except ValueError as error:
-        raise VolumeError(f"{path}: its affine cannot be read ({error}); save it as float64 [4 4]") from error
+        raise VolumeError(
+            f"{path}: its affine cannot be read; save it as float64 [4 4]", found=str(error)[:200]
+        ) from error
 
 
 def _parse_npy_header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -84,7 +87,9 @@ def _parse_npy_header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], b
             raise ValueError(f"its shape is {shape}")
         dtype = np.dtype(kind)
     except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
-        raise VolumeError(f"{path}: its header is damaged ({str(error)[:200]!r}); save the array again") from error
+        raise VolumeError(
+            f"{path}: its header is damaged; save the array again", found=repr(str(error)[:200])
+        ) from error
     if dtype.kind not in "biuf":
         raise VolumeError(f"{path}: holds values of type {dtype}, expected real numbers; save it as such")
     return shape, fortran_order, dtype, stream.tell()

@@ -92,7 +92,8 @@ def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, in
             shape = grey_shape(path, size[::-1], trailing=0)
             affine = affine_of_itk(reader)
     except RuntimeError as error:
-        raise VolumeError(f"{path}: cannot be read ({explain_itk_error(error)}); check its header") from error
+        told = f"ITK: {explain_itk_error(error)}"
+        raise VolumeError(f"{path}: cannot be read by ITK; check its header", found=told) from error
     if reader.GetNumberOfComponents() != 1 or type_name not in _ITK_TYPES:
         raise VolumeError(
             f"{path}: its values are {type_name} with {reader.GetNumberOfComponents()} components, expected one real "
@@ -140,16 +141,18 @@ def _parse_text_header(path: Path, kind: str, head: bytes) -> _TextHeader:
 
 def _payload_file(path: Path, name: str) -> Path:
     """The file that a header names for its voxels; only a single one in the header's own folder is read."""
+    found = f"it names {name[:80]!r}"
     if name.split(" ", 1)[0].upper() == "LIST" or "%" in name:
-        raise VolumeError(f"{path}: spreads its voxels over several files ({name}); save it as one .nrrd or .mha file")
-    if not name.isprintable():
-        raise VolumeError(f"{path}: names {name[:80]!r} for its voxels; the header is damaged: copy the file again")
-    file = path.parent / name
-    if file.resolve().parent != path.parent.resolve():
-        raise VolumeError(
-            f"{path}: names {name} for its voxels, which lies outside its own folder and is not read; save the image "
-            "as one .nrrd or .mha file"
+        problem = "spreads its voxels over several files; save it as one .nrrd or .mha file"
+    elif not name.isprintable():
+        problem = "names no printable file for its voxels; the header is damaged: copy the file again"
+    elif (file := path.parent / name).resolve().parent != path.parent.resolve():
+        problem = (
+            "names a file for its voxels that lies outside its own folder and is not read; save the image as one .nrrd"
+            " or .mha file"
         )
-    if not file.is_file():
-        raise VolumeError(f"{path}: names {name} for its voxels, which is missing; copy both files")
-    return file
+    elif not file.is_file():
+        problem = "names a second file for its voxels, which is missing; copy both files"
+    else:
+        return file
+    raise VolumeError(f"{path}: {problem}", found=found)

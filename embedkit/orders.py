@@ -16,6 +16,7 @@ __all__ = [
     "Begin",
     "Broken",
     "Channel",
+    "Computed",
     "Done",
     "Drain",
     "Drained",
@@ -75,6 +76,13 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """Event: so many slices of cases in work are done since the last."""
+
+    slices: int
+
+
+@dataclass(frozen=True)
 class Done:
     """Event: a case is extracted; it is on disk at the next `Drained`, if not before."""
 
@@ -126,7 +134,7 @@ class Lost:
 
 
 Settled = Done | Failed | Same
-Event = Ready | Wanted | Settled | Drained | Broken | Lost
+Event = Ready | Wanted | Computed | Settled | Drained | Broken | Lost
 
 
 class Channel(Protocol):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedkit.casework import CaseWork, FailedCase, SameCase
-from embedkit.errors import EmbedkitError
+from embedkit.errors import CacheError, EmbedkitError, VolumeError
 from embedkit.features import Backbone
 from embedkit.forward import PendingTokens, start_backbone
 from embedkit.readahead import Waits, read_ahead, run_in_background
@@ -30,7 +30,7 @@ from embedkit.slices import render_previews, render_slices
 from embedkit.sources import Case, CaseImages
 from embedkit.spill import release_pages
 
-__all__ = ["Rendered", "compute_cases", "explain_failure", "render_cases"]
+__all__ = ["Rendered", "compute_cases", "explain_failure", "fail_case", "render_cases"]
 
 Item = TypeVar("Item")
 
@@ -92,6 +92,9 @@ def render_cases(
         device: Where slices are rendered.
         spill: Folder for the temporary files of large stacks.
         waits: Counts who waited for whom.
+
+    Raises:
+        CacheError: nothing can be written to ``spill``, be it that the disk is full.
     """
 
     waiting = "backbone for images" if device.type == "cpu" else "renderer for images"
@@ -109,8 +112,10 @@ def render_cases(
                 for number in range(len(work.stacks)):
                     yield from _render_stack(work, number, recipe, batch_size, device)
                 work.release_volumes()
+            except CacheError:  # no room, or no right, to write: that is of the cache, and would fail every case
+                raise
             except Exception as error:
-                yield FailedCase(case, explain_failure(error), view=getattr(error, "view", ""))
+                yield fail_case(case, error)
 
     if device.type == "cpu":
         return stream()
@@ -133,14 +138,28 @@ def _in_own_stream(rendered: Iterator[Item], device: torch.device) -> Iterator[I
             yield item
 
 
+def fail_case(case: Case, error: Exception) -> FailedCase:
+    """The case with why it failed, and with what files say of it apart."""
+    view, found = "", ""
+    if isinstance(error, VolumeError):
+        view, found = error.view, error.found
+    elif not isinstance(error, EmbedkitError):
+        found = " ".join(str(error).split())
+    return FailedCase(case, explain_failure(error), view=view, found=found)
+
+
 def explain_failure(error: Exception) -> str:
-    """The reason why a case failed, in one line; what embedkit did not foresee is told with its place in the code."""
+    """Why something failed, in one line that may be kept or shown: nothing in it comes out of a file.
+
+    What embedkit did not foresee is told with its place in the code.
+    """
+    if isinstance(error, VolumeError):
+        return error.reason
     if isinstance(error, EmbedkitError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" at {Path(place[0].filename).name}:{place[0].lineno}" if place else ""
-    text = " ".join(str(error).split())
-    return f"unforeseen {type(error).__name__}{where}: {text}; please report it, and leave the case out meanwhile"
+    return f"unforeseen {type(error).__name__}{where}; please report it, and leave the case out meanwhile"
 
 
 def _render_stack(
@@ -167,7 +186,7 @@ def compute_cases(
     *,
     batch_size: int,
     stop: threading.Event | None = None,
-    after_batch: Callable[[], None] = lambda: None,
+    after_batch: Callable[[int], None] = lambda _: None,
 ) -> Iterator[CaseWork | FailedCase | SameCase]:
     """Sends full batches through the backbone and yields each case as soon as its last slice is back.
 
@@ -177,7 +196,7 @@ def compute_cases(
         recipe: Of the cache.
         batch_size: Slices per forward pass.
         stop: Once set, no further batch is begun, and cases that are not complete are not yielded.
-        after_batch: Called whenever the tokens of a batch are in their places.
+        after_batch: Called whenever the tokens of a batch are in their places, with its number of slices.
     """
     waiting: deque[Rendered] = deque()
     flying: deque[_Batch] = deque()
@@ -187,8 +206,9 @@ def compute_cases(
         flying.append(_Batch(parts, start_backbone(_pad(images, batch_size), backbone, recipe)))
         in_flight = _BATCHES_IN_FLIGHT.get(images.device.type, 0)
         while len(flying) > in_flight:
-            yield from _settle_batch(flying.popleft(), backbone, recipe)
-            after_batch()
+            batch = flying.popleft()
+            yield from _settle_batch(batch, backbone, recipe)
+            after_batch(sum(len(part.rows) for part in batch.parts))
 
     for part in rendered:
         if stop is not None and stop.is_set():

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from embedkit.cohort import Subject
-from embedkit.errors import EmbedkitError, OptionError, RequestError
+from embedkit.errors import OptionError, RequestError
 from embedkit.features import Backbone, BackboneInfo, BackboneOutput, LayerTokens
 from embedkit.imagequeries import embed_query, extract_query, load_query_backbone, query_view
 from embedkit.index import Index
@@ -207,8 +207,6 @@ class QueryDesk:
         """How a job ended, and its error."""
         try:
             job.subject = self._compute(job)
-        except EmbedkitError as error:
-            message = str(error)
         except Exception as error:  # the page must hear of it, and the next query must have its turn
             message = explain_failure(error)
         else:

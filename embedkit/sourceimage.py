@@ -8,6 +8,7 @@ from __future__ import annotations
 import lzma
 import math
 import struct
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -24,8 +25,10 @@ __all__ = [
     "Encoding",
     "SourceHeader",
     "SourceImage",
+    "Stop",
     "check_promise",
     "grey_shape",
+    "require_going",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -50,6 +53,10 @@ DAMAGE = (
 
 Encoding = Literal["raw", "gzip", "zlib", "zip", "itk"]
 """How a file holds its voxels: as they are, in a gzip or zlib stream, as a member of a zip archive, or as ITK knows."""
+
+
+Stop = threading.Event | None
+"""Once set, whoever reads a file ends within a piece of it."""
 
 
 class Allocate(Protocol):
@@ -88,6 +95,16 @@ class SourceImage(NamedTuple):
     affine: Array
     source_bytes: int
     source_digest: str
+
+
+def require_going(path: Path, stop: Stop) -> None:
+    """Ends the reading of an image that nobody waits for any more.
+
+    Raises:
+        VolumeError: ``stop`` is set.
+    """
+    if stop is not None and stop.is_set():
+        raise VolumeError(f"{path}: reading was stopped half way; run the same command again")
 
 
 def check_promise(path: Path, header: SourceHeader, available: int, *, packed: bool) -> None:

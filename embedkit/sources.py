@@ -13,15 +13,16 @@ from typing import NamedTuple
 import polars as pl
 
 from embedkit.confirmations import Confirmation
+from embedkit.dicomfolders import SeriesFolders
 from embedkit.errors import ManifestError, VolumeError
+from embedkit.files import changed_ns
 from embedkit.formats import format_by_name
 from embedkit.nrrd import ITK_READERS, payload_file
 from embedkit.recipe import Recipe
+from embedkit.sourceimage import Stop
 from embedkit.volumes import VOXEL_BYTES, Volume, read_volume
 
 __all__ = ["CachedSources", "Case", "CaseImages", "group_cases", "read_case", "tell_absent_channels"]
-
-_ONE_OF_A_SERIES = (".dcm", ".dicom", ".ima", "")
 
 
 @dataclass(frozen=True)
@@ -72,79 +73,83 @@ def tell_absent_channels(cases: Sequence[Case], channels: Sequence[str], fill: s
     ]
 
 
-def read_case(case: Case, *, spill: Path | None = None) -> CaseImages:
+def read_case(
+    case: Case, *, spill: Path | None = None, folders: SeriesFolders | None = None, stop: Stop = None
+) -> CaseImages:
     """Reads every view of a case.
 
     Args:
         case: The case.
         spill: Folder for the temporary files of images that take more than their share of `VOXEL_BYTES`, the voxels
             of a case that are kept in memory; None keeps all there.
+        folders: Remembers the DICOM series of folders that many cases lie in.
+        stop: Once set, reading ends with an error, at the next piece of an image.
 
     Raises:
-        VolumeError: one of the images cannot be read, or changed meanwhile; the message names the view.
+        VolumeError: one of the images cannot be read, or changed meanwhile, or ``stop`` is set; the message names the
+            view.
         CacheError: there is no room for a temporary file.
     """
-    share = VOXEL_BYTES // max(1, len(case.images))
+    folders, share = folders or SeriesFolders(), VOXEL_BYTES // max(1, len(case.images))
     volumes: dict[str, Volume] = {}
     stats: dict[str, SourceStat] = {}
     for view, path in case.images.items():
         try:
-            stats[view] = stat_source(path)
-            volumes[view] = read_volume(path, spill=spill, most_bytes=share)
-            if stat_source(path) != stats[view]:
+            stats[view] = stat_source(path, folders)
+            volumes[view] = read_volume(path, spill=spill, most_bytes=share, folders=folders, stop=stop)
+            if stat_source(path, folders) != stats[view]:
                 raise VolumeError(f"{path} changed while it was read; run the same command again once it is whole")
         except VolumeError as error:
-            raise VolumeError(f"view {view}: {error}", view=view) from error
+            raise VolumeError(f"view {view}: {error.reason}", view=view, found=error.found) from error
     return CaseImages(volumes, stats)
 
 
-def stat_source(path: Path) -> SourceStat:
+def stat_source(path: Path, folders: SeriesFolders | None = None) -> SourceStat:
     """State of the files behind ``path``: one file, a DICOM folder, or a header and the second file that it names.
 
-    One file of a DICOM series stands for the files of its folder, since the whole series is read. A header that names
-    no file that can be read counts alone: the reader will say what is wrong with it.
+    One file of a DICOM series stands for the files of that series. A header that names no file that can be read, and a
+    file that is of no series, count alone: the reader will say what is wrong with it.
+
+    Args:
+        path: As for `embedkit.volumes.read_volume`.
+        folders: Remembers the series of folders.
 
     Raises:
         VolumeError: ``path`` does not exist or may not be read.
     """
     try:
         own = path.stat()
-        stats = _stat_more(path, own)
+        stats = _stat_more(path, own, folders or SeriesFolders())
     except OSError as error:
         raise VolumeError(f"{path} cannot be read: {error.strerror}; check the path in the manifest") from error
     stats = [own] if stats is None else stats
-    return SourceStat(sum(each.st_size for each in stats), max(map(_changed_ns, stats), default=0))
+    return SourceStat(sum(each.st_size for each in stats), max(map(changed_ns, stats), default=0))
 
 
-def _changed_ns(found: os.stat_result) -> int:
-    """The latest change that no program can set back; of content alone where st_ctime is the time of creation."""
-    return found.st_mtime_ns if os.name == "nt" else found.st_ctime_ns
-
-
-def _stat_more(path: Path, own: os.stat_result) -> list[os.stat_result] | None:
+def _stat_more(path: Path, own: os.stat_result, folders: SeriesFolders) -> list[os.stat_result] | None:
     """States of all files behind an image that is more than the one file ``path``; None where it is that file alone."""
     if stat.S_ISDIR(own.st_mode):
-        return list(_stat_files(path, below=True))
-    if path.suffix.lower() in _ONE_OF_A_SERIES:
-        return list(_stat_files(path.parent, below=False))
+        return list(_stat_files(path))
     kind, _ = format_by_name(path)
-    if kind not in ITK_READERS or not stat.S_ISREG(own.st_mode):  # to open a pipe waits for its other end
+    if not stat.S_ISREG(own.st_mode) or kind not in {"", "dicom", *ITK_READERS}:  # to open a pipe waits for its end
         return None
     try:
-        payload = payload_file(path, kind)
+        if kind in ITK_READERS:
+            payload = payload_file(path, kind)
+            return None if payload is None else [own, payload.stat()]
+        return [file.stat() for file in folders.find(path).files]
     except VolumeError:
         return None
-    return None if payload is None else [own, payload.stat()]
 
 
-def _stat_files(folder: Path | str, *, below: bool) -> Iterator[os.stat_result]:
-    """States of the files in a folder and ``below`` it; the listing tells files from folders: each is asked once."""
+def _stat_files(folder: Path | str) -> Iterator[os.stat_result]:
+    """States of the files in a folder and below it; the listing tells files from folders: each is asked once."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if _is_file(entry):
                 yield entry.stat()
-            elif below and entry.is_dir(follow_symlinks=False):
-                yield from _stat_files(entry.path, below=True)
+            elif entry.is_dir(follow_symlinks=False):
+                yield from _stat_files(entry.path)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -158,7 +163,11 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 class CachedSources:
-    """The sources of the stacks that a cache holds, to tell which cases are left to do."""
+    """The sources of the stacks that a cache holds, to tell which cases are left to do.
+
+    Attributes:
+        folders: Remembers the DICOM series of folders, also for reading.
+    """
 
     def __init__(
         self, stacks: pl.DataFrame, recipe: Recipe, confirmed: Mapping[tuple[str, str], Confirmation] | None = None
@@ -170,6 +179,7 @@ class CachedSources:
             recipe: Of the cache.
             confirmed: Of `embedkit.confirmations.read_confirmations`.
         """
+        self.folders = SeriesFolders()
         self._recipe = recipe
         self._confirmed = confirmed or {}
         self._known: dict[str, dict[tuple[str, str], _CachedStack]] = {}
@@ -219,7 +229,7 @@ class CachedSources:
         if None in cached or any(source not in case.images for source in sources):
             return False
         try:
-            now = combine_stats([stat_source(case.images[source]) for source in sources])
+            now = combine_stats([stat_source(case.images[source], self.folders) for source in sources])
         except VolumeError:
             return False  # the reader will say what is wrong with it, and the case goes on record
         if cached == {now}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,14 +17,14 @@ from embedkit.confirmations import record_confirmation
 from embedkit.errors import BackboneError, CacheError, VolumeError
 from embedkit.failures import Failure, record_failure
 from embedkit.features import Backbone
-from embedkit.pipeline import compute_cases, render_cases
+from embedkit.pipeline import compute_cases, fail_case, render_cases
 from embedkit.readahead import Waits
 from embedkit.recipe import Recipe
 from embedkit.sources import CachedSources, Case, CaseImages, read_case
 from embedkit.tails import keep_tail
 from embedkit.writing import ShardWriter
 
-__all__ = ["Tally", "extract_stream", "without_folders"]
+__all__ = ["Tally", "extract_stream", "without_names"]
 
 
 class Tally(Protocol):
@@ -40,8 +41,8 @@ class Tally(Protocol):
     def same(self, case: Case) -> None:
         """The files of the case were touched, but hold the cached bytes."""
 
-    def tick(self) -> None:
-        """Time has passed: another batch is done."""
+    def tick(self, slices: int) -> None:
+        """Time has passed: another batch, of so many slices that are not blank, is done."""
 
 
 def extract_stream(
@@ -76,13 +77,13 @@ def extract_stream(
         stop: Once set, what is finished is written and no more begun.
 
     Raises:
-        CacheError: a shard cannot be written.
+        CacheError: a shard, or a temporary file of a large case, cannot be written; what is finished is kept.
     """
 
     keep_tail(cache, backbone, recipe)
 
     def read(case: Case) -> CaseImages | SameCase:
-        images = read_case(case, spill=cache)
+        images = read_case(case, spill=cache, folders=sources.folders, stop=stop)
         if not sources.holds_same_bytes(case, images):
             return images
         for view, confirmation in sources.confirmations(case, images).items():
@@ -102,9 +103,9 @@ def extract_stream(
     )
     with ShardWriter(cache, recipe, shard_bytes=shard_bytes, shard_seconds=shard_seconds, waits=tally.waits) as writer:
 
-        def after_batch() -> None:
+        def after_batch(slices: int) -> None:
             writer.tick()
-            tally.tick()
+            tally.tick(slices)
 
         results = compute_cases(rendered, backbone, recipe, batch_size=batch_size, stop=stop, after_batch=after_batch)
         for result in results:
@@ -121,7 +122,7 @@ def _settle(
         try:
             stacks = result.finish()
         except (BackboneError, CacheError, VolumeError) as error:
-            result = FailedCase(result.case, str(error), view=getattr(error, "view", ""))
+            result = fail_case(result.case, error)
         else:
             digests = {(stack.view, stack.plane): stack.source_digest for stack in stacks}
             changed = sources.changed(result.case, digests)
@@ -129,8 +130,8 @@ def _settle(
             tally.done(result, changed=changed)
             return
     if isinstance(result, FailedCase):
-        failure = Failure(result.case.case_id, result.reason, view=result.view, path=_name_file(result))
-        record_failure(cache, replace(failure, reason=without_folders(result)))
+        failure = Failure(result.case.case_id, result.told, view=result.view, path=_name_file(result))
+        record_failure(cache, replace(failure, reason=without_names(result)))
         tally.failed(failure)
     else:
         tally.same(result.case)
@@ -146,12 +147,18 @@ def _name_file(failed: FailedCase) -> str:
     return "" if path is None or path.is_dir() else path.name
 
 
-def without_folders(failed: FailedCase) -> str:
-    """The reason with file names alone: a folder's name can be a patient's, and the record stays in the cache."""
+def without_names(failed: FailedCase) -> str:
+    """The reason as it may be kept: with the files that the manifest names, but without folders and what lies in them.
+
+    The name of a folder, and of a file of a DICOM series, can be a patient's.
+    """
     reason = failed.reason
     for path in failed.case.images.values():
-        if path.is_dir():
-            reason = reason.replace(f"{path}/", "").replace(str(path), "its folder")
-        reason = reason.replace(str(path), path.name).replace(f"{path.parent}/", "")
-        reason = reason.replace(str(path.parent), "its folder")
+        folder = path if path.is_dir() else path.parent
+        if path is not folder:
+            reason = reason.replace(str(path), path.name)
+        if f"{folder}/" in reason and os.access(folder, os.R_OK):
+            for other in sorted(map(str, folder.iterdir()), key=len, reverse=True):
+                reason = reason.replace(other, "one of its files")
+        reason = reason.replace(f"{folder}/", "").replace(str(folder), "its folder")
     return reason

@@ -100,7 +100,7 @@ class Upload:
                 self._unpack(path)
             return self._choose()
         except VolumeError as error:
-            raise VolumeError(self.reword(str(error))) from error
+            raise VolumeError(self.reword(error.reason)) from error
 
     def reword(self, message: str) -> str:
         """``message`` with files called as they were sent, and without this folder."""

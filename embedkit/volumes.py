@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from embedkit.dicom import DicomSeries, check_dicom_series, list_dicom_series, read_dicom_series
+from embedkit.dicom import check_dicom_series, read_dicom_series
+from embedkit.dicomfolders import SeriesFolders
 from embedkit.errors import VolumeError
 from embedkit.formats import format_by_name, image_format, read_header
 from embedkit.itk import explain_itk_error, quiet_itk, to_itk
@@ -26,7 +27,7 @@ from embedkit.orientation import (
     to_source,
     turn_canonical,
 )
-from embedkit.sourceimage import MAX_VOXELS, SourceImage
+from embedkit.sourceimage import MAX_VOXELS, SourceImage, Stop
 from embedkit.spill import allocate, is_spilled
 from embedkit.voxels import read_voxels, whole_numbers
 
@@ -82,7 +83,14 @@ class Volume:
     source_digest: str
 
 
-def read_volume(path: Path | str, *, spill: Path | None = None, most_bytes: int = VOXEL_BYTES) -> Volume:
+def read_volume(
+    path: Path | str,
+    *,
+    spill: Path | None = None,
+    most_bytes: int = VOXEL_BYTES,
+    folders: SeriesFolders | None = None,
+    stop: Stop = None,
+) -> Volume:
     """Reads one 3D image, piece by piece.
 
     Args:
@@ -93,6 +101,8 @@ def read_volume(path: Path | str, *, spill: Path | None = None, most_bytes: int 
         spill: Folder for a nameless temporary file that holds the voxels of a large image, so that few of them are in
             memory at a time; take its parts with `embedkit.spill`. None keeps all in memory.
         most_bytes: An image whose voxels take more is large.
+        folders: Remembers the DICOM series of folders for further images that lie in them.
+        stop: Once set, reading ends with an error, at the next piece.
 
     Returns:
         The volume. Values keep the file's type, except: bool to uint8; int8 to int16; wider integers to int32 where
@@ -104,11 +114,13 @@ def read_volume(path: Path | str, *, spill: Path | None = None, most_bytes: int 
         VolumeError: no such file, or one that is empty, truncated, damaged, not of the format that its name says or of
             none of these formats; not three axes; colours or vectors; NaN, infinite or complex values; a geometry
             that is singular, has skewed axes or is beyond 1e-6 to 1e6 mm; a promise of more voxels than the bytes
-            could hold; and all that `embedkit.dicom.read_dicom_series` refuses.
+            could hold; all that `embedkit.dicom.read_dicom_series` refuses; and ``stop`` was set.
         CacheError: there is no room in ``spill``.
     """
     path = Path(path)
-    source = _read_source(path, image_format(path), spill=spill, most_bytes=most_bytes)
+    source = _read_source(
+        path, image_format(path), spill=spill, most_bytes=most_bytes, folders=folders or SeriesFolders(), stop=stop
+    )
     _check_scale(path, source.affine)
     turn = turn_canonical if is_spilled(source.array) else to_canonical
     array, affine = turn(source.array, source.affine)
@@ -133,7 +145,7 @@ def check_volume(path: Path | str) -> None:
     path = Path(path)
     kind = image_format(path)
     if kind == "dicom":
-        check_dicom_series(_find_series(path))
+        check_dicom_series(SeriesFolders().find(path))
     else:
         read_header(path, kind)
 
@@ -156,7 +168,7 @@ def read_mask(path: Path | str, like: Volume) -> Array:
     """
     path = Path(path)
     kind = image_format(path)
-    source = _read_source(path, kind)
+    source = _read_source(path, kind, folders=SeriesFolders())
     labels = whole_numbers(path, source.array)
     if kind == "npy":
         if labels.shape != like.source_shape:
@@ -213,15 +225,23 @@ def write_volume(path: Path | str, array: Array, affine: Array) -> None:
         ) from error
 
 
-def _read_source(path: Path, kind: str, *, spill: Path | None = None, most_bytes: int = VOXEL_BYTES) -> SourceImage:
+def _read_source(
+    path: Path,
+    kind: str,
+    *,
+    folders: SeriesFolders,
+    spill: Path | None = None,
+    most_bytes: int = VOXEL_BYTES,
+    stop: Stop = None,
+) -> SourceImage:
     """The image as its file holds it, its values and geometry checked; ``kind`` is what `image_format` gave."""
 
     def place(shape: tuple[int, ...], dtype: np.dtype[Any], /) -> Array:
         return allocate(shape, dtype, folder=spill, most_bytes=most_bytes, what=f"voxels of {path.name}")
 
     if kind == "dicom":
-        return read_dicom_series(_find_series(path), place)
-    return read_voxels(path, kind, read_header(path, kind), place)
+        return read_dicom_series(folders.find(path, stop=stop), place, stop=stop)
+    return read_voxels(path, kind, read_header(path, kind), place, stop=stop)
 
 
 def _check_scale(path: Path, affine: Array) -> None:
@@ -232,25 +252,6 @@ def _check_scale(path: Path, affine: Array) -> None:
             f"{path}: its voxels measure {lengths.tolist()} mm from {affine[:3, 3].tolist()} mm on, expected lengths"
             f" between {_SMALLEST_MM:g} and {_LARGEST_MM:g} mm; repair the header"
         )
-
-
-def _find_series(path: Path) -> DicomSeries:
-    """The series of a folder that holds just one, or the series that a file belongs to."""
-    folder = path if path.is_dir() else path.parent
-    series = list_dicom_series(folder)
-    if path != folder:
-        found = [one for one in series if path in one.files]
-        if not found:
-            raise VolumeError(f"{path}: no DICOM image; give an image file of the series, or its folder")
-        return found[0]
-    if not series:
-        raise VolumeError(f"{path}: holds no DICOM image directly; give the folder in which the series' files lie")
-    if len(series) > 1:
-        names = ", ".join(f"{one.files[0].name} ({one.modality}, {len(one.files)} files)" for one in series[:5])
-        raise VolumeError(
-            f"{path}: holds {len(series)} DICOM series, expected one; give one file of it instead: {names}"
-        )
-    return series[0]
 
 
 def _resample_nearest(mask: Array, affine: Array, like: Volume) -> Array:

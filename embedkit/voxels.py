@@ -21,7 +21,7 @@ import SimpleITK as sitk
 from embedkit.errors import VolumeError
 from embedkit.itk import explain_itk_error, quiet_itk
 from embedkit.nrrd import ITK_READERS
-from embedkit.sourceimage import DAMAGE, Allocate, SourceHeader, SourceImage
+from embedkit.sourceimage import DAMAGE, Allocate, SourceHeader, SourceImage, Stop, require_going
 from embedkit.spill import convert, release_pages
 
 __all__ = ["read_voxels", "whole_numbers"]
@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 _PIECE_BYTES = 4 << 20
 
 
-def read_voxels(path: Path, kind: str, header: SourceHeader, allocate: Allocate) -> SourceImage:
+def read_voxels(path: Path, kind: str, header: SourceHeader, allocate: Allocate, *, stop: Stop = None) -> SourceImage:
     """The image as its file holds it, its values checked.
 
     Args:
@@ -39,33 +39,36 @@ def read_voxels(path: Path, kind: str, header: SourceHeader, allocate: Allocate)
         kind: What `embedkit.formats.image_format` gave for it.
         header: What `embedkit.formats.read_header` gave for it.
         allocate: Makes the array that the voxels are put into.
+        stop: Once set, reading ends with an error, but not that of what only ITK can read.
 
     Raises:
-        VolumeError: the file is truncated, damaged or unreadable, or holds values that are no finite numbers.
+        VolumeError: the file is truncated, damaged or unreadable, or holds values that are no finite numbers; or
+            ``stop`` is set.
         CacheError: there is no room for the array.
     """
     digest = hashlib.sha256()
     try:
         with ExitStack() as stack:
             paths = [path] if header.payload is None else [path, header.payload]
-            files = [_HashedFile(stack.enter_context(each.open("rb")), digest) for each in paths]
+            files = [_HashedFile(each, stack.enter_context(each.open("rb")), digest, stop) for each in paths]
             for file in files if header.encoding in ("zip", "itk") else files[:-1]:
                 file.drain()
-            array = _store(path, header, _pieces(path, kind, header, files[-1]), allocate)
+            array = _store(path, header, _pieces(path, kind, header, files[-1]), allocate, stop)
             files[-1].drain()
     except DAMAGE as error:
-        raise VolumeError(f"{path}: damaged or unreadable ({str(error)[:120]}); copy the file again") from error
+        raise VolumeError(f"{path}: damaged or unreadable; copy the file again", found=str(error)[:120]) from error
     return SourceImage(array, header.affine, sum(file.size for file in files), digest.hexdigest())
 
 
 class _HashedFile:
     """A file that is read once from its first byte on, its bytes counted and hashed on the way."""
 
-    def __init__(self, file: BinaryIO, digest: Any) -> None:
-        self._file, self._digest, self.size = file, digest, 0
+    def __init__(self, path: Path, file: BinaryIO, digest: Any, stop: Stop) -> None:
+        self._path, self._file, self._digest, self._stop, self.size = path, file, digest, stop, 0
 
     def read(self, count: int = _PIECE_BYTES) -> bytes:
         """The next bytes; fewer than ``count`` only at the end."""
+        require_going(self._path, self._stop)
         data = self._file.read(count)
         self._digest.update(data)
         self.size += len(data)
@@ -158,33 +161,35 @@ def _read_with_itk(path: Path, kind: str) -> Iterator[Array]:
         with quiet_itk():
             image = sitk.ReadImage(str(path), imageIO=ITK_READERS[kind])
     except RuntimeError as error:
-        raise VolumeError(f"{path}: cannot be read ({explain_itk_error(error)}); copy the file again") from error
+        told = f"ITK: {explain_itk_error(error)}"
+        raise VolumeError(f"{path}: cannot be read by ITK; copy the file again", found=told) from error
     yield sitk.GetArrayViewFromImage(image).reshape(-1)
 
 
-def _store(path: Path, header: SourceHeader, pieces: Iterator[Array], allocate: Allocate) -> Array:
+def _store(path: Path, header: SourceHeader, pieces: Iterator[Array], allocate: Allocate, stop: Stop) -> Array:
     """All values in an array of the header's shape and one of the types of a `Volume`, rescaled where it says so.
 
     Raises:
-        VolumeError: there are too few, or some that are no finite numbers.
+        VolumeError: there are too few, or some that are no finite numbers; or ``stop`` is set.
     """
     shape = header.shape[::-1] if header.fortran_order else header.shape
     scaled = header.slope != 1.0 or header.intercept != 0.0
     stored = allocate(shape, np.dtype(np.float32) if scaled else _kept_type(header.dtype))
-    stop, wrong = 0, 0
+    filled, wrong = 0, 0
     for piece in pieces:
+        require_going(path, stop)
         values = np.multiply(piece, header.slope, dtype=np.float64) + header.intercept if scaled else piece
         if stored.dtype == np.int32 and not _fits_int32(values):
             stored = convert(stored, allocate(shape, np.dtype(np.float32)))
-        start, stop = stop, stop + len(values)
-        target = stored.reshape(-1)[start:stop]
+        target = stored.reshape(-1)[filled : filled + len(values)]
+        filled += len(values)
         with np.errstate(over="ignore"):
             np.copyto(target, values, casting="unsafe")
         if stored.dtype.kind == "f":
             wrong += len(target) - int(np.count_nonzero(np.isfinite(target)))
         release_pages(stored)
-    if stop < stored.size:
-        raise VolumeError(f"{path}: holds {stop} of the {stored.size} voxels that its header promises; copy it again")
+    if filled < stored.size:
+        raise VolumeError(f"{path}: holds {filled} of the {stored.size} voxels that its header promises; copy it again")
     if wrong:
         raise VolumeError(
             f"{path}: {wrong} of {stored.size} values are NaN or infinite (or too large for float32), expected "

@@ -10,6 +10,7 @@ import os
 import queue
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,22 @@ from embedkit.errors import BackboneError, CacheError, EmbedkitError, VolumeErro
 from embedkit.failures import Failure
 from embedkit.features import Backbone
 from embedkit.forward import require_compiled, require_precision
-from embedkit.orders import Begin, Broken, Channel, Done, Drain, Drained, Failed, Order, Quit, Ready, Same, Stop, Wanted
+from embedkit.orders import (
+    Begin,
+    Broken,
+    Channel,
+    Computed,
+    Done,
+    Drain,
+    Drained,
+    Failed,
+    Order,
+    Quit,
+    Ready,
+    Same,
+    Stop,
+    Wanted,
+)
 from embedkit.planning import (
     COMPILED,
     DEFAULT_WINDOW,
@@ -42,6 +58,8 @@ from embedkit.sources import CachedSources, Case
 from embedkit.stream import extract_stream
 
 __all__ = ["ExtractionJob", "serve"]
+
+_TELL_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,8 @@ class _Desk:
     stop: threading.Event
     waits: Waits = field(default_factory=Waits)
     quit: bool = False
+    _computed: int = 0
+    _told: float = field(default_factory=time.perf_counter)
 
     def next_round(self) -> Case | None:
         """Waits for the first case after a pause; None once there is nothing left to wait for."""
@@ -187,8 +207,12 @@ class _Desk:
         """See `Tally`."""
         self.channel.send(Same(case.case_id))
 
-    def tick(self) -> None:
-        """See `Tally`; whoever gives the cases tells how far they are."""
+    def tick(self, slices: int) -> None:
+        """See `Tally`; whoever gives the cases tells how far they are, and is told once a second."""
+        self._computed += slices
+        if time.perf_counter() - self._told >= _TELL_EVERY_S:
+            self.channel.send(Computed(self._computed))
+            self._computed, self._told = 0, time.perf_counter()
 
 
 def _serve_rounds(job: ExtractionJob, begin: Begin, desk: _Desk, backbone: Backbone, device: torch.device) -> None:

@@ -110,7 +110,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "cut.mha": (lambda: mha("24 20 4", noise().tobytes()[:99]), "truncated"),
     "cut.npy": (lambda: npy("(4, 20, 24)", noise().tobytes()[:99]), "truncated"),
     "four.nii": (lambda: nifti(noise(shape=(2, 4, 20, 24)), dim=(4, 24, 20, 4, 2)), "has 4 axes"),
-    "four.nrrd": (lambda: nrrd("24 20 4 2", noise(shape=(2, 4, 20, 24)).tobytes()), "domain axes"),
+    "four.nrrd": (lambda: nrrd("24 20 4 2", noise(shape=(2, 4, 20, 24)).tobytes()), "cannot be read by ITK"),
     "two.mha": (lambda: mha("24 20", noise(shape=(20, 24)).tobytes()), "has 2 axes"),
     "rgb.nii": (lambda: nifti(datatype=128), "colour (RGB)"),
     "vector.nii": (lambda: nifti(noise(shape=(3, 1, 4, 20, 24)), dim=(5, 24, 20, 4, 1, 3)), "RGB colours, or 3 time"),
@@ -462,6 +462,65 @@ def test_nothing_that_a_header_says_of_a_patient_enters_any_output(tmp_path: Pat
     assert len([path for path in out.rglob("*") if path.is_file()]) > 20
     assert anonymity_leaks(out, IDENTITIES) == []
     assert [leak for leak in anonymity_leaks(out, (str(tmp_path),)) if leak.startswith(("cache", "index"))] == []
+
+
+NHDR = "NRRD0004\ntype: float\ndimension: 3\nsizes: 24 20 4\nendian: little\nencoding: raw\ndata file: {}\n\n"
+MHD = "ObjectType = Image\nNDims = 3\nDimSize = 24 20 4\nElementType = MET_FLOAT\nElementDataFile = {}\n"
+
+
+def write_failing_images(folder: Path) -> Path:
+    """A manifest of images that fail, each with who the patient is in what its reason would quote."""
+    import pydicom
+
+    folder.mkdir()
+    for name in ("ZYXWVUT gone.raw", "../ZYXWVUT.raw", "LIST ZYXWVUT", "ZYXWVUT%03d.raw 1 4 1", "ZYXWVUT\a.raw"):
+        number = len(list(folder.iterdir())) // 2
+        (folder / f"named-{number}.mhd").write_bytes(MHD.format(name).encode())
+        (folder / f"named-{number}.nhdr").write_bytes(NHDR.format(name).encode())
+    (folder / "field.nrrd").write_bytes(
+        nrrd("24 20 4", noise().tobytes()).replace(b"space origin: (", b"space origin: ZYXWVUT(")
+    )
+    (folder / "type.nrrd").write_bytes(nrrd("24 20 4", noise().tobytes(), kind="ZYXWVUT"))
+    (folder / "type.mha").write_bytes(mha("24 20 4", noise().tobytes(), kind="ZYXWVUT"))
+    (folder / "type.npy").write_bytes(npy("(4, 20, 24)", noise().tobytes(), "ZYXWVUT"))
+    np.savez(folder / "members.npz", **{"ZYXWVUT": noise(), "QQ-4711-QQ": noise()})
+    np.savez(folder / "affine.npz", array=noise(), affine=np.array(["Nightingale Ward"]))
+    for name in ("gap", "two", "copies", "cut", "garbage"):
+        write_identified_series(folder / name, 1)
+        for file in list((folder / name).iterdir()):
+            file.rename(file.with_name(f"ZYXWVUT {file.name}"))
+    (folder / "gap" / "ZYXWVUT 1.dcm").unlink()
+    write_identified_series(folder / "two" / "more", 2)
+    (folder / "two" / "more" / "0.dcm").rename(folder / "two" / "QQ-4711-QQ.dcm")
+    shutil.copy(folder / "copies" / "ZYXWVUT 1.dcm", folder / "copies" / "QQ-4711-QQ.dcm")
+    cut = folder / "cut" / "ZYXWVUT 2.dcm"
+    cut.write_bytes(cut.read_bytes()[:-900])
+    forged = pydicom.dcmread(folder / "garbage" / "ZYXWVUT 0.dcm")
+    forged.RescaleSlope = 0
+    forged.save_as(folder / "garbage" / "ZYXWVUT 0.dcm")
+    paths = sorted(path for path in folder.iterdir())
+    rows = [{"case_id": f"case-{number}", "path": path.name} for number, path in enumerate(paths)]
+    pl.DataFrame(rows).write_csv(folder / "cases.csv")
+    return folder / "cases.csv"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_of_a_failure_nothing_is_kept_that_its_files_say(tmp_path: Path) -> None:
+    manifest = write_failing_images(tmp_path / "Nightingale Ward")
+    cases = len(pl.read_csv(manifest))
+    done = extract(manifest, tmp_path / "cache")
+    failures = json.loads(done.stdout)["failures"]
+    assert done.returncode == 1 and cases == len(failures) == 21, done.stdout
+    kept = read_failures(tmp_path / "cache").failures
+    assert len(kept) == cases and all(len(failure.reason) > 30 for failure in kept)
+    assert anonymity_leaks(tmp_path / "cache", IDENTITIES) == []
+    told = "\n".join(failure["reason"] for failure in failures)
+    for words in (
+        "it names 'ZYXWVUT gone.raw'",
+        "it holds ZYXWVUT.npy, QQ-4711-QQ.npy",
+        "QQ-4711-QQ.dcm and ZYXWVUT 1.dcm",
+    ):
+        assert words in told  # to who runs the program
 
 
 # ---- interrupted while the libraries load ----

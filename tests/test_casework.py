@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +19,15 @@ from torch import Tensor
 from embedkit import casework, pipeline, writing
 from embedkit.backbones import load_backbone
 from embedkit.cache import create_cache, open_cache
-from embedkit.errors import BackboneError
-from embedkit.extraction import extract, extract_cases
+from embedkit.errors import BackboneError, CacheError, VolumeError
+from embedkit.extraction import ExtractionSummary, extract, extract_cases
+from embedkit.failures import read_failures
 from embedkit.features import BackboneOutput, LayerTokens
 from embedkit.forward import require_precision
-from embedkit.pipeline import Rendered, compute_cases, explain_failure
+from embedkit.pipeline import Rendered, compute_cases, fail_case
 from embedkit.planning import make_recipe
 from embedkit.readahead import Waits
-from embedkit.sources import group_cases
+from embedkit.sources import Case, group_cases
 from embedkit.volumes import write_volume
 from embedkit.writing import ShardWriter
 
@@ -43,8 +46,9 @@ def manifest(tmp_path: Path) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def extract_small(manifest: pl.DataFrame, out: Path) -> object:
-    return extract(manifest, out, backbone="embedkit/scattering", image_size=32, tokens=["cls", "patch"], preview=8)
+def extract_small(manifest: pl.DataFrame, out: Path, **options: Any) -> ExtractionSummary:
+    tokens = ["cls", "patch"]
+    return extract(manifest, out, backbone="embedkit/scattering", image_size=32, tokens=tokens, preview=8, **options)
 
 
 def test_tokens_kept_in_a_file_are_the_same_and_leave_no_file(
@@ -70,17 +74,31 @@ def test_tokens_kept_in_a_file_are_the_same_and_leave_no_file(
     assert sorted(path.name for path in (tmp_path / "file").iterdir()) == ["recipe.json", "shards"]
 
 
-def test_no_room_for_a_large_stack_fails_its_case_with_what_to_do(
-    manifest: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["tokens of one stack", "voxels of b.nii.gz"])
+def test_no_room_for_a_large_case_stops_the_run_keeps_what_is_finished_and_blames_no_case(
+    what: str, manifest: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    reserve, reserved = os.posix_fallocate, []
 
-    monkeypatch.setattr(casework, "SPILL_BYTES", 100)
-    monkeypatch.setattr("os.posix_fallocate", full)
-    summary = extract_small(manifest, tmp_path / "cache")
-    assert [failure.case_id for failure in summary.failures] == ["a", "b", "c"]  # type: ignore[attr-defined]
-    assert "is full; free some space" in summary.failures[0].reason  # type: ignore[attr-defined]
+    def nearly_full(*arguments: int) -> None:
+        reserved.append(arguments)
+        if len(reserved) > kept:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(*arguments)
+
+    if what.startswith("tokens"):
+        monkeypatch.setattr(casework, "SPILL_BYTES", 100)
+        kept = 2  # token sets of the first case
+    else:
+        monkeypatch.setattr("embedkit.sources.VOXEL_BYTES", 100)
+        kept = 1
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", nearly_full)
+        with pytest.raises(CacheError, match=rf"cannot keep 1 MiB of {what}: the disk .* is full; free some space"):
+            extract_small(manifest, tmp_path / "cache", workers=1, batch_size=2)
+    assert open_cache(tmp_path / "cache").stacks["case_id"].to_list() == ["a"]
+    assert not (tmp_path / "cache" / "failures.jsonl").exists()
+    assert extract_small(manifest, tmp_path / "cache").cases_before == 1
 
 
 @pytest.mark.parametrize("stage", ["read_case", "render_slices"])
@@ -105,12 +123,21 @@ def test_an_unforeseen_error_fails_its_case_alone_and_tells_where_it_happened(
     (failure,) = summary.failures
     assert failure.case_id == "b" and summary.cases_done == 2
     assert "unforeseen ZeroDivisionError at test_casework.py:" in failure.reason
-    assert "seven divided by zero; please report it" in failure.reason
+    assert "please report it, and leave the case out meanwhile (seven divided by zero)" in failure.reason
+    (kept,) = read_failures(tmp_path / "cache").failures
+    assert f"{kept.reason} (seven divided by zero)" == failure.reason
     assert open_cache(tmp_path / "cache").stacks["case_id"].to_list() == ["a", "c"]
 
 
-def test_an_error_of_embedkit_is_told_as_it_is() -> None:
-    assert explain_failure(BackboneError("no such layer")) == "no such layer"
+def test_the_reason_of_a_failure_is_told_whole_and_kept_without_what_the_files_say() -> None:
+    case = Case("a", "a", {})
+    assert fail_case(case, BackboneError("no such layer")).told == "no such layer"
+    failed = fail_case(case, VolumeError("a.mhd: its second file is missing", view="flair", found="it names 'Doe.raw'"))
+    assert (failed.reason, failed.view) == ("a.mhd: its second file is missing", "flair")
+    assert failed.told == "a.mhd: its second file is missing (it names 'Doe.raw')"
+    failed = fail_case(case, ValueError("could not convert string to float: 'DOE^JOHN'"))
+    assert failed.reason == "unforeseen ValueError; please report it, and leave the case out meanwhile"
+    assert failed.told == f"{failed.reason} (could not convert string to float: 'DOE^JOHN')"
 
 
 class Rough:

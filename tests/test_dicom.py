@@ -275,7 +275,7 @@ def test_series_of_one_folder_are_told_apart_and_other_files_passed_over(tmp_pat
     np.testing.assert_array_equal(read_volume(folder / "b1").array, STORED[:2] + 1)
     np.testing.assert_array_equal(read_volume(folder / "a3.dcm").array, STORED)
     with pytest.raises(
-        VolumeError, match=r"holds 2 DICOM series, expected one; give one file of it .* a0\.dcm \(CT, 5 "
+        VolumeError, match=r"holds 2 DICOM series, expected one; give one file of it instead \(a0\.dcm \(CT, 5 "
     ):
         read_volume(folder)
     with pytest.raises(VolumeError, match=r"RS\.dcm: no DICOM image; give an image file of the series, or its folder"):
@@ -288,7 +288,7 @@ def test_a_damaged_file_is_named_and_not_passed_over(tmp_path: Path, capfd: pyte
     for damaged in (content[:-10], content[:400], b"hello", b""):
         (folder / "0.dcm").write_bytes(damaged)
         with pytest.raises(
-            VolumeError, match=r"0\.dcm: damaged, truncated or not DICOM .*; copy the file again"
+            VolumeError, match=r"0\.dcm: damaged, truncated or not DICOM.*; copy the file again"
         ) as caught:
             read_volume(folder)
         assert "\n" not in str(caught.value)
@@ -358,9 +358,9 @@ SHORTER = {"Rows": 2, "PixelData": STORED[0, :2].tobytes()}
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "gap": (
         remove_a_slice,
-        r"about 1 slices are missing between .*\.dcm at 104\.00 mm and .*\.dcm at 112\.00 mm \(usual spacing 4\.00",
+        r"1 slices are missing between 104\.00 and 112\.00 mm \(usual spacing 4\.00 mm\); .* \(\d\.dcm and \d\.dcm\)",
     ),
-    "copy": (copy_a_slice, r"1 slices lie where another one does, for example .* at 108\.00 mm; remove the copies"),
+    "copy": (copy_a_slice, r"1 slices lie where another one does, for example at 108\.00 mm; remove the copies"),
     "phases": (add_a_phase, "5 slices lie where another one does, .* or give each phase or echo a folder of its own"),
     "uneven": (move_a_slice, r"slices are unevenly spaced \(3\.00 to 5\.00 mm\), expected one spacing"),
     "sideways": (shift_a_slice, "slices are shifted sideways by up to 6.0 mm against each other"),
@@ -418,7 +418,7 @@ def test_pixels_that_cannot_be_decoded_are_refused(tmp_path: Path, capfd: pytest
     content = (folder / "2.dcm").read_bytes()
     segments = content.index(b"\x02\0\0\0\x40\0\0\0")  # an RLE frame of two segments, the first at byte 64
     (folder / "2.dcm").write_bytes(content[:segments] + b"\x63" + content[segments + 1 :])
-    with pytest.raises(VolumeError, match=r"2\.dcm: its pixels cannot be decoded .*; copy the series again"):
+    with pytest.raises(VolumeError, match=r"2\.dcm: its pixels cannot be decoded; copy the series again.* \(ITK: "):
         read_volume(folder)
     assert capfd.readouterr() == ("", "")
 

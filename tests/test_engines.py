@@ -38,6 +38,7 @@ from embedkit.manifest import read_manifest
 from embedkit.orders import (
     Begin,
     Broken,
+    Computed,
     Done,
     Drain,
     Drained,
@@ -332,6 +333,18 @@ def test_who_asks_more_often_gets_more_cases(manifest: Path, single: Path, tmp_p
     assert (summary.cases_done, summary.slices, summary.blank_slices) == (CASES - 1, good_slices(), CASES - 1)
     assert summary.waits == {"backbone for slices": 0.5}
     require_equal(tmp_path / "cache", single)
+
+
+def test_slices_of_cases_in_work_are_gathered(manifest: Path, tmp_path: Path) -> None:
+    def behave(number: int, case: Case, begin: Begin) -> list[Event]:
+        done = transport.write(case, begin)
+        return [Computed(2), Computed(done.slices - done.blank_slices - 2), done, Wanted()]
+
+    transport, seen = ScriptedTransport(1, behave), list[int]()
+    summary = dispatch_cases(
+        good_cases(manifest), tmp_path / "cache", transport, on_progress=lambda each: seen.append(each.slices)
+    )
+    assert seen[0] == 2 and sorted(seen) == seen and seen[-1] == summary.slices == good_slices()
 
 
 def test_only_what_is_not_on_disk_is_done_again(manifest: Path, single: Path, tmp_path: Path) -> None:

@@ -309,6 +309,17 @@ def test_progress_counts_every_case_once(manifest: Path, tmp_path: Path) -> None
     assert seen[-1].cases_failed == 1
 
 
+def test_progress_moves_within_a_case(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedkit import account
+
+    monkeypatch.setattr(account, "_TELL_EVERY_S", 0.0)
+    seen: list[ExtractionProgress] = []
+    summary = run(manifest, tmp_path / "cache", batch_size=2, on_progress=seen.append)
+    slices = [progress.slices for progress in seen]
+    assert 0 < next(progress for progress in seen if progress.slices).slices <= 2
+    assert seen[1].cases_done == 0 and sorted(slices) == slices and slices[-1] == summary.slices
+
+
 def test_two_extractions_at_once_give_one_right_cache(manifest: Path, tmp_path: Path) -> None:
     errors: list[BaseException] = []
 
