@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from embedkit.cli.console import print_json, show_progress
 
+from embedkit.errors import CacheError
+
 __all__ = ["run"]
 
 
@@ -19,6 +21,10 @@ def verify_command(
     """Check every byte of a cache, or of a search index, against its checksums."""
     from embedkit import verify_cache, verify_index
 
+    if not cache.exists():
+        raise CacheError(
+            f"{cache} does not exist; give the folder or packed file of a cache, or the folder of a search index"
+        )
     is_index = (cache / "index.json").exists()
     with show_progress("verify", "bytes") as meter:
         damages = (verify_index if is_index else verify_cache)(cache, progress=meter)

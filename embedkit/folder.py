@@ -93,7 +93,12 @@ def require_room(path: Path) -> None:
     """
     try:
         if not path.is_dir():
-            found = "is a file" if path.exists() else ""
+            if path.exists():
+                raise CacheError(
+                    f"{path} is a file, expected a folder: to a packed cache no case can be added; choose a new or"
+                    " empty folder, or the cache that was packed"
+                )
+            found = ""
         elif (path / _RECIPE_FILE).exists() or (path / _SHARDS_FOLDER).is_dir():
             found = ""
         else:

@@ -14,7 +14,7 @@ import pytest
 from embedkit.cli.main import app, main
 from typer.testing import CliRunner
 
-from embedkit.errors import EmbedkitError
+from embedkit.errors import CacheError, EmbedkitError
 from embedkit.phantoms import make_phantoms
 
 COMMANDS = ("demo", "scan", "extract", "info", "verify", "pack", "train", "predict", "evaluate", "explain", "index")
@@ -126,6 +126,10 @@ def test_verify_passes_a_whole_cache_and_names_a_damaged_file(
     assert "packed.h5" in done.stderr and "damaged; if it is a packed cache, restore a copy or pack it" in done.stderr
     (damage,) = json.loads(call("verify", tmp_path / "packed.h5", "--json", code=1))["damages"]
     assert damage["file"] == str(tmp_path / "packed.h5") and damage["problem"]
+    with pytest.raises(
+        CacheError, match="gone does not exist; give the folder or packed file of a cache, or the folder"
+    ):
+        call("verify", tmp_path / "gone")
 
 
 def test_the_program_extracts_by_the_defaults_of_the_library() -> None:

@@ -170,7 +170,10 @@ def test_a_dry_run_reads_well(tmp_path: Path) -> None:
         (["--part", ""], "part is '', expected i/n"),
         (["--engine", "ray"], "a dry run tells of this machine alone; leave --engine out"),
         (["--shard-size", "junk"], "size 'junk' means nothing"),
-        (["-o", "CASES"], "is no cache and is a file; choose a new or empty folder"),
+        (
+            ["-o", "CASES"],
+            "is a file, expected a folder: to a packed cache no case can be added; choose a new",
+        ),
         (["-o", "FOLDER"], "is no cache and holds 0.nii.gz, 1.nii.gz, cases.csv; choose a new or empty folder"),
     ],
 )
