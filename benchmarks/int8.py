@@ -1,17 +1,20 @@
 """What int8 tokens cost and save: the same heads on float16 and int8 copies of real caches, error, bytes and speed.
 
 Usage: python benchmarks/int8.py [--data ../shared/data] [--work FOLDER] [--backbone NAME [--weights FILE]]
-                                 [--heads all|none|linear,query,grid] [--tasks laterality,gender] [--seed 0]
+                                 [--heads all|none|linear,query,grid] [--seed 0]
+                                 [--tasks side,laterality,gender,death01,contrast]
 
 --work holds the float16 caches that benchmarks/real_tasks.py makes, and they are made where they are not there; each is
-written anew as int8 in a temporary folder. Both baselines on every token set, and the heads of --heads (by default
-every one installed) on the sets that they choose, are trained on both with equal folds and seed; the difference is int8
-less float16 with its 95% interval by patient, both scored on the same resamples. A head trained by gradient can move by
-as much as another seed would move it, for whatever grain of noise. Speed is that of one pass over all stacks, whose
-tokens are copied from the map of a float16 cache (in memory already) and restored from an int8 one, in turns, by the
-time of the processor on one thread; beside it what the five steps of restoring take by themselves, in the processor's
-cache: each is rounded, so that all machines give the same bits, and fusing them would round once less. On a disk that
-gives less than the rate printed for int8, int8 is the faster. The last line is bytes of int8 over float16.
+written anew as int8 in a temporary folder. The task `contrast` tells T1 images after contrast agent from those before:
+each of the LGG patients' is a case of its own, patients kept together. Both baselines on every token set, and the heads
+of --heads (by default every one installed) on the sets that they choose, are trained on both with equal folds and seed;
+the difference is int8 less float16 with its 95% interval by patient, both scored on the same resamples. A head trained
+by gradient can move by as much as another seed would move it, for whatever grain of noise. Speed is that of one pass
+over all stacks, whose tokens are copied from the map of a float16 cache (in memory already) and restored from an int8
+one, in turns, by the time of the processor on one thread; beside it what the five steps of restoring take by
+themselves, in the processor's cache: each is rounded, so that all machines give the same bits, and fusing them would
+round once less. On a disk that gives less than the rate printed for int8, int8 is the faster. The last line is bytes of
+int8 over float16.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 
 from embedkit.cache import Cache, StackTokens, create_cache, open_cache, write_shard
@@ -31,7 +36,7 @@ from embedkit.errors import EmbedkitError, HeadError
 from embedkit.members import complete_options
 from embedkit.metrics import Interval, paired_difference
 from embedkit.plots import describe_interval
-from embedkit.plugins import list_heads, load_head
+from embedkit.plugins import is_joint, list_heads, load_head
 from embedkit.quantisation import bytes_per_slice
 from embedkit.recipe import Recipe, TokenSet
 from embedkit.runs import Run, open_run
@@ -39,6 +44,7 @@ from embedkit.training import BASELINES, train
 from real_tasks import PROJECT, TASKS, Task, make_cache
 
 STACKS_PER_SHARD = 64
+CONTRAST = Task("lgg", "contrast", ("pre", "post"))
 
 
 def main() -> None:
@@ -49,16 +55,20 @@ def main() -> None:
     parser.add_argument("--backbone", default="embedkit/scattering")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--heads", default="all", help="besides the baselines, on the token sets that they choose")
-    parser.add_argument("--tasks", default="laterality,gender")
+    parser.add_argument("--tasks", default="laterality,gender,contrast")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    tasks = [task for task in TASKS if task.target in options.tasks.split(",")]
+    known = (*TASKS, CONTRAST)
+    tasks = [task for task in known if task.target in options.tasks.split(",")]
     if not tasks:
-        parser.error(f"--tasks {options.tasks} names none of {', '.join(task.target for task in TASKS)}")
+        parser.error(f"--tasks {options.tasks} names none of {', '.join(task.target for task in known)}")
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: make_pair(name, options, Path(folder)) for name in dict.fromkeys(task.data for task in tasks)}
         for task in tasks:
-            compare_heads(task, caches[task.data], options, Path(folder) / "runs")
+            pair, labels = caches[task.data], options.data / task.data / "labels.csv"
+            if task is CONTRAST:
+                pair, labels = split_pair(pair[0], task, Path(folder))
+            compare_heads(task, pair, labels, options, Path(folder) / "runs")
     total, quantised = (sum(token_bytes(pair[side]) for pair in caches.values()) for side in (0, 1))
     print(f"ratio {quantised / total:.3f}")
 
@@ -90,6 +100,21 @@ def write_int8(cache: Cache, path: Path) -> Cache:
         stacks = range(start, min(start + STACKS_PER_SHARD, len(cache)))
         write_shard(path, recipe, [stored_stack(cache, stack) for stack in stacks])
     return open_cache(path)
+
+
+def split_pair(full: Cache, task: Task, folder: Path) -> tuple[tuple[Cache, Cache], Path]:
+    """A cache with the images of the classes of ``task`` as cases of their own, its int8 copy, and their labels."""
+    create_cache(folder / "split", full.recipe)
+    chosen = full.stacks.filter(pl.col("view").is_in(task.classes)).select("stack", "case_id", "view")
+    stacks = [
+        replace(stored_stack(full, stack), case_id=f"{case}-{view}", view="image")
+        for stack, case, view in chosen.iter_rows()
+    ]
+    write_shard(folder / "split", full.recipe, stacks)
+    split, labels = open_cache(folder / "split"), folder / "split.csv"
+    names = pl.format("{}-{}", "case_id", "view").alias("case_id")
+    chosen.select(names, pl.col("view").alias(task.target)).write_csv(labels)
+    return (split, write_int8(split, folder / "split-int8")), labels
 
 
 def stored_stack(cache: Cache, stack: int) -> StackTokens:
@@ -163,20 +188,25 @@ def steps_per_second(rounds: int = 100) -> float:
     return rounds * restored.nbytes / (time.process_time() - started)
 
 
-def compare_heads(task: Task, pair: tuple[Cache, Cache], options: argparse.Namespace, out: Path) -> None:
+def compare_heads(task: Task, pair: tuple[Cache, Cache], labels: Path, options: argparse.Namespace, out: Path) -> None:
     """Prints a row per head and token set: both scores and their difference."""
     for token_set in pair[0].token_sets:
         names = ("logistic", "raptor") if token_set.startswith("patch") else ("logistic",)
-        runs = [train_on(cache, task, [], [token_set], options=options, out=out) for cache in pair]
+        runs = [train_on(cache, task, [], [token_set], labels=labels, seed=options.seed, out=out) for cache in pair]
         print_rows(task, names, runs)
     if heads := choose_heads(pair[0], options.heads):
-        print_rows(task, heads, [train_on(cache, task, heads, None, options=options, out=out) for cache in pair])
+        print_rows(
+            task,
+            heads,
+            [train_on(cache, task, heads, None, labels=labels, seed=options.seed, out=out) for cache in pair],
+        )
 
 
 def choose_heads(cache: Cache, asked: str) -> list[str]:
     """The heads to compare: those named, none, or every one installed that can be trained here without further options.
 
-    That is: which reads tokens of this cache, takes a binary task, and asks for no option that only the user can give.
+    That is: which reads tokens of this cache, takes a single binary task, and asks for no option that only the user can
+    give.
     """
     if asked != "all":
         return [name for name in asked.split(",") if name not in {"", "none"}]
@@ -185,6 +215,7 @@ def choose_heads(cache: Cache, asked: str) -> list[str]:
         name
         for name in list_heads()
         if name not in BASELINES
+        and not is_joint(name)
         and load_head(name).reads & kinds
         and "binary" in getattr(load_head(name), "kinds", {"binary"})
         and needs_no_options(name)
@@ -207,20 +238,21 @@ def train_on(
     heads: list[str],
     token_sets: list[str] | None,
     *,
-    options: argparse.Namespace,
+    labels: Path,
+    seed: int,
     out: Path,
 ) -> Path:
     """Trains heads and baselines; returns the folder of the runs."""
     out = out / cache.recipe.dtype
     train(
         cache,
-        options.data / task.data / "labels.csv",
+        labels,
         targets=[task.target],
         out=out,
         heads=heads,
         token_sets=token_sets,
         classes=task.classes,
-        seed=options.seed,
+        seed=seed,
         overwrite=True,
     )
     return out
