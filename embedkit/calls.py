@@ -16,7 +16,8 @@ from embedkit.batching import Deck
 __all__ = ["Call", "Calls", "as_index", "pad_cases"]
 
 _SHARED_AT_ONCE = 64 * 2**20  # bytes of float32 tokens in one run of a head, were they not shared by its rows
-_APART_AT_ONCE = 8 * 2**20  # where each row has its own: more does not stay in the processor's own memory
+_APART_AT_ONCE = 8 * 2**20  # of those of several training sets: more does not stay in the processor's own memory
+_LEARNED_AT_ONCE = 16 * 2**20  # bytes of what rows of several training sets learn, for the same reason
 
 _Ints = NDArray[np.int64]
 
@@ -50,15 +51,22 @@ class Calls:
     """Cuts the rows of a stack into calls."""
 
     def __init__(
-        self, groups: Sequence[tuple[int, Hashable]], decks: Sequence[Deck], numbers: int, *, stackable: bool
+        self,
+        groups: Sequence[tuple[int, Hashable]],
+        decks: Sequence[Deck],
+        *,
+        numbers: int,
+        parameters: int,
+        stackable: bool,
     ) -> None:
-        """Takes of each row its noise and training set, and its deck; how many numbers a slice has.
+        """Takes of each row its noise and training set, and its deck; how many numbers a slice has, and a row learns.
 
         A head that is not ``stackable`` runs for one row at a time.
         """
         self._groups = groups
         self._decks = decks
         self._numbers = numbers
+        self._parameters = parameters
         self._stackable = stackable
         self._sharing: dict[Hashable, list[int]] = {}
         for row, group in enumerate(groups):
@@ -84,7 +92,8 @@ class Calls:
         """Splits a run into such as fit in memory: few training sets at once, and of a large one few rows."""
         size = 4 * cases.shape[1] * slices * self._numbers
         rows = max(1, _SHARED_AT_ONCE // size) if self._stackable else 1
-        most = max(1, min(_APART_AT_ONCE // size, rows // len(sets[0])))
+        learned = 4 * self._parameters * len(sets[0])
+        most = max(1, min(_APART_AT_ONCE // size, rows // len(sets[0]), _LEARNED_AT_ONCE // learned))
         for start in range(0, len(sets), most):
             part = slice(start, start + most)
             if len(sets[0]) <= rows:

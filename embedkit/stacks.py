@@ -224,7 +224,13 @@ class Stack:
         sizes = [self.store.shape.token_sets[name] for name in self.token_sets]
         numbers = len(self.store.shape.views) * sum(patches * dim for patches, dim in sizes)
         groups = [(fit.noise, fit.key) for fit in self.fits]
-        self._calls = Calls(groups, [fit.deck for fit in self.fits], numbers, stackable=self.stackable)
+        self._calls = Calls(
+            groups,
+            [fit.deck for fit in self.fits],
+            numbers=numbers,
+            parameters=self._adam.values.shape[1],
+            stackable=self.stackable,
+        )
 
     def _keep(self, rows: Tensor) -> None:
         places = rows.tolist()
