@@ -84,6 +84,12 @@ def train_command(
     sampling: Annotated[
         str, typer.Option(help="shuffled, or balanced: batches hold each class alike, instead of class weights.")
     ] = "shuffled",
+    inner_splits: Annotated[
+        int,
+        typer.Option(
+            help="Times that a fold's training cases are split to choose how long to train, of gradient heads."
+        ),
+    ] = 1,
     sweep: Annotated[
         str | None,
         typer.Option(
@@ -148,6 +154,7 @@ def train_command(
                     "sampling": sampling,
                     "view_dropout": view_dropout,
                     "mask_weight": mask_weight,
+                    "inner_splits": inner_splits,
                 },
                 sweep=sweep,
                 seed=seed,

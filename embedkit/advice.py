@@ -224,7 +224,8 @@ class _Trier:
         """What became of it; or the seconds that all folds would take, told from the first one, if too many."""
         started = self.clock()
         names = {setting.head: setting.token_sets}
-        plans = plan_heads(self.source, [setting.head], names, {setting.head: setting.options}, {})
+        options = {setting.head: setting.options}
+        plans = plan_heads(self.source, [setting.head], names, options, {"inner_splits": _SPLITS})
         plan = next(each for each in plans if each.head == setting.head)
         preparation = Preparation(self.source, [plan], sorted(self.task.case_ids), self.device, seed=self.seed)
         first, *others = self.folded.tested
@@ -234,7 +235,7 @@ class _Trier:
                 continue
             dealt = np.where(np.isin(self.folded.folds, folds), self.folded.folds, -1)
             part = FoldedTask(self.task, dealt)
-            parts += cross_fit(preparation, [(plan, part)], seed=self.seed, inner_splits=_SPLITS)
+            parts += cross_fit(preparation, [(plan, part)], seed=self.seed)
             spent = self.clock() - started
             if folds == [first] and (seconds := spent * (1 + len(others))) > left_s:
                 return seconds

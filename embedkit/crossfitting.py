@@ -82,7 +82,6 @@ def cross_fit(
     *,
     seed: int,
     seeds: int = 1,
-    inner_splits: int | None = None,
     start: HeadStart | None = None,
     on_fold: OnFold | None = None,
 ) -> list[CrossFit]:
@@ -93,7 +92,6 @@ def cross_fit(
         wanted: Plans and tasks of the preparation.
         seed: Of splits, weights, batches and dropout.
         seeds: Members per fold, of heads fitted by gradient.
-        inner_splits: As `make_job` takes it.
         start: What the fits of its head start from.
         on_fold: Called with every fold that is done.
 
@@ -105,10 +103,7 @@ def cross_fit(
         TaskError: a fold cannot be split further.
     """
     device = preparation.device
-    jobs = [
-        [make_job(*pair, fold, seed=seed, device=device, inner_splits=inner_splits) for fold in pair[1].tested]
-        for pair in wanted
-    ]
+    jobs = [[make_job(*pair, fold, seed=seed, device=device) for fold in pair[1].tested] for pair in wanted]
     gradient = [job for each in jobs for job in each if job.plan.by_gradient]
     fitter = GradientFitter(preparation, seed, seeds=seeds, start=start)
 

@@ -37,6 +37,8 @@ class FitOptions:
         batch_size: Cases per step.
         patience: Epochs without a better held-out loss after which the first fit stops.
         holdout: Part of the training patients held out in the first fit.
+        inner_splits: First fits, each with another part held out, over which the epochs of the last are averaged; a
+            choice among candidates takes three or more.
         class_weights: Weigh classes by the inverse of their frequency in the training set; of balanced batches, which
             need none, only to judge by held-out cases.
         loss: Of a classification: ``cross_entropy``, or ``focal`` (Lin et al. 2017, arXiv 1708.02002), which makes
@@ -55,6 +57,7 @@ class FitOptions:
     batch_size: int = 16
     patience: int = 12
     holdout: float = 0.2
+    inner_splits: int = 1
     class_weights: bool = True
     loss: str = "cross_entropy"
     gamma: float = 2.0
@@ -67,7 +70,7 @@ class FitOptions:
         for name, values in _NAMED.items():
             if (found := getattr(self, name)) not in values:
                 raise OptionError(f"fit option {name} is {found!r}, expected {' or '.join(values)}")
-        for name in ("learning_rate", "epochs", "batch_size", "patience"):
+        for name in ("learning_rate", "epochs", "batch_size", "patience", "inner_splits"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"fit option {name} is {getattr(self, name)}, expected above 0")
         if not 0 <= self.view_dropout < 1:

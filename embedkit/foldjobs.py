@@ -131,18 +131,16 @@ class FoldJob:
         )
 
 
-def make_job(
-    plan: HeadPlan, target: FoldedTask, fold: int, *, seed: int, device: torch.device, inner_splits: int | None = None
-) -> FoldJob:
-    """Splits the training cases of a fold: once for a single candidate, three times for a choice among several.
+def make_job(plan: HeadPlan, target: FoldedTask, fold: int, *, seed: int, device: torch.device) -> FoldJob:
+    """Splits the training cases of a fold as often as the fits ask, for a choice among several three times or more.
 
-    ``inner_splits`` is how often instead, of heads fitted by gradient; those in closed form have five, the same first.
+    Heads in closed form have five splits, the same first.
 
     Raises:
         TaskError: they cannot be split.
     """
     seed += 1000 * (fold + 1)
-    several = inner_splits or (_SWEEP_SPLITS if len(plan.candidates) > 1 else 1)
+    several = max(plan.fit.inner_splits, _SWEEP_SPLITS if len(plan.candidates) > 1 else 1)
     splits = tuple(
         target.hold_out(fold, fraction=plan.fit.holdout, seed=seed + number)
         for number in range(several if plan.by_gradient else _CLOSED_FORM_SPLITS)

@@ -445,6 +445,25 @@ def test_the_number_of_epochs_follows_the_held_out_loss(cache: Cache, tmp_path: 
     assert FitOptions().replace(epochs=2).epochs == 2
 
 
+def test_more_inner_splits_hold_out_other_cases_and_the_first_as_before(cache: Cache, tmp_path: Path) -> None:
+    one, three = (
+        run_training(
+            cache, tmp_path / str(many), heads=("linear",), fit_options={"epochs": 4, "inner_splits": many}
+        ).runs[2]
+        for many in (1, 3)
+    )
+    held = [
+        {split: set(part["case_id"]) for (split,), part in run.inner.filter(fold=0).group_by("split")}
+        for run in (one, three)
+    ]
+    assert sorted(held[0]) == [0]
+    assert sorted(held[1]) == [0, 1, 2]
+    assert held[0][0] == held[1][0]
+    assert len({frozenset(each) for each in held[1].values()}) > 1
+    with pytest.raises(OptionError, match="inner_splits is 0, expected above 0"):
+        run_training(cache, tmp_path / "none", fit_options={"inner_splits": 0})
+
+
 def test_two_classes_as_multiclass_have_the_probabilities_of_the_binary_fit() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 4, generator=generator)
