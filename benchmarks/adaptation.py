@@ -10,7 +10,7 @@ patient-grouped folds without the references (``side`` of the hippocampus is tol
 lie near chance with this backbone, so no goal rests on them). Every row of a table is at one resolution, 128 px,
 through ``deit_tiny_patch16_224``; LGG has three views as channels. Intervals are over patients; with several seeds a
 score is the mean over them. The rows ``chosen inside`` and ``mean of three`` take in each fold the cached method, or
-the mean of the three, that did best on the inner splits of its training cases: nothing is chosen on a test fold. Heads
+the mean of the three, that did best on the inner split of its training cases: nothing is chosen on a test fold. Heads
 with masks learn those of the training cases beside the label, and see none at prediction; as the references have
 none, they are chosen from in a row of their own, which no goal is about. Heads that adapt
 blocks, cached or from pixels, run --epochs in batches of --batch-size: as many steps as so few cases allow; the others
@@ -222,19 +222,23 @@ class Bench:
 
 
 def choose_inside(found: Mapping[str, Scores], count: int) -> pl.DataFrame:
-    """In each fold the mean score of those cached methods whose AUROC on the inner splits is highest."""
+    """In each fold the mean score of those cached methods whose AUROC on the inner splits that all have is highest."""
     inner = {name: scores.inner for name, scores in found.items() if scores.inner is not None}
+    common = set.intersection(*(set(frame["split"]) for frame in inner.values()))
     parts = []
     for fold in sorted(set(next(iter(inner.values()))["fold"])):
         reached = {}
         for name, frame in inner.items():
-            held_out = frame.filter(pl.col("fold") == fold)
-            positive = held_out["target"] == held_out["target"].max()
-            reached[name] = roc_auc_score(positive.to_numpy(), held_out["score"].to_numpy())
+            each = [frame.filter(fold=fold, split=split) for split in sorted(common)]
+            reached[name] = float(np.mean([_auroc(part) for part in each]))
         best = sorted(reached, key=lambda name: -reached[name])[:count]
         together = pl.concat([found[name].cases.filter(pl.col("fold") == fold) for name in best])
         parts.append(together.group_by("case_id", "patient_id", "target").agg(pl.col("score").mean()))
     return pl.concat(parts)
+
+
+def _auroc(cases: pl.DataFrame) -> float:
+    return float(roc_auc_score((cases["target"] == cases["target"].max()).to_numpy(), cases["score"].to_numpy()))
 
 
 def groups_to_choose_from(
