@@ -197,36 +197,22 @@ def train(
     )
     together = deal_together(tasks, deal) if same_folds else {}
     joint = deal_jointly(matched, tasks, deal, together)
+    dealt = [joint.parts.get(task.name) or together.get(task.name) or deal(task) for task in tasks]
     prepared = tuple(
-        TrainedTarget(dealt, split or group_by or len(dealt.tested) // len(dealt.folds), report, blank)
-        for dealt, report in (
-            (joint.parts.get(task.name) or together.get(task.name) or deal(task), report) for task, report in made
-        )
+        TrainedTarget(each, split or group_by or len(each.tested) // len(each.folds), report, blank)
+        for each, (_, report) in zip(dealt, made, strict=True)
     )
     keeper = None
     if begun is not None and keep_old is not None:
         (plan,) = (plan for plan in plans if plan.head == begun.head)
-        folded = prepared[0].folded
-        keeper = Keeper(begun, source, plan, folded, usable=usable, count=keep_old, weight=keep_weight)
+        keeper = Keeper(begun, source, plan, dealt[0], usable=usable, count=keep_old, weight=keep_weight)
     exemplars = () if keeper is None else keeper.case_ids
     case_ids = sorted({*exemplars, *(case for task in tasks for case in task.case_ids)})
     supervision.measure(plans, case_ids)
     given: dict[str, Any] = {"folds": split or group_by or folds, "repeats": repeats, "sweep": sweep, "seed": seed}
     wanted = [(plan, target) for plan in plans for target in prepared if plan in matched[target.task.name]]
-    pending = [
-        (plan, target)
-        for plan, target in wanted
-        if not resume
-        or not _is_done(
-            folders[target.task.name, plan.head],
-            source,
-            joint.place(plan, target.task),
-            target,
-            given={**given, "masks": supervision.count(plan, target.task)},
-            seeds=seeds,
-        )
-    ]
     work = Work(source, joint, supervision, folders, begun=begun, keeper=keeper, device=chosen, storage=storage)
+    pending = [pair for pair in wanted if not resume or not _is_done(work, *pair, given=given, seeds=seeds)]
     account = _Account(wanted, pending, on_progress)
     how: dict[str, Any] = {"sweep": sweep, "seed": seed, "seeds": seeds, "resamples": resamples}
     work.run(pending, case_ids, overwrite=overwrite, on_fold=account.after_fold, **how)
@@ -300,15 +286,15 @@ class _Account:
             self.on_progress(TrainingProgress(target.task.name, plan.head, fold, self.done, self.total, seconds))
 
 
-def _is_done(
-    folder: Path, source: Cache, plan: HeadPlan, target: TrainedTarget, *, given: Mapping[str, Any], seeds: int
-) -> bool:
+def _is_done(work: Work, plan: HeadPlan, target: TrainedTarget, *, given: Mapping[str, Any], seeds: int) -> bool:
     """Whether a run is there that this training need not make again.
 
     Raises:
         RunError: another one is there.
     """
-    task = target.task
+    task, source = target.task, work.source
+    folder, masks = work.folders[task.name, plan.head], work.supervision.count(plan, task)
+    plan = work.joint.place(plan, task)
     members = len(target.folded.tested) * (seeds if plan.by_gradient else 1)
     fields = {
         "target": task.name,
@@ -326,7 +312,7 @@ def _is_done(
         "event": task.event,
         "times": task.times,
         "member_count": members,
-        "masks": given["masks"],
+        "masks": masks,
         "folded_with": target.folded_with,
     }
     if given["sweep"] is None:
