@@ -12,10 +12,12 @@ to an approximate index; queries are 256 more of the same. For every size:
   --repeats counts (goal: 1.1), of single ones the median (goal: 2 ms more). Opening the index is timed too.
 - autofaiss (`build_index` with its defaults, the machine's memory allowed) does the same in an environment of its own,
   made by pip below --envs the first time. Recall is of the ten nearest against an exact comparison with every vector,
-  on the 256 queries, which neither side has seen.
+  on the 256 queries, which neither side has seen. Its index is then searched again with the least effort (efSearch or
+  nprobe, in steps of a tenth) at which it finds as many as embedkit's did: a comparison at equal recall.
 
-Then 100 candidates of 64 slices of 256 dims are ranked again by `search` (goal: 20 ms for all of it). What one query
-takes at each size is printed as growth.
+Then 100 candidates of 64 slices of 256 dims are ranked again by `search` (goal: 20 ms for all of it). All sizes are
+printed once more as a table, in milliseconds, with how much longer one query takes from size to size. Peak memory is
+that of the whole process; pages of the mapped file of vectors count in it, though the system can take them back.
 
 On a machine that others use, `--cpu-time --threads 1` counts CPU seconds instead, also of peers.
 
@@ -105,22 +107,45 @@ index, infos = build_index(embeddings=str(Path(task["vectors"]).parent), index_p
 seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
 peak = megabytes("VmHWM")
 queries, truth = np.load(task["queries"]), np.load(task["truth"])
-found = index.search(queries, truth.shape[1])[1]
-recall = sum(len(np.intersect1d(a, b)) for a, b in zip(found, truth)) / truth.size
 
 
-batches = []
-for _ in range(task["repeats"]):
+def measure_recall():
+    found = index.search(queries, truth.shape[1])[1]
+    return sum(len(np.intersect1d(a, b)) for a, b in zip(found, truth)) / truth.size
+
+
+def take(part):
     before = clock()
-    index.search(queries, truth.shape[1])
-    batches.append(clock() - before)
-singles = []
-for query in queries[:64]:
-    before = clock()
-    index.search(query[None], truth.shape[1])
-    singles.append(clock() - before)
-print("RESULT", json.dumps({"seconds": seconds, "cpu": cpu, "idle": idle, "peak": peak, "recall": recall,
-                            "batch": min(batches), "single": float(np.median(singles))}))
+    index.search(part, truth.shape[1])
+    return clock() - before
+
+
+def measure_times():
+    singles = [take(each[None]) for each in queries[:64]]
+    return min(take(queries) for _ in range(task["repeats"])), float(np.median(singles))
+
+
+def list_efforts():
+    effort = 1
+    while effort <= 16384:
+        yield effort
+        effort = max(effort + 1, round(1.1 * effort))
+
+
+recall = measure_recall()
+batch, single = measure_times()
+result = {"seconds": seconds, "cpu": cpu, "idle": idle, "peak": peak, "recall": recall, "batch": batch}
+result["single"] = single
+first, _, rest = json.loads(Path(task["out"] + ".json").read_text())["index_param"].partition(",")
+name = first.partition("=")[0]
+for effort in list_efforts() if name else ():
+    faiss.ParameterSpace().set_index_parameters(index, f"{name}={effort}" + (f",{rest}" if rest else ""))
+    equal = measure_recall()
+    if equal >= task["recall"]:
+        batch, single = measure_times()
+        result.update(equal=equal, effort=effort, equal_batch=batch, equal_single=single)
+        break
+print("RESULT", json.dumps(result))
 """
 
 
@@ -134,6 +159,22 @@ class Timing:
     @property
     def ratio(self) -> float:
         return self.embedkit / self.faiss
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found at one size.
+
+    Attributes:
+        size: Vectors.
+        batch, single: Of 256 queries, of one.
+        rows: Of the table at the end: embedkit, autofaiss, autofaiss at equal recall.
+    """
+
+    size: int
+    batch: Timing
+    single: Timing
+    rows: tuple[str, ...]
 
 
 def main() -> None:
@@ -152,14 +193,13 @@ def main() -> None:
     for size in sorted(options.sizes):
         with tempfile.TemporaryDirectory() as folder:
             found.append(measure_size(options, size, Path(folder)))
-    print_growth(found)
+    print_table(found)
     with tempfile.TemporaryDirectory() as folder:
         measure_rerank(options, Path(folder))
-    print(f"ratio {found[-1][1].ratio:.2f}")
+    print(f"ratio {found[-1].batch.ratio:.2f}")
 
 
-def measure_size(options: argparse.Namespace, size: int, folder: Path) -> tuple[int, Timing, Timing]:
-    """The size, and what 256 queries and one take."""
+def measure_size(options: argparse.Namespace, size: int, folder: Path) -> Measured:
     print(f"{size:,} vectors of {options.dim} dims", flush=True)
     (folder / "vectors").mkdir()
     vectors, queries = make_vectors(folder / "vectors" / "vectors.npy", size, options.dim)
@@ -180,10 +220,10 @@ def measure_size(options: argparse.Namespace, size: int, folder: Path) -> tuple[
     started = time.perf_counter()
     index = open_index(folder / "index")
     opened = time.perf_counter() - started
-    rows = np.array([[int(case[4:]) for case in part] for part in list_cases(index, queries)])
-    told = index.tuning
+    found = np.array([[int(case[4:]) for case in part] for part in list_cases(index, queries)])
+    told, recall = index.tuning, measure_overlap(found, truth)
     print(
-        f"  embedkit, {index.kind}: recall {measure_overlap(rows, truth):.3f} (told {told.recall:.3f}"
+        f"  embedkit, {index.kind}: recall {recall:.3f} (told {told.recall:.3f}"
         f" [{told.recall_low:.3f}, {told.recall_high:.3f}]), {describe_build(built)}, opened in {1e3 * opened:.0f} ms",
         flush=True,
     )
@@ -195,24 +235,43 @@ def measure_size(options: argparse.Namespace, size: int, folder: Path) -> tuple[
         f" {1e3 * (single.embedkit - single.faiss):.2f} ms",
         flush=True,
     )
+    rows = [
+        f"| {size:,} | embedkit, {index.kind} | {recall:.3f} | {1e3 * batch.embedkit:.1f} ({batch.ratio:.2f}) |"
+        f" {1e3 * single.embedkit:.2f} ({1e3 * single.faiss:.2f}) | {built['cpu']:.1f} |"
+        f" {describe_peak(built)} |"
+    ]
     if options.autofaiss:
-        measure_autofaiss(options, folder, task)
-    return size, batch, single
+        rows += measure_autofaiss(options, folder, task | {"recall": recall})
+    return Measured(size, batch, single, tuple(rows))
 
 
-def measure_autofaiss(options: argparse.Namespace, folder: Path, task: dict[str, Any]) -> None:
+def measure_autofaiss(options: argparse.Namespace, folder: Path, task: dict[str, Any]) -> list[str]:
+    """Rows of the table: as it comes, and at the recall of embedkit's where it reaches that."""
     python = make_environment(options.envs, "autofaiss", PACKAGES, shared=False)
     try:
         result = run_program(python, AUTOFAISS, folder / "autofaiss", task)
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"autofaiss could not be run: {' '.join((error.stderr or '').split())[-600:]}") from error
     kind = json.loads((folder / "autofaiss" / "out.json").read_text())
+    name, parameters = f"autofaiss, {kind['index_key']}", kind["index_param"]
     print(
-        f"  autofaiss, {kind.get('index_key')}, {kind.get('index_param')}: recall {result['recall']:.3f},"
+        f"  {name}, {parameters}: recall {result['recall']:.3f},"
         f" {describe_build(result)}; {QUERIES} queries {1e3 * result['batch']:.2f} ms, one"
         f" {1e3 * result['single']:.2f} ms",
         flush=True,
     )
+    row = (
+        f"| | {name}, {parameters} | {result['recall']:.3f} | {1e3 * result['batch']:.1f} |"
+        f" {1e3 * result['single']:.2f} | {result['cpu']:.1f} | {describe_peak(result)} |"
+    )
+    if "equal" not in result:
+        return [row]
+    first = f"{parameters.partition('=')[0]}={result['effort']}"
+    return [
+        row,
+        f"| | the same, {first} | {result['equal']:.3f} | {1e3 * result['equal_batch']:.1f} |"
+        f" {1e3 * result['equal_single']:.2f} | | |",
+    ]
 
 
 def describe_build(result: dict[str, float]) -> str:
@@ -220,6 +279,10 @@ def describe_build(result: dict[str, float]) -> str:
         f"built in {result['seconds']:.1f} s ({result['cpu']:.1f} s of CPU), peak {result['peak']:.0f} MB,"
         f" {result['peak'] - result['idle']:.0f} MB of them to build"
     )
+
+
+def describe_peak(result: dict[str, float]) -> str:
+    return f"{result['peak']:.0f} ({result['peak'] - result['idle']:.0f})"
 
 
 def make_vectors(file: Path, size: int, dim: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -296,10 +359,17 @@ def make_parameters(index: Index) -> Any:
     return make(nprobe=index.tuning.effort)
 
 
-def print_growth(found: Sequence[tuple[int, Timing, Timing]]) -> None:
-    for (few, _, before), (many, _, after) in pairwise(found):
+def print_table(found: Sequence[Measured]) -> None:
+    asked = f"{QUERIES} queries (over FAISS) | one (FAISS)"
+    print(f"| vectors | index | recall | {asked} | CPU to build, s | peak, MB (to build) |")
+    print("|---|---|---|---|---|---|---|")
+    for each in found:
+        print("\n".join(each.rows))
+    for few, many in pairwise(found):
+        before, after = few.single, many.single
         print(
-            f"growth: {many / few:.0f} times the cases, one query {after.embedkit / before.embedkit:.2f} times as long"
+            f"growth: {many.size / few.size:.0f} times the cases, one query takes"
+            f" {after.embedkit / before.embedkit:.2f} times as long"
             f" ({1e3 * before.embedkit:.2f} to {1e3 * after.embedkit:.2f} ms), FAISS {after.faiss / before.faiss:.2f}"
         )
 

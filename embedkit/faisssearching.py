@@ -3,7 +3,7 @@ may. Knows no case and no file, and not how many of the neighbours found are rig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedkit.errors import OptionError, SearchError
+from embedkit.exactsearch import find_nearest
 from embedkit.gpusearch import explain_search_refusal, explain_stay, send_to_gpu
 from embedkit.indextypes import KINDS, Kind, faiss
 from embedkit.unitvectors import split_rows
@@ -21,6 +22,7 @@ FloatArray = NDArray[np.float32]
 RowArray = NDArray[np.int64]
 
 _RARE = 0.1
+_BATCH = 20  # queries from which FAISS too compares by matrix products, but never under a filter
 _MOST_WALKED = 64  # vectors that a filter leaves out; a graph can end among more of them, however far it is walked
 
 
@@ -103,14 +105,14 @@ class FaissSearcher:
             selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         left_out = len(self) - count
         if self.kind == "flat" or share < _RARE or (self.kind == "hnsw" and left_out > _MOST_WALKED):
-            return self._compare_all(queries, k, selector)
+            return self._compare_all(queries, k, selector, allowed)
         if self._cells and selector is not None:
             similarities, rows = self._open_cells(queries, k, selector, effort, cast(NDArray[np.bool_], allowed))
         else:
             walked = max(effort + left_out, k) if self.kind == "hnsw" else effort
             similarities, rows = self._ask(queries, k, selector, min(walked, self.most))
         if (short := (rows < 0).any(1)).any():
-            similarities[short], rows[short] = self._compare_all(queries[short], k, selector)
+            similarities[short], rows[short] = self._compare_all(queries[short], k, selector, allowed)
         return similarities, rows
 
     def _open_cells(
@@ -120,8 +122,8 @@ class FaissSearcher:
 
         Queries that need about as many cells, to a power of two, are asked together.
         """
-        cell_of, sizes = self._cell_of
-        kept = np.bincount(cell_of[np.flatnonzero(allowed)], minlength=self.most + 1)[: self.most]
+        _, sizes = self._cell_of
+        kept = self._count_allowed(allowed)
         depth, needed = effort, np.full(len(queries), self.most + 1)
         while depth < self.most and (needed > depth).any():
             depth = min(4 * depth, self.most)
@@ -147,12 +149,55 @@ class FaissSearcher:
             cell_of[rows] = cell
         return cell_of, sizes
 
-    def _compare_all(self, queries: FloatArray, k: int, selector: Any) -> tuple[FloatArray, RowArray]:
+    def _count_allowed(self, allowed: NDArray[np.bool_]) -> RowArray:
+        """How many allowed vectors each cell holds, int64 [cells]."""
+        return np.bincount(self._cell_of[0][np.flatnonzero(allowed)], minlength=self.most + 1)[: self.most]
+
+    def _compare_all(
+        self, queries: FloatArray, k: int, selector: Any, allowed: NDArray[np.bool_] | None
+    ) -> tuple[FloatArray, RowArray]:
+        """Compares all that is allowed: under a filter a batch by matrix products, few queries vector by vector."""
+        if selector is not None and len(queries) >= _BATCH:
+            return find_nearest(queries, self._read_allowed(cast(NDArray[np.bool_], allowed)), k)
         if self.kind != "hnsw":
             return self._ask(queries, k, selector, self.most if self._cells else 0)
-        flat = faiss.downcast_index(self.index.storage)
         chosen = {} if selector is None else {"sel": selector}
-        return cast(tuple[FloatArray, RowArray], flat.search(queries, k, params=faiss.SearchParameters(**chosen)))
+        found = self._storage.search(queries, k, params=faiss.SearchParameters(**chosen))
+        return cast(tuple[FloatArray, RowArray], found)
+
+    @property
+    def _storage(self) -> Any:
+        """Where the vectors lie of an index that is no cells."""
+        return faiss.downcast_index(self.index.storage) if self.kind == "hnsw" else self.index
+
+    def _read_allowed(self, allowed: NDArray[np.bool_]) -> Iterator[tuple[RowArray, FloatArray]]:
+        """The rows that are allowed and their vectors as the index holds them, in blocks."""
+        if not self._cells:
+            rows = np.flatnonzero(allowed)
+            for part in split_rows(len(rows), self.index.d):
+                yield rows[part], self._storage.reconstruct_batch(rows[part])
+            return
+        counts = self._count_allowed(allowed)
+        ends = np.cumsum(counts)
+        for part in split_rows(int(ends[-1]), self.index.d):
+            first, last = np.searchsorted(ends, [part.start, part.stop - 1], "right")
+            cells = np.flatnonzero(counts[first : last + 1]) + first
+            starts = ends[cells] - counts[cells]
+            bounds = np.clip(np.stack([part.start - starts, part.stop - starts]), 0, counts[cells]).T
+            read = [self._read_cell(int(cell), allowed, *bound) for cell, bound in zip(cells, bounds, strict=True)]
+            yield np.concatenate([rows for rows, _ in read]), np.concatenate([vectors for _, vectors in read])
+
+    def _read_cell(self, cell: int, allowed: NDArray[np.bool_], start: int, stop: int) -> tuple[RowArray, FloatArray]:
+        """Of the allowed rows in a cell those from ``start`` to ``stop``, and their vectors."""
+        lists = self.index.invlists
+        size, code_bytes = int(lists.list_size(cell)), int(lists.code_size)
+        rows = faiss.rev_swig_ptr(lists.get_ids(cell), size)
+        codes = faiss.rev_swig_ptr(lists.get_codes(cell), size * code_bytes).reshape(size, code_bytes)
+        places = np.flatnonzero(allowed[rows])[start:stop]
+        chosen, cells = codes[places], np.full(len(places), cell, np.int64)
+        vectors = np.empty((len(places), self.index.d), np.float32)
+        self.index.decode_vectors(len(places), faiss.swig_ptr(chosen), faiss.swig_ptr(cells), faiss.swig_ptr(vectors))
+        return rows[places], vectors
 
     def _ask(self, queries: FloatArray, k: int, selector: Any, effort: int) -> tuple[FloatArray, RowArray]:
         """Asks FAISS: the GPU's index where there is one and it can answer, which knows no selector of ours."""

@@ -4,7 +4,7 @@ share queries find that neither the index nor the tuning has seen. Knows no case
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from embedkit.exactsearch import find_nearest
 from embedkit.faissbuilding import Prepare
-from embedkit.indextypes import faiss
 from embedkit.unitvectors import split_rows
 
 __all__ = ["DEPTH", "HeldOut", "Tuning", "choose_held_out", "find_exactly", "measure_recalls", "tune_effort"]
@@ -116,21 +116,15 @@ def find_exactly(vectors: Any, queries: FloatArray, left_out: RowArray, k: int, 
         k: No more are given than there are.
         prepare: As in `embedkit.faissbuilding.build_without`.
     """
-    best = np.full((len(queries), 0), 0, np.float32)
-    rows = np.full((len(queries), 0), -1, np.int64)
     kept = np.ones(len(vectors), bool)
     kept[left_out] = False
-    for part in split_rows(*vectors.shape):
-        numbers = np.flatnonzero(kept[part]) + part.start
-        if not len(numbers):
-            continue
-        flat = faiss.IndexFlatIP(queries.shape[1])
-        flat.add(prepare(np.asarray(vectors[part])[kept[part]]))
-        found, places = flat.search(queries, min(k, len(numbers)))
-        best, rows = np.concatenate([best, found], 1), np.concatenate([rows, numbers[places]], 1)
-        order = np.argsort(-best, axis=1, kind="stable")[:, :k]
-        best, rows = np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
-    return rows
+
+    def read() -> Iterator[tuple[RowArray, FloatArray]]:
+        for part in split_rows(*vectors.shape):
+            if kept[part].any():
+                yield np.flatnonzero(kept[part]) + part.start, prepare(np.asarray(vectors[part])[kept[part]])
+
+    return find_nearest(queries, read(), min(k, int(kept.sum())))[1]
 
 
 def measure_recalls(found: RowArray, truth: RowArray) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from embedkit import indexfiles
+from embedkit import indexfiles, unitvectors
 from embedkit.errors import OptionError, SearchError
 from embedkit.index import Index, open_index
 from embedkit.indextypes import KINDS, IndexOptions, plan_index
@@ -110,6 +110,37 @@ def test_a_filter_that_takes_away_what_is_next_to_a_query_keeps_the_recall(tmp_p
     found = index.search(queries, 10, where="site != 0")["case_id"].str.slice(1).cast(pl.Int64).to_numpy()
     truth = np.argsort(np.where(sites == 0, np.inf, -cosines(queries, vectors)), axis=1)[:, :10]
     assert measure_recalls(found.reshape(50, 10), truth).mean() >= 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_under_a_filter_finds_what_each_query_finds_alone(
+    indexes: dict[str, Index], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is compared by matrix products, block by block; one query vector by vector."""
+    monkeypatch.setattr(unitvectors, "_BLOCK_BYTES", 4 * DIM * 37)
+    index, queries = indexes[kind], clustered(25, seed=6)
+    for where in ("n % 11 = 3", "n < 60"):
+        batch = index.search(queries, 9, where=where)
+        alone = pl.concat([index.search(query, 9, where=where) for query in queries])
+        assert batch["case_id"].to_list() == alone["case_id"].to_list()
+        np.testing.assert_allclose(batch["similarity"], alone["similarity"], atol=1e-6)
+
+
+def test_equal_vectors_are_told_in_one_order_in_a_batch_and_alone(tmp_path: Path) -> None:
+    half = clustered(60)
+    for kind in ("flat", "hnsw"):
+        index = write_index(
+            np.concatenate([half, half]),
+            table_of(120),
+            embedding="mean:cls:2",
+            recipe=RECIPE,
+            out=tmp_path / kind,
+            options=IndexOptions(kind=kind, recall=0.5),
+        )
+        batch = index.search(half[:25], 2, where="n != 119")
+        alone = pl.concat([index.search(query, 2, where="n != 119") for query in half[:25]])
+        assert batch["case_id"].to_list() == alone["case_id"].to_list()
+        assert batch["case_id"].to_list()[:2] == ["c60", "c0"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
