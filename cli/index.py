@@ -119,6 +119,11 @@ def _report(index: Index, changed: dict[str, Any], *, json: bool, asked: bool) -
     if lacking := list_unlabelled(index.cases):
         shown = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         typer.echo(f"{len(lacking)} of {len(index)} cases have no label: {shown}; filters leave them out", err=True)
+    if blank := index.details.get("without_usable_slice", []):
+        shown = ", ".join(blank[:5]) + (" ..." if len(blank) > 5 else "")
+        typer.echo(
+            f"{len(blank)} cases of the cache show nothing, every slice is blank, and are left out: {shown}", err=True
+        )
     if index.shortfall is not None:
         typer.echo(index.shortfall, err=True)
         if asked:
@@ -144,6 +149,8 @@ def _as_fields(index: Index) -> dict[str, Any]:
         "recall_high": index.tuning.recall_high,
         "recall_queries": index.tuning.queries,
         "recall_reached": index.tuning.reached,
+        "changed_since_tuned": index.tuning.changed,
+        "without_usable_slice": index.details.get("without_usable_slice", []),
         "built_on": index.built_on,
         "searched_on": index.searched_on,
         "fingerprint": index.fingerprint,
@@ -158,6 +165,8 @@ def _describe(index: Index) -> str:
         reached = index.tuning
         interval = f"[{reached.recall_low:.3f}, {reached.recall_high:.3f}]"
         found = f"recall {reached.recall:.3f} {interval} on {reached.queries} queries held out"
+        if reached.changed:
+            found += f" before {reached.changed} vectors were added or withdrawn"
     return (
         f"{index.path}: {len(index)} cases, {index.embedding}, {index.dim} dims{whitened};"
         f" {index.kind} of {index.count} {index.level} vectors, {found}; columns {', '.join(index.cases.columns)}"

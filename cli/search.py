@@ -81,6 +81,8 @@ def search_command(
         _require_alone("a vector has no slices to draw or to compare", "", montage=montage, region=region)
     if montage is not None and pairs == 0:
         raise typer.BadParameter("a picture of 0 pairs shows nothing; give 1 or more", param_hint="--pairs")
+    if montage is not None:
+        _require_picture(opened, montage)
     part = None if region is None else Region.parse(region)
     ranking: dict[str, Any] = {"k": k, "where": where, "rerank": rerank, "by_patch": by_patch, "candidates": candidates}
     reading: dict[str, Any] = {"weights": weights, "device": device}
@@ -126,6 +128,8 @@ def _search_texts(
     from embedkit.retrieval import search_texts
 
     found = search_texts(index, texts, vectors, shared_space=shared_space, k=k, where=where)
+    if found.is_empty():
+        _tell_nothing({"where": where})
     print_json(found.to_dicts()) if json else _print_found(found)
 
 
@@ -177,6 +181,8 @@ def _search_one(
     if explained:
         _require_source(index, cache)
     found = search(index, cache=cache, **asked, **options)
+    if found.is_empty():
+        _tell_nothing(options)
     matches = None
     if explained and not found.is_empty():
         matches = _explain(index, found, asked, options, cache=cache, montage=montage, pairs=pairs)
@@ -192,6 +198,25 @@ def _search_one(
         print_json(found.to_dicts()) if json else _print_found(found)
     if montage is not None and matches is None:
         raise SearchError(f"no case was found, so {montage} was not drawn; loosen the filter")
+
+
+def _tell_nothing(options: dict[str, Any]) -> None:
+    """Says on stderr why there is no result."""
+    names = {"--where": options.get("where"), "--exclude-same": options.get("exclude_same")}
+    asked = " and ".join(f"{name} {value!r}" for name, value in names.items() if value is not None)
+    typer.echo(f"no case is left by {asked}" if asked else "the index holds no other case", err=True)
+
+
+def _require_picture(index: Index, montage: Path) -> None:
+    """Stops before a search whose picture could not be drawn or written."""
+    from embedkit.errors import SearchError
+    from embedkit.pictures import require_picture_place
+
+    require_picture_place(montage)
+    if not index.recipe.preview:
+        raise SearchError(
+            f"the cache behind index {index.path} keeps no pictures of slices to draw; extract with --preview 64"
+        )
 
 
 def _require_source(index: Index, cache: Path | None) -> None:

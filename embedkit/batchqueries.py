@@ -15,7 +15,7 @@ from embedkit.imagequeries import load_query_backbone
 from embedkit.index import Index
 from embedkit.manifest import list_columns, read_manifest
 from embedkit.planning import choose_device
-from embedkit.queries import Query, embed_queries, open_slices, read_previews
+from embedkit.queries import Query, embed_queries, measure_frames, open_slices, read_previews
 from embedkit.sources import Case, group_cases
 
 __all__ = ["read_manifest_queries"]
@@ -34,7 +34,7 @@ def read_manifest_queries(
 
     Args:
         index: What is to be searched.
-        manifest: As `embedkit.extract` takes it.
+        manifest: As `embedkit.extract` takes it; without a column ``view`` its images are of the index's one view.
         weights: Of the backbone, as they were given to `extract`.
         device: Where the backbone runs.
         needed: A column that the manifest must name, so that it is ``known`` of each case.
@@ -46,8 +46,10 @@ def read_manifest_queries(
             case there.
         RecipeError: ``weights`` are not those of the index's recipe.
     """
-    table = read_manifest(manifest)
-    known = {} if needed is None else _read_known(table, needed, list_columns(manifest))
+    table, columns = read_manifest(manifest), list_columns(manifest)
+    known = {} if needed is None else _read_known(table, needed, columns)
+    if "view" not in columns and not index.recipe.channels:
+        table = table.with_columns(view=pl.lit(_name_view(index)))
     cases = group_cases(table)
     _require_known_views(index, cases)
     backbone = load_query_backbone(index, weights=weights, device=device)
@@ -64,8 +66,15 @@ def read_manifest_queries(
                 if reader.holds(case.case_id):
                     slices = reader.read(case.case_id)
                     previews = read_previews(cache, case.case_id)
-                    mine = {} if needed is None else {needed: known[case.case_id]}
-                    yield Query(case.case_id, None, vectors.get(case.case_id), slices, previews, mine)
+                    yield Query(
+                        case.case_id,
+                        None,
+                        vectors.get(case.case_id),
+                        slices,
+                        previews,
+                        known={} if needed is None else {needed: known[case.case_id]},
+                        frames=measure_frames(cache, case.case_id, previews),
+                    )
 
 
 def _read_known(table: pl.DataFrame, column: str, columns: Sequence[str]) -> dict[str, object]:
@@ -85,9 +94,24 @@ def _read_known(table: pl.DataFrame, column: str, columns: Sequence[str]) -> dic
     return found
 
 
+def _list_views(index: Index) -> list[str]:
+    return sorted({name.rpartition("/")[0] for name in index.details["views"]})
+
+
+def _name_view(index: Index) -> str:
+    """The one view of an index, which images are of where nobody names it."""
+    views = _list_views(index)
+    if len(views) > 1:
+        raise SearchError(
+            f"the manifest has no column view, but index {index.path} knows {', '.join(views)}; add the column, so that"
+            " it is told which each image is"
+        )
+    return views[0]
+
+
 def _require_known_views(index: Index, cases: Sequence[Case]) -> None:
     """Stops where new cases have a view that the index does not know; of channels extraction tells by itself."""
-    known = sorted({name.rpartition("/")[0] for name in index.details["views"]})
+    known = _list_views(index)
     unknown = sorted({view for case in cases for view in case.images} - set(known))
     if unknown and not index.recipe.channels:
         raise SearchError(

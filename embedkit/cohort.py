@@ -22,6 +22,7 @@ from embedkit.errors import OptionError, RecipeError, RequestError, RunError, Se
 from embedkit.index import Index, open_index
 from embedkit.indexlabels import join_labels
 from embedkit.manifest import read_labels
+from embedkit.patches import frame_image
 from embedkit.queries import Query, open_slices
 from embedkit.retrieval import search
 from embedkit.runs import Run, check_cache, open_run, predict
@@ -346,7 +347,7 @@ def _open_runs(paths: Sequence[str | Path], cache: Cache) -> Iterator[tuple[str,
 
 
 def _describe_stack(cache: Cache, view: str, stack: int) -> dict[str, Any]:
-    table = cache.slices(stack)
+    table, record = cache.slices(stack), cache.record(stack)
     preview = cache.preview(stack)
     return {
         "view": view,
@@ -355,6 +356,7 @@ def _describe_stack(cache: Cache, view: str, stack: int) -> dict[str, Any]:
         "positions_mm": [round(float(value), 2) for value in table.positions_mm],
         "blank": table.blank.tolist(),
         "preview": None if preview is None else int(preview.shape[1]),
+        "image": frame_image(record.plane_shape, record.box),
     }
 
 

@@ -100,10 +100,19 @@ def _only_series(folder: Path, listing: _Listing) -> DicomSeries:
     _require_sound(listing)
     series = list({one.uid: one for one in listing.series.values()}.values())
     if not series:
-        raise VolumeError(f"{folder}: holds no DICOM image directly; give the folder in which the series' files lie")
+        raise VolumeError(
+            f"{folder}: holds no DICOM image directly; give the folder in which the series' files lie",
+            found=_name_folders(folder),
+        )
     if len(series) > 1:
         names = ", ".join(f"{one.files[0].name} ({one.modality}, {len(one.files)} files)" for one in series[:5])
         raise VolumeError(
             f"{folder}: holds {len(series)} DICOM series, expected one; give one file of it instead", found=names
         )
     return series[0]
+
+
+def _name_folders(folder: Path) -> str:
+    """A few of the folders below one; nothing where there are none."""
+    below = sorted(each.name for each in folder.iterdir() if each.is_dir())
+    return ", ".join(below[:5]) + (" ..." if len(below) > 5 else "")

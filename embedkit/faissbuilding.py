@@ -1,5 +1,5 @@
 """Owns the building of a FAISS index in bounded memory: learned on a sample, filled block by block, some vectors held
-back until it is tuned; on a GPU where it may. Knows no case and no file."""
+back until it is tuned; on a GPU where it may; and what is added and withdrawn later. Knows no case and no file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedkit.errors import SearchError
 from embedkit.gpusearch import explain_stay, fetch_from_gpu, send_to_gpu
 from embedkit.indextypes import IndexPlan, faiss, measure_sample
 from embedkit.unitvectors import split_rows
 
-__all__ = ["Prepare", "add_held_out", "build_without", "find_rows"]
+__all__ = ["Prepare", "add_rows", "build_without", "find_rows", "withdraw_rows"]
 
 FloatArray = NDArray[np.float32]
 RowArray = NDArray[np.int64]
@@ -25,7 +26,7 @@ _SEED = 1234
 def build_without(
     plan: IndexPlan, vectors: Any, held_out: RowArray, *, prepare: Prepare, gpu: bool = True
 ) -> tuple[Any, str | None]:
-    """Builds an index of all vectors but some, which `add_held_out` adds; nothing is learned from these.
+    """Builds an index of all vectors but some, which `add_rows` adds; nothing is learned from these.
 
     Args:
         plan: The type.
@@ -65,18 +66,52 @@ def find_rows(index: Any, found: RowArray, count: int, held_out: RowArray) -> Ro
     return np.where(found < 0, -1, _list_kept(count, held_out)[found])
 
 
-def add_held_out(index: Any, vectors: Any, held_out: RowArray, *, prepare: Prepare) -> None:
-    """Adds the vectors that `build_without` left out, in place; row i is then id i."""
+def add_rows(index: Any, vectors: Any, lacking: RowArray, *, prepare: Prepare) -> None:
+    """Adds the vectors of the rows that an index lacks, in place; row i is then id i.
+
+    Args:
+        index: Of the other rows: of `build_without`, or one that lacks the last rows alone.
+        vectors: [vectors dim], all of them.
+        lacking: int64, sorted.
+        prepare: As in `build_without`.
+    """
     base = faiss.downcast_index(index)
-    for part in split_rows(len(held_out), vectors.shape[1]):
-        block = prepare(np.asarray(vectors[held_out[part]]))
+    for part in split_rows(len(lacking), vectors.shape[1]):
+        block = prepare(np.asarray(vectors[lacking[part]]))
         if _has_ids(base):
-            base.add_with_ids(block, held_out[part])
+            base.add_with_ids(block, lacking[part])
         else:
             base.add(block)
-    if len(held_out) and not _has_ids(base):
-        order = np.concatenate([_list_kept(len(vectors), held_out), held_out])
+    order = np.concatenate([_list_kept(len(vectors), lacking), lacking])
+    if not _has_ids(base) and (np.diff(order) < 0).any():
         base.permute_entries(np.argsort(order))
+
+
+def withdraw_rows(index: Any, kept: RowArray, count: int) -> None:
+    """Takes vectors out of an index that is no graph, in place; row ``kept[i]`` is then id i.
+
+    Args:
+        index: Of as many vectors as ``count``.
+        kept: int64, sorted.
+        count: How many vectors there were.
+
+    Raises:
+        SearchError: the index names vectors that there are not.
+    """
+    base = faiss.downcast_index(index)
+    gone = np.ones(count, bool)
+    gone[kept] = False
+    base.remove_ids(faiss.IDSelectorBitmap(np.packbits(gone, bitorder="little")))
+    if not _has_ids(base):
+        return
+    numbers, lists = np.full(count, -1, np.int64), base.invlists
+    numbers[kept] = np.arange(len(kept))
+    for cell in range(base.nlist):
+        if size := int(lists.list_size(cell)):
+            ids = faiss.rev_swig_ptr(lists.get_ids(cell), size)
+            if ids.min() < 0 or ids.max() >= count:
+                raise SearchError(f"index.faiss is damaged: it names vectors other than its {count}; build it again")
+            ids[:] = numbers[ids]
 
 
 def _has_ids(index: Any) -> bool:

@@ -17,7 +17,15 @@ from embedkit.extraction import extract_cases
 from embedkit.features import Backbone
 from embedkit.index import Index
 from embedkit.planning import choose_device
-from embedkit.queries import Query, embed_queries, embed_region, open_slices, outline_region, read_previews
+from embedkit.queries import (
+    Query,
+    embed_queries,
+    embed_region,
+    measure_frames,
+    open_slices,
+    outline_region,
+    read_previews,
+)
 from embedkit.recipe import require_same_recipe
 from embedkit.regions import Region
 from embedkit.sources import Case
@@ -61,7 +69,14 @@ def read_volume_query(
             vector = embed_query(index, cache) if index.level == "case" else None
         previews = read_previews(cache, "query")
         return Query(
-            volume.name, None, vector, slices, previews, known or {}, outline_region(cache, "query", previews, region)
+            volume.name,
+            None,
+            vector,
+            slices,
+            previews,
+            known=known or {},
+            outlines=outline_region(cache, "query", previews, region),
+            frames=measure_frames(cache, "query", previews),
         )
 
 

@@ -81,6 +81,11 @@ class Index:
         return self._vectors.kind
 
     @property
+    def code_bytes(self) -> int:
+        """Bytes of a vector's product code, of ``ivfpq``; else 0."""
+        return int(self._vectors.index.pq.code_size) if self.kind == "ivfpq" else 0
+
+    @property
     def level(self) -> str:
         """What a vector is: ``case`` or ``slice``."""
         return "case" if self.rows is None else "slice"

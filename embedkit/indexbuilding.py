@@ -28,7 +28,7 @@ from embedkit.slicereading import SliceReader, measure_centres, sample_slices
 from embedkit.slicestore import pack_slices
 from embedkit.whitening import fit_whitening
 
-__all__ = ["LEVELS", "MadeVectors", "build_index", "list_cases", "pack_vectors", "restrict_cache"]
+__all__ = ["LEVELS", "MadeVectors", "build_index", "list_cases", "pack_vectors", "part_blank", "restrict_cache"]
 
 FloatArray = NDArray[np.float32]
 LEVELS = ("case", "slice")
@@ -75,7 +75,8 @@ def build_index(
     memory_bytes: int | None = None,
     recall: float = 0.95,
 ) -> Index:
-    """Makes a search index of the cases of a cache.
+    """Makes a search index of the cases of a cache; one of which every slice is blank is left out, and noted in its
+    details as ``without_usable_slice``.
 
     Args:
         cache: Folder or packed file.
@@ -97,13 +98,17 @@ def build_index(
         recall: The share of the ten nearest that an index which does not compare all must find.
 
     Raises:
-        SearchError: the cache is empty, or lacks the token set or one of ``cases``; or ``out`` exists.
+        SearchError: the cache is empty or shows nothing, or lacks the token set or one of ``cases``; or ``out`` exists.
         OptionError: an option that means nothing.
         RunError: the run is damaged, or its head gives no pooled vector.
         RecipeError: the run was trained on another recipe.
     """
     options = IndexOptions(kind=kind, memory_bytes=memory_bytes, recall=recall)
-    source = _open_filled(cache, cases)
+    source, blank = part_blank(_open_filled(cache, cases))
+    if source.stacks.is_empty():
+        raise SearchError(
+            f"every slice of the {len(blank)} cases in {source.path} is blank; there is nothing to compare"
+        )
     _check_level(level, embedding, run, slices)
     with tempfile.TemporaryDirectory(prefix="embedkit-index-") as folder:
         made = _make_vectors(source, Path(folder), embedding=embedding, level=level, run=run, slices=slices)
@@ -119,7 +124,7 @@ def build_index(
             centre=run is not None,
             whiten=whiten or None,
             options=options,
-            details=made.details | {"cache": str(source.path.resolve())},
+            details=made.details | {"cache": str(source.path.resolve()), "without_usable_slice": blank},
             extras=made.extras,
         )
 
@@ -249,6 +254,15 @@ def restrict_cache(cache: Cache, case_ids: Sequence[str]) -> Cache:
     part = copy.copy(cache)
     part.stacks = cache.stacks.filter(pl.col("case_id").is_in(list(case_ids)))
     return part
+
+
+def part_blank(cache: Cache) -> tuple[Cache, list[str]]:
+    """The same open cache without the cases of which every slice is blank, and these."""
+    stacks = cache.stacks.group_by("case_id", maintain_order=True).agg(
+        shown=(pl.col("count") > pl.col("blank_count")).any()
+    )
+    blank = stacks.filter(~pl.col("shown"))["case_id"].to_list()
+    return (restrict_cache(cache, stacks.filter("shown")["case_id"].to_list()), blank) if blank else (cache, [])
 
 
 def _coarse_patches(cache: Cache) -> str | None:

@@ -1,6 +1,7 @@
 """Owns how an index follows its cache: cases added, cases withdrawn. Searches nothing, and fits nothing anew.
 
-Vectors are copied block by block into files, so that an index may be larger than the memory.
+FAISS's index takes what is new and gives up what goes where its type can; `embedkit.indexwriting` says when. Vectors
+are copied block by block into files, so that an index may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from embedkit.casevectors import embed_new_cases
 from embedkit.embeddings import parse_embeddings
 from embedkit.errors import SearchError
 from embedkit.index import Index, open_index
-from embedkit.indexbuilding import MadeVectors, list_cases, pack_vectors, restrict_cache
+from embedkit.indexbuilding import MadeVectors, list_cases, pack_vectors, part_blank, restrict_cache
 from embedkit.indexlabels import append_cases
+from embedkit.indexseals import list_damage
 from embedkit.indexwriting import rewrite_index
 from embedkit.manifest import read_labels
 from embedkit.queries import embed_run, open_index_run, open_source
@@ -37,7 +39,7 @@ def add_cases(
     labels: str | Path | pl.DataFrame | None = None,
     unlabelled: bool = False,
 ) -> tuple[Index, list[str]]:
-    """Takes the cases of a cache that an index lacks; only their tokens are read.
+    """Takes the cases of a cache that an index lacks, but for those that show nothing; only their tokens are read.
 
     What was fitted when the index was built (means, whitening) stays, so that a case stands where it would have stood;
     after much growth of another kind build it anew.
@@ -52,30 +54,42 @@ def add_cases(
         The index as it is now, and the cases taken.
 
     Raises:
-        SearchError: the cache is gone, the index's run was trained again, or labels are lacking or other than the
-            index's.
+        SearchError: the index is damaged, the cache is gone, the index's run was trained again, or labels are lacking
+            or other than the index's.
         RecipeError: the cache has another recipe.
     """
     opened = index if isinstance(index, Index) else open_index(index)
+    _require_sound(opened)
     source = open_source(opened, cache)
-    new = sorted(set(source.stacks["case_id"]) - set(opened.cases["case_id"]))
+    lacking = sorted(set(source.stacks["case_id"]) - set(opened.cases["case_id"]))
+    part, blank = part_blank(restrict_cache(source, lacking))
+    new = sorted(set(lacking) - set(blank))
+    known, details = np.arange(opened.count), opened.details | {"without_usable_slice": blank}
     if not new:
-        return opened, []
-    part, table = restrict_cache(source, new), None if labels is None else read_labels(labels)
+        if blank == opened.details.get("without_usable_slice", []):
+            return opened, []
+        return rewrite_index(opened, opened.read_vectors(), opened.cases, opened.rows, kept=known, details=details), []
+    table = None if labels is None else read_labels(labels)
     append_cases(opened.cases, list_cases(part), table, unlabelled=unlabelled)  # what is wrong is said at once
     with tempfile.TemporaryDirectory(prefix="embedkit-index-") as folder:
         found = _embed_as(opened, part, Path(folder) / "slices.npy")
         cases = append_cases(opened.cases, found.cases, table, unlabelled=unlabelled)
-        shift = len(opened.cases)
-        rows, extras = opened.rows, dict(opened.extras)
-        if rows is not None and found.rows is not None:
-            rows = pl.concat([rows, found.rows.with_columns(pl.col("case") + shift)])
-        else:
-            moved = found.extras["slice_places"] + np.array([shift, 0, 0, 0], np.int32)
-            extras["slice_places"] = _append(extras["slice_places"], moved, Path(folder) / "all-places.npy")
-            extras["slices"] = _append(extras["slices"], found.extras["slices"], Path(folder) / "all-slices.npy")
+        rows, extras = _append_slices(opened, found, Path(folder))
         vectors = _append(opened.read_vectors(), found.vectors, Path(folder) / "all.npy")
-        return rewrite_index(opened, vectors, cases, rows, extras=extras), new
+        return rewrite_index(opened, vectors, cases, rows, kept=known, extras=extras, details=details), new
+
+
+def _append_slices(
+    index: Index, found: MadeVectors, folder: Path
+) -> tuple[pl.DataFrame | None, dict[str, NDArray[Any]]]:
+    """The rows of an index of slices, or else its slices among the extras, with those of new cases below."""
+    shift, extras = len(index.cases), dict(index.extras)
+    if index.rows is not None and found.rows is not None:
+        return pl.concat([index.rows, found.rows.with_columns(pl.col("case") + shift)]), extras
+    moved = found.extras["slice_places"] + np.array([shift, 0, 0, 0], np.int32)
+    extras["slice_places"] = _append(extras["slice_places"], moved, folder / "all-places.npy")
+    extras["slices"] = _append(extras["slices"], found.extras["slices"], folder / "all-slices.npy")
+    return None, extras
 
 
 def remove_cases(index: Index | str | Path, case_ids: Sequence[str], *, cache: str | Path | None = None) -> Index:
@@ -90,9 +104,10 @@ def remove_cases(index: Index | str | Path, case_ids: Sequence[str], *, cache: s
 
     Raises:
         RecipeError: the cache has another recipe.
-        SearchError: the index does not hold one of them, or would be left empty.
+        SearchError: the index is damaged, does not hold one of them, or would be left empty.
     """
     opened = index if isinstance(index, Index) else open_index(index)
+    _require_sound(opened)
     if cache is not None:
         open_source(opened, cache)
     held = opened.cases["case_id"]
@@ -114,7 +129,13 @@ def remove_cases(index: Index | str | Path, case_ids: Sequence[str], *, cache: s
             extras["slice_places"] = _take(extras["slice_places"], left, Path(folder) / "places.npy")
             extras["slice_places"][:, 0] = numbers[extras["slice_places"][:, 0]]
         vectors = _take(opened.read_vectors(), chosen, Path(folder) / "vectors.npy")
-        return rewrite_index(opened, vectors, opened.cases.filter(kept), rows, extras=extras)
+        return rewrite_index(opened, vectors, opened.cases.filter(kept), rows, kept=chosen, extras=extras)
+
+
+def _require_sound(index: Index) -> None:
+    """Reads every byte: what is damaged would pass for sound under the checksums of the changed index."""
+    for name, problem in list_damage(index.path).items():
+        raise SearchError(f"{index.path / name} is damaged: {problem}; build the index again")
 
 
 def _embed_as(index: Index, cache: Cache, file: Path) -> MadeVectors:

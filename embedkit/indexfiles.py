@@ -45,6 +45,7 @@ __all__ = [
     "IndexContent",
     "check_table",
     "measure_beside",
+    "read_faiss_whole",
     "read_index_files",
     "read_vectors",
     "require_free",
@@ -267,6 +268,17 @@ def _read_faiss(file: Path) -> FaissSearcher:
     """An index of a known type; a large one stays on disk and is mapped, so that it may exceed the memory."""
     mapped = file.stat().st_size >= _MAPPED_FROM_BYTES
     return FaissSearcher(faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC if mapped else 0))
+
+
+def read_faiss_whole(path: Path, identity: str) -> Any:
+    """The FAISS index of the index of that identity, in memory and apart from any that is open: to be changed.
+
+    Raises:
+        SearchError: it is damaged, or was changed by another.
+    """
+    _require_unchanged(path, identity)
+    check_file(path, "index.faiss", read_fields(path)["files"]["index.faiss"], whole=True)
+    return faiss.read_index(str(path / "index.faiss"))
 
 
 def read_vectors(path: Path) -> NDArray[Any]:

@@ -36,15 +36,15 @@ def seal_file(file: Path, payload_bytes: int) -> dict[str, Any]:
     return {"bytes": size, "sha256": _sha256(file), "head_bytes": head, "head_sha256": _sha256(file, head)}
 
 
-def check_file(folder: Path, name: str, seal: dict[str, Any]) -> None:
-    """Checks a file of an index against its seal: a small one whole, of a large one size and head.
+def check_file(folder: Path, name: str, seal: dict[str, Any], *, whole: bool = False) -> None:
+    """Checks a file of an index against its seal: a small one whole, of a large one size and head unless ``whole``.
 
     Raises:
         SearchError: it is not what was written, cannot be read, or lies outside of the folder.
     """
     if Path(name).name != name:
         raise SearchError(f"index {folder} names a file outside of it, {name}: refused")
-    whole = seal["bytes"] <= _CHECKED_WHOLE_BYTES
+    whole = whole or seal["bytes"] <= _CHECKED_WHOLE_BYTES
     if problem := _find_problem(folder / name, seal, whole=whole):
         raise SearchError(f"{folder / name} is damaged: {problem}; build the index again")
 

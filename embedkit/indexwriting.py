@@ -4,7 +4,7 @@ not how vectors are made."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +14,17 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.errors import RecallWarning
-from embedkit.faissbuilding import add_held_out, build_without, find_rows
+from embedkit.faissbuilding import add_rows, build_without, find_rows, withdraw_rows
 from embedkit.faisssearching import FaissSearcher, search_exactly
 from embedkit.index import Index, open_index
-from embedkit.indexfiles import IndexContent, check_table, measure_beside, require_free, write_index_files
+from embedkit.indexfiles import (
+    IndexContent,
+    check_table,
+    measure_beside,
+    read_faiss_whole,
+    require_free,
+    write_index_files,
+)
 from embedkit.indextypes import IndexOptions, IndexPlan, plan_index
 from embedkit.recipe import Recipe
 from embedkit.tuning import HeldOut, Tuning, choose_held_out, tune_effort
@@ -28,6 +35,8 @@ __all__ = ["rewrite_index", "write_index"]
 
 FloatArray = NDArray[np.float32]
 RowArray = NDArray[np.int64]
+
+_MOST_CHANGED = 0.1
 
 
 def write_index(
@@ -85,7 +94,7 @@ def write_index(
         details=dict(details or {}),
         extras=dict(extras or {}),
     )
-    return _write(out, content, vectors)
+    return _write(out, vectors, lambda: _build(content, vectors))
 
 
 def rewrite_index(
@@ -94,12 +103,23 @@ def rewrite_index(
     table: pl.DataFrame,
     rows: pl.DataFrame | None = None,
     *,
+    kept: RowArray | None = None,
     extras: Mapping[str, NDArray[Any]] | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> Index:
     """Puts other vectors in the place of an index's, with all that was fitted for it, and opens it again.
 
-    Mean and whitening stay as they are, so that cases added later stand where they would have stood; FAISS's index is
-    built anew, of the type that its new size asks for, and tuned again.
+    Mean and whitening stay as they are, so that cases added later stand where they would have stood. Where ``kept``
+    tells what is new, FAISS's index takes that and withdraws the rest, and is searched as it was tuned; it is built
+    anew, of the type that its new size asks for, and tuned again where that would be of another type, where more than
+    a tenth has changed since it was tuned, and where vectors are withdrawn from a graph.
+
+    Args:
+        index: To be changed.
+        vectors: [vectors dim].
+        table, rows: As in `write_index`.
+        kept: int64, sorted: the rows of the index's vectors with which ``vectors`` begins; None tells nothing.
+        extras, details: In the place of the index's; None keeps them.
 
     Raises:
         SearchError, OptionError: as `write_index`, or another changed the index meanwhile; it is left as it was.
@@ -115,27 +135,63 @@ def rewrite_index(
         tuning=Tuning(),
         mean=index.mean,
         whitening=index.whitening,
-        details=index.details,
+        details=dict(index.details if details is None else details),
         extras=dict(index.extras if extras is None else extras),
     )
-    return _write(index.path, content, vectors, replaces=index.identity)
+
+    def make() -> IndexContent:
+        followed = None if kept is None else _follow(index, content, vectors, kept)
+        return _build(content, vectors) if followed is None else followed
+
+    return _write(index.path, vectors, make, replaces=index.identity)
 
 
-def _write(out: Path, content: IndexContent, vectors: NDArray[Any], *, replaces: str | None = None) -> Index:
-    """Builds and writes, says where the recall falls short, and opens; what was built is gone by then."""
-    write_index_files(out, _build(content, vectors), vectors, replaces=replaces)
+def _write(out: Path, vectors: NDArray[Any], make: Callable[[], IndexContent], *, replaces: str | None = None) -> Index:
+    """Makes and writes, says where the recall falls short, and opens; what was made is gone by then."""
+    write_index_files(out, make(), vectors, replaces=replaces)
     index = open_index(out)
     if index.shortfall is not None:
         warnings.warn(index.shortfall, RecallWarning, stacklevel=3)
     return index
 
 
+def _follow(index: Index, content: IndexContent, vectors: NDArray[Any], kept: RowArray) -> IndexContent | None:
+    """The content with the index's own FAISS index, changed and not built anew; None where that must not be."""
+    changed = index.tuning.changed + index.count - len(kept) + len(vectors) - len(kept)
+    withdrawn = len(kept) < index.count
+    if index.kind != "flat" and (
+        changed > _MOST_CHANGED * index.tuning.vectors or (withdrawn and index.kind == "hnsw")
+    ):
+        return None
+    if not any(_suits(index, plan) for plan in _plan(content, vectors)):
+        return None
+    prepare = Preparation(content.mean, content.whitening)
+    _check_directions(content, vectors, prepare, start=len(kept))
+    whole = read_faiss_whole(index.path, index.identity)
+    if withdrawn:
+        withdraw_rows(whole, kept, index.count)
+    add_rows(whole, vectors, np.arange(len(kept), len(vectors)), prepare=prepare)
+    tuning = replace(index.tuning, changed=changed)
+    return replace(content, vectors=FaissSearcher(whole), tuning=tuning, built_on=index.built_on)
+
+
+def _suits(index: Index, plan: IndexPlan) -> bool:
+    """Whether an index is of the type that is planned; of cells by as many codes, whatever their number."""
+    if plan.kind != index.kind:
+        return False
+    return plan.kind != "ivfpq" or index.code_bytes == plan.code_bytes
+
+
+def _plan(content: IndexContent, vectors: NDArray[Any]) -> tuple[IndexPlan, ...]:
+    dim = vectors.shape[1] if content.whitening is None else content.whitening.shape[1]
+    return plan_index(len(vectors), dim, content.options, beside_bytes=measure_beside(content))
+
+
 def _build(content: IndexContent, vectors: NDArray[Any]) -> IndexContent:
     """The content with its FAISS index, built and tuned."""
     prepare = Preparation(content.mean, content.whitening)
     _check_directions(content, vectors, prepare)
-    dim = vectors.shape[1] if content.whitening is None else content.whitening.shape[1]
-    plans = plan_index(len(vectors), dim, content.options, beside_bytes=measure_beside(content))
+    plans = _plan(content, vectors)
     held_out = HeldOut(*(np.zeros(0, np.int64),) * 3)
     if plans[0].kind != "flat":
         held_out = choose_held_out(_group_vectors(content))
@@ -145,7 +201,7 @@ def _build(content: IndexContent, vectors: NDArray[Any]) -> IndexContent:
             break
         del built  # its memory is needed
         built = _try(plan, content, vectors, held_out, prepare)
-    add_held_out(cast(FaissSearcher, built.vectors).index, vectors, held_out.rows, prepare=prepare)
+    add_rows(cast(FaissSearcher, built.vectors).index, vectors, held_out.rows, prepare=prepare)
     return built
 
 
@@ -159,17 +215,18 @@ def _try(
     return replace(content, vectors=searcher, tuning=tuning, built_on="GPU" if stays is None else f"CPU: {stays}")
 
 
-def _check_directions(content: IndexContent, vectors: NDArray[Any], prepare: Preparation) -> None:
-    """Stops at the first vector without a direction, before anything is built."""
+def _check_directions(content: IndexContent, vectors: NDArray[Any], prepare: Preparation, *, start: int = 0) -> None:
+    """Stops at the first vector without a direction from row ``start`` on, before anything is built."""
     cases, rows = content.cases["case_id"], content.rows
-    for part in split_rows(*vectors.shape):
+    for part in split_rows(len(vectors) - start, vectors.shape[1]):
+        first = start + part.start
 
-        def name_of(place: int, start: int = part.start) -> str:
+        def name_of(place: int, first: int = first) -> str:
             if rows is None:
-                return f"case {cases[start + place]}"
-            return f"case {cases[rows['case'][start + place]]}, slice {rows['slice'][start + place]}"
+                return f"case {cases[first + place]}"
+            return f"case {cases[rows['case'][first + place]]}, slice {rows['slice'][first + place]}"
 
-        prepare.check(np.asarray(vectors[part]), name_of)
+        prepare.check(np.asarray(vectors[first : start + part.stop]), name_of)
 
 
 def _group_vectors(content: IndexContent) -> RowArray:
@@ -182,7 +239,7 @@ def _tune(
     searcher: FaissSearcher, vectors: NDArray[Any], held_out: HeldOut, prepare: Preparation, recall: float
 ) -> Tuning:
     if searcher.kind == "flat" or not len(held_out.queries):  # a single vector has no neighbours to find
-        return Tuning(effort=searcher.most if searcher.kind != "flat" else 0)
+        return Tuning(effort=searcher.most if searcher.kind != "flat" else 0, vectors=len(vectors))
 
     def read(rows: RowArray) -> FloatArray:
         return prepare(np.asarray(vectors[rows]))

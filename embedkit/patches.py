@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from embedkit.errors import VolumeError
 from embedkit.planes import cut_slices, plane_axes, restore_volume
 
-__all__ = ["Box", "find_patch", "measure_patch_cover", "place_patch_scores"]
+__all__ = ["Box", "find_patch", "frame_image", "measure_image_cover", "measure_patch_cover", "place_patch_scores"]
 
 Array = np.ndarray[Any, Any]
 Box = tuple[int, int, int, int]
@@ -72,6 +72,35 @@ def measure_patch_cover(volume: Array, *, indices: Array, box: Box, plane: str, 
     rows = _shares(top, height, images.shape[1], grid[0])
     columns = _shares(left, width, images.shape[2], grid[1])
     return np.asarray(rows @ images[indices].astype(np.float32) @ columns.T, np.float32)
+
+
+def measure_image_cover(plane_shape: tuple[int, int], *, box: Box, grid: tuple[int, int]) -> Array:
+    """How much of each part of a stack's square lies in the image, 0..1, and not in the black beside it.
+
+    Args:
+        plane_shape: Height and width of the plane's image in voxels.
+        box: Top, left, height and width in voxels, as in the stack.
+        grid: Parts as (height, width).
+
+    Returns:
+        float32 [grid_height grid_width].
+    """
+    top, left, height, width = box
+    rows = _shares(top, height, plane_shape[0], grid[0]).sum(1)
+    columns = _shares(left, width, plane_shape[1], grid[1]).sum(1)
+    return np.asarray(np.outer(rows, columns), np.float32)
+
+
+def frame_image(plane_shape: tuple[int, int], box: Box) -> tuple[float, float, float, float]:
+    """Where the image lies in a stack's square: its left, top, right and bottom edge, 0..1 from left and top.
+
+    Args:
+        plane_shape: Height and width of the plane's image in voxels.
+        box: Top, left, height and width in voxels, as in the stack.
+    """
+    top, left, height, width = box
+    edges = -left / width, -top / height, (plane_shape[1] - left) / width, (plane_shape[0] - top) / height
+    return cast(tuple[float, float, float, float], tuple(min(max(edge, 0.0), 1.0) for edge in edges))
 
 
 def find_patch(

@@ -5,7 +5,7 @@ Draws no chart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +22,17 @@ from embedkit.files import explain_os_error, temporary_path
 from embedkit.index import Index
 from embedkit.matching import Match, SlicePair
 from embedkit.plots import plot_montage
-from embedkit.queries import Previews, Query, open_source, read_case_query, read_previews
+from embedkit.queries import Previews, Query, measure_frames, open_source, read_case_query, read_previews
 from embedkit.retrieval import match_cases
 
-__all__ = ["draw_matches", "draw_similar_cases", "picture_case", "upsample_heat", "write_picture"]
+__all__ = [
+    "draw_matches",
+    "draw_similar_cases",
+    "picture_case",
+    "require_picture_place",
+    "upsample_heat",
+    "write_picture",
+]
 
 _PLACES = (0.3, 0.5, 0.7)
 _LEAST = 1e-6
@@ -46,7 +53,8 @@ def draw_similar_cases(
     """Writes a PNG of why cases were found: in the row of each, slices of the query beside the slices that match them.
 
     The heat over both is what each patch adds to the similarity of the two slices, the most of the pair brightest;
-    where slices were compared patch by patch, the best cosine of each in the other slice, from 0 to 1.
+    where slices were compared patch by patch, the best cosine of each in the other slice, from 0 to 1. Beside an image,
+    where its slice was filled up to a square, there is none.
 
     Args:
         index: What was searched.
@@ -69,9 +77,10 @@ def draw_similar_cases(
     if matches is None:
         matches = match_cases(index, asked, others, cache=source, order="ordered")
     previews = [_require_previews(read_previews(source, case_id), source) for case_id in others]
+    frames = [measure_frames(source, case_id, each) for case_id, each in zip(others, previews, strict=True)]
     titles = _name_scores(found, matches)
     shown = replace(asked, previews=_require_previews(asked.previews, source))
-    write_picture(out, draw_matches(matches, previews, titles, query=shown, pairs=pairs))
+    write_picture(out, draw_matches(matches, previews, frames, titles, query=shown, pairs=pairs))
 
 
 def _name_scores(found: pl.DataFrame, matches: Sequence[Match]) -> list[str]:
@@ -90,7 +99,13 @@ def _name_scores(found: pl.DataFrame, matches: Sequence[Match]) -> list[str]:
 
 
 def draw_matches(
-    matches: Sequence[Match], previews: Sequence[Previews], titles: Sequence[str], *, query: Query, pairs: int
+    matches: Sequence[Match],
+    previews: Sequence[Previews],
+    frames: Sequence[Mapping[str, NDArray[np.floating]]],
+    titles: Sequence[str],
+    *,
+    query: Query,
+    pairs: int,
 ) -> bytes:
     """PNG bytes of the best pairs of slices of each match, one row per match; the query's slices are framed.
 
@@ -99,6 +114,7 @@ def draw_matches(
     Args:
         matches: Of one query with several cases.
         previews: Of these cases.
+        frames: Of these cases, as a query has them.
         titles: Of these cases.
         query: The query, with its previews.
         pairs: Per row at most.
@@ -109,11 +125,11 @@ def draw_matches(
     rims: dict[int, NDArray[np.floating]] = {}
     mine = cast(Previews, query.previews)
     width = max(len(match.top(pairs)) for match in matches)
-    for match, theirs, title in zip(matches, previews, titles, strict=True):
+    for match, theirs, framed, title in zip(matches, previews, frames, titles, strict=True):
         chosen = match.top(pairs)
         for pair in chosen:
             images += [mine[pair.view][pair.query_row], theirs[pair.view][pair.other_row]]
-            overlays += _heat(match, pair, images[-2].shape[0])
+            overlays += _heat(match, pair, (query.frames[pair.view], framed[pair.view]))
             if query.outlines:
                 rims[len(images) - 2] = query.outlines[pair.view][pair.query_row]
                 rims[len(images) - 1] = _enlarge(match.locate_region(pair), images[-1].shape[0])
@@ -142,13 +158,18 @@ def _enlarge(patches: NDArray[np.bool_], side: int) -> NDArray[np.floating]:
     return patches[np.ix_(rows, columns)].astype(np.float64)
 
 
-def _heat(match: Match, pair: SlicePair, side: int) -> list[NDArray[np.floating] | None]:
-    """The heat over the query's slice and over the other; none where slices have no patches."""
+def _heat(
+    match: Match, pair: SlicePair, frames: tuple[NDArray[np.floating], NDArray[np.floating]]
+) -> list[NDArray[np.floating] | None]:
+    """The heat over the query's slice and over the other, within their frames; none where slices have no patches."""
     if match.query[pair.view].patches.shape[1] < 2:
         return [None, None]
     both = match.heat(pair)
     highest = 1.0 if match.by_patch else max(float(heat.max()) for heat in both)
-    return [upsample_heat(np.clip(heat / max(highest, _LEAST), 0, 1), side) for heat in both]
+    return [
+        upsample_heat(np.clip(heat / max(highest, _LEAST), 0, 1), len(frame)) * frame
+        for heat, frame in zip(both, frames, strict=True)
+    ]
 
 
 def upsample_heat(heat: NDArray[np.float32], side: int) -> NDArray[np.float32]:
@@ -163,14 +184,26 @@ def _require_previews(previews: Previews | None, cache: Cache) -> Previews:
     return previews
 
 
+def require_picture_place(path: Path) -> None:
+    """Stops where no picture could be written.
+
+    Raises:
+        OptionError: ``path`` does not end in .png, is a folder, or its folder is not there.
+    """
+    if path.suffix.lower() != ".png":
+        raise OptionError(f"{path} does not end in .png, the only kind of picture that is written; rename it")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        problem = "is a folder" if path.is_dir() else f"lies in {path.absolute().parent}, which is not there"
+        raise OptionError(f"the picture {path} {problem}; name a file in a folder that is")
+
+
 def write_picture(path: Path, png: bytes) -> None:
     """Writes a PNG, whole or not at all.
 
     Raises:
-        OptionError: ``path`` does not end in .png, or its folder is not there or may not be written.
+        OptionError: as `require_picture_place`, or its folder may not be written.
     """
-    if path.suffix.lower() != ".png":
-        raise OptionError(f"{path} does not end in .png, the only kind of picture that is written; rename it")
+    require_picture_place(path)
     temporary = temporary_path(path.absolute())
     try:
         temporary.write_bytes(png)

@@ -20,6 +20,7 @@ from embedkit.embeddings import Embedding, parse_embeddings
 from embedkit.errors import SearchError
 from embedkit.index import Index
 from embedkit.matching import CaseSlices
+from embedkit.patches import measure_image_cover
 from embedkit.recipe import require_same_recipe
 from embedkit.regions import Region
 from embedkit.slicereading import SliceReader
@@ -33,6 +34,7 @@ __all__ = [
     "embed_queries",
     "embed_region",
     "embed_run",
+    "measure_frames",
     "open_index_run",
     "open_slices",
     "open_source",
@@ -59,6 +61,8 @@ class Query:
         known: What is known of a new image by column, such as its ``patient_id``: cases alike in it can be left out.
         outlines: By ``view/plane``, how much of each pixel of ``previews`` lies in the region that votes, 0..1 [slices
             height width]; empty without a region.
+        frames: By ``view/plane``, how much of each pixel of ``previews`` lies in the image and not beside it, 0..1
+            [height width].
     """
 
     name: str
@@ -68,6 +72,7 @@ class Query:
     previews: Previews | None
     known: Mapping[str, object] = field(default_factory=dict)
     outlines: Mapping[str, FloatArray] = field(default_factory=dict)
+    frames: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 def open_source(index: Index, cache: str | Path | Cache | None = None) -> Cache:
@@ -113,7 +118,15 @@ def read_case_query(index: Index, cache: Cache, case_id: str, *, region: Region 
     slices = open_slices(index, cache).read(case_id, region=region)
     vector = None if region is None else embed_region(index, cache, case_id, slices)
     previews = read_previews(cache, case_id)
-    return Query(case_id, case_id, vector, slices, previews, outlines=outline_region(cache, case_id, previews, region))
+    return Query(
+        case_id,
+        case_id,
+        vector,
+        slices,
+        previews,
+        outlines=outline_region(cache, case_id, previews, region),
+        frames=measure_frames(cache, case_id, previews),
+    )
 
 
 def outline_region(
@@ -123,24 +136,37 @@ def outline_region(
     if region is None or previews is None:
         return {}
     found = {}
-    stacks = cache.stacks.filter(pl.col("case_id") == case_id).select("stack", "view", "plane").iter_rows()
-    for stack, view, plane in stacks:
-        shape = previews[f"{view}/{plane}"].shape
+    for name, stack in _list_stacks(cache, case_id).items():
+        shape = previews[name].shape
         cover = region.measure_cover(cache.record(stack), cache.slices(stack).indices, shape[1] * shape[2])
-        found[f"{view}/{plane}"] = cover.reshape(shape)
+        found[name] = cover.reshape(shape)
+    return found
+
+
+def measure_frames(cache: Cache, case_id: str, previews: Previews | None) -> Mapping[str, FloatArray]:
+    """Where the image lies in the previews of a case; see `Query`."""
+    found = {}
+    for name, stack in _list_stacks(cache, case_id).items() if previews is not None else ():
+        record, shape = cache.record(stack), previews[name].shape
+        found[name] = measure_image_cover(record.plane_shape, box=record.box, grid=(shape[1], shape[2]))
     return found
 
 
 def read_previews(cache: Cache, case_id: str) -> Previews | None:
     """Copies of the pictures of a case's slices; None where the cache keeps none."""
     found = {}
-    rows = cache.stacks.filter(pl.col("case_id") == case_id).select("stack", "view", "plane").iter_rows()
-    for stack, view, plane in rows:
+    for name, stack in _list_stacks(cache, case_id).items():
         previews = cache.preview(stack)
         if previews is None:
             return None
-        found[f"{view}/{plane}"] = np.array(previews)
+        found[name] = np.array(previews)
     return found
+
+
+def _list_stacks(cache: Cache, case_id: str) -> dict[str, int]:
+    """The stacks of a case by ``view/plane``."""
+    rows = cache.stacks.filter(pl.col("case_id") == case_id).select("stack", "view", "plane").iter_rows()
+    return {f"{view}/{plane}": stack for stack, view, plane in rows}
 
 
 def embed_run(run: Run, cache: Cache) -> tuple[pl.DataFrame, FloatArray]:
@@ -167,13 +193,7 @@ def embed_region(index: Index, cache: Cache, case_id: str, slices: CaseSlices) -
             f"index {index.path} holds {index.embedding} of each {index.level}, in which a region has no part of its"
             " own; search by region in an index of mean, grid or aligned patch tokens"
         )
-    stacks = {
-        f"{view}/{plane}": stack
-        for view, plane, stack in cache.stacks.filter(pl.col("case_id") == case_id)
-        .select("view", "plane", "stack")
-        .iter_rows()
-    }
-    total = np.zeros(index.dim, np.float32)
+    stacks, total = _list_stacks(cache, case_id), np.zeros(index.dim, np.float32)
     for name, chosen in slices.items():
         tokens = cache.read(stacks[name], parts[0].token_set)[~cache.slices(stacks[name]).blank]
         votes = np.zeros(tokens.shape[:2], np.float32)

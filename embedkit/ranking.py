@@ -21,7 +21,7 @@ from embedkit.queries import Query, open_slices
 from embedkit.slicescores import score_slices
 from embedkit.slicestore import SliceStore
 
-__all__ = ["RERANKS", "Ranking", "list_excluded", "open_store", "rank_cases"]
+__all__ = ["RERANKS", "Ranking", "find_by_slices", "list_excluded", "open_store", "rank_cases"]
 
 FloatArray = NDArray[np.float32]
 
@@ -181,13 +181,31 @@ def open_store(index: Index, numbers: Sequence[int]) -> SliceStore:
 def _recall_by_slices(
     index: Index, query: Query, wanted: int, where: str | None, excluded: Sequence[str]
 ) -> pl.DataFrame:
-    """Candidates from an index of slices: the cases whose slices the slices of the query find, best sum first.
-
-    Each slice finds 64 at first, then twice as many until the cases suffice, or there are no more.
-    """
+    """Candidates from an index of slices: the cases whose slices the slices of the query find."""
     if not query.slices:
         raise SearchError(f"every slice of {query.name} is blank, so there is nothing to search for")
-    vectors = np.concatenate([stack.vectors for stack in query.slices.values()])
+    return find_by_slices(
+        index,
+        np.concatenate([stack.vectors for stack in query.slices.values()]),
+        wanted,
+        where=where,
+        excluded=excluded,
+    )
+
+
+def find_by_slices(
+    index: Index, vectors: FloatArray, wanted: int, *, where: str | None, excluded: Sequence[str]
+) -> pl.DataFrame:
+    """The cases whose slices the vectors of slices find in an index of slices, those of the best sum first.
+
+    Each vector finds 64 slices at first, then twice as many until the cases suffice, or there are no more.
+
+    Args:
+        index: Of slices.
+        vectors: float32 [slices dim].
+        wanted: How many cases.
+        where, excluded: As `Index.search` takes them.
+    """
     hits_per_slice, found = _HITS_PER_SLICE, -1
     while True:
         hits = index.search(vectors, hits_per_slice, where=where, exclude_case_ids=excluded)

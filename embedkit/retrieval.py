@@ -16,7 +16,7 @@ from embedkit.errors import ExtractionError, OptionError, SearchError
 from embedkit.index import Index, open_index
 from embedkit.matching import ORDERS, Match, Order, has_votes, match_slices
 from embedkit.queries import Query, open_slices, open_source, read_case_query
-from embedkit.ranking import RERANKS, Ranking, list_excluded, open_store, rank_cases
+from embedkit.ranking import RERANKS, Ranking, find_by_slices, list_excluded, open_store, rank_cases
 from embedkit.regions import Region
 from embedkit.textqueries import read_text_queries
 
@@ -59,7 +59,7 @@ def search(
         index: An index or its folder.
         case_id: A case that the index holds; it is not among its own results.
         volume: An image file or DICOM folder; extracted on the fly with the recipe stored in the index.
-        vector: float32 [dim], made as the vectors of the index.
+        vector: float32 [dim], made as the vectors of the index; where these are of slices, a slice's.
         query: What `embedkit.queries` read before: a case or an image that is searched for more than once.
         view: Which view ``volume`` is; needed only where the index knows several.
         weights: For ``volume``: the backbone's local weights, as they were given to `extract`.
@@ -126,12 +126,15 @@ def _tell_known(case_id: str | None, exclude_same: str | None, exclude_value: ob
     if exclude_same is None:
         raise SearchError(f"exclude_value {exclude_value!r} is of no column; name it (exclude_same)")
     if case_id is not None:
-        raise SearchError(f"exclude_value {exclude_value!r}: case {case_id} of the index has its own {exclude_same}")
+        raise SearchError(
+            f"exclude_value {exclude_value!r}: case {case_id} of the index has its own {exclude_same}; leave the value"
+            f" out (--exclude-same {exclude_same})"
+        )
     return {exclude_same: exclude_value}
 
 
 def _search_vector(index: Index, vector: FloatArray, options: Ranking, known: Mapping[str, object]) -> pl.DataFrame:
-    if options.by_slices or index.level == "slice":
+    if options.by_slices:
         raise SearchError("a vector has no slices to rank by: search by case or volume, or by the vector alone")
     given = np.asarray(vector)
     if given.dtype.kind not in "fiu" or given.ndim != 1:
@@ -140,6 +143,8 @@ def _search_vector(index: Index, vector: FloatArray, options: Ranking, known: Ma
             f" make it with the index's embedding, {index.embedding}"
         )
     excluded = list_excluded(index, options.exclude_same, known=known)
+    if index.level == "slice":
+        return find_by_slices(index, given[None], options.k, where=options.where, excluded=excluded)
     return index.search(given[None], options.k, where=options.where, exclude_case_ids=excluded).drop("query")
 
 

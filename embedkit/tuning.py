@@ -45,6 +45,8 @@ class Tuning:
         recall_high: Upper end.
         queries: How many those were.
         reached: Whether the recall asked for is reached, with 95% confidence, on the queries that were tuned on.
+        vectors: How many there were then.
+        changed: How many were added or withdrawn since.
     """
 
     effort: int = 0
@@ -54,6 +56,8 @@ class Tuning:
     recall_high: float = 1.0
     queries: int = 0
     reached: bool = True
+    vectors: int = 0
+    changed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +193,7 @@ def tune_effort(
         recall_high=bound_recall(recalls, groups, 1 - _TWO_SIDED),
         queries=len(recalls),
         reached=reaches(efforts[low], refine),
+        vectors=len(vectors),
     )
 
 

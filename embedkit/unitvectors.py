@@ -62,18 +62,18 @@ class Preparation:
             name_of: What to call a row in the error.
 
         Raises:
-            SearchError: a vector is zero once it is prepared, or not finite; names the first.
+            SearchError: a vector is zero, before or once it is prepared, or not finite; names the first.
         """
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is found
             moved = self._move(vectors)
             lengths = _measure_lengths(moved)
-        bad = np.flatnonzero(~(lengths <= np.finfo(np.float32).max) | (lengths == 0))
+        empty = ~vectors.any(1)  # of an image that shows nothing; less the mean it would have a direction all the same
+        bad = np.flatnonzero(~(lengths <= np.finfo(np.float32).max) | (lengths == 0) | empty)
         if len(bad):
-            about = "zero after centring" if self.mean is not None else "zero"
-            what = about if lengths[bad[0]] == 0 else "not finite (NaN or too large)"
-            raise SearchError(
-                f"the vector of {name_of(int(bad[0]))} is {what}: it has no direction to compare; leave it out"
-            )
+            first = int(bad[0])
+            about = "zero" if empty[first] else "zero after centring"
+            what = about if empty[first] or lengths[first] == 0 else "not finite (NaN or too large)"
+            raise SearchError(f"the vector of {name_of(first)} is {what}: it has no direction to compare; leave it out")
         return cast(FloatArray, moved / lengths[:, None].astype(np.float32))
 
     def _move(self, vectors: NDArray[Any]) -> FloatArray:

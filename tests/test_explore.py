@@ -215,6 +215,7 @@ def test_a_case_tells_its_labels_stacks_and_what_runs_said_of_it_out_of_fold(
     assert told["labels"] | {"case_id": "phantom_001"} == labels
     (stack,) = told["stacks"]
     assert (stack["view"], stack["slices"], stack["preview"]) == ("ct/axial", 4, 32)
+    assert stack["image"] == [0, 0, 1, 1]
     assert len(stack["indices"]) == len(stack["positions_mm"]) == len(stack["blank"]) == 4
     said = {each["run"]: each for each in told["predictions"]}["lesion.logistic"]
     run = open_run(next(path for path in explored.runs if path.name == "lesion.logistic"))

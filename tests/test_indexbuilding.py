@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from embedkit import indexseals, pictures
 from embedkit.cache import StackTokens, create_cache, open_cache, write_shard
 from embedkit.casevectors import join_embeddings
 from embedkit.embeddings import Embedding, embed_cases, parse_embeddings
@@ -144,6 +145,85 @@ def test_a_case_added_must_not_lack_the_labels_of_the_others_unless_that_is_said
     assert list_unlabelled(more.cases) == ["c05", "c06"] and more.cases["sex"].null_count() == 3
     make_cache(cache, range(7, 8))
     assert add_cases(build_index(cache, tmp_path / "plain", cases=["c00"]), cache=cache)[1][-1] == "c07"
+
+
+@pytest.mark.parametrize(
+    ("level", "embedding"),
+    [
+        ("case", "aligned:patch@2"),
+        ("case", "grid:patch@2"),
+        ("case", "mean:cls+mean:patch@2"),
+        ("slice", "mean:cls"),
+        ("slice", "grid:patch@2"),
+    ],
+)
+def test_blank_constant_and_one_slice_cases_are_left_out_or_found(tmp_path: Path, level: str, embedding: str) -> None:
+    """A case of blank slices alone has no direction; of one slice, or of equal slices, it has."""
+    cache = make_cache(tmp_path / "cache", range(30))
+    equal = stack(31)
+    tokens = {name: np.repeat(values[:1], 9, 0) for name, values in equal.tokens.items()}
+    odd = [
+        replace(stack(30), blank=np.ones(9, bool)),
+        replace(equal, tokens=tokens, blank=np.zeros(9, bool)),
+        replace(stack(32, slices=2)),  # the first of the two is blank
+    ]
+    write_shard(cache, RECIPE, odd)
+    index = build_index(cache, tmp_path / "index", level=level, embedding=embedding)
+    assert len(index) == 32 and index.details["without_usable_slice"] == ["c30"]
+    for case_id in ("c31", "c32"):
+        for rerank in ("none", "ordered"):
+            found = search(index, case_id=case_id, k=3, rerank=rerank)
+            assert found.height == 3 and found["similarity"].is_finite().all() and case_id not in set(found["case_id"])
+    with pytest.raises(SearchError, match="has no case c30"):
+        search(index, case_id="c30")
+    write_shard(cache, RECIPE, [replace(stack(33), blank=np.ones(9, bool)), stack(34)])
+    more, taken = add_cases(index)
+    assert taken == ["c34"] and more.details["without_usable_slice"] == ["c30", "c33"] and len(more) == 33
+    again, taken = add_cases(more)
+    assert taken == [] and again is more
+    write_shard(cache, RECIPE, [replace(stack(35), blank=np.ones(9, bool))])
+    assert add_cases(more)[0].details["without_usable_slice"] == ["c30", "c33", "c35"]
+    zero = np.zeros(index.dim, np.float32)
+    with pytest.raises(SearchError, match="the vector of query 0 is zero: it has no direction to compare"):
+        index.search(zero, 3)
+
+
+@pytest.mark.parametrize("by_patch", [False, True])
+def test_no_heat_is_drawn_beside_the_image(tmp_path: Path, by_patch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_cache(tmp_path / "cache", RECIPE)
+    boxed = [replace(stack(number), box=(-4, 0, 16, 16)) for number in range(4)]
+    write_shard(tmp_path / "cache", RECIPE, boxed)
+    index = build_index(tmp_path / "cache", tmp_path / "index")
+    drawn: list[Any] = []
+    monkeypatch.setattr(pictures, "plot_montage", lambda *_, overlays, **__: drawn.extend(overlays) or b"")
+    found = search(index, case_id="c00", k=2, by_patch=by_patch)
+    matches = match_cases(index, "c00", found["case_id"].to_list(), by_patch=by_patch)
+    pictures.draw_similar_cases(index, found, tmp_path / "m.png", query="c00", matches=matches, pairs=2)
+    inside = np.zeros((8, 8), bool)
+    inside[2:6, :4] = True
+    assert len(drawn) == 8
+    assert all((heat[~inside] == 0).all() for heat in drawn) and max(heat[inside].max() for heat in drawn) > 0.5
+
+
+def test_a_cache_that_shows_nothing_gives_no_index(tmp_path: Path) -> None:
+    create_cache(tmp_path / "cache", RECIPE)
+    write_shard(tmp_path / "cache", RECIPE, [replace(stack(n), blank=np.ones(9, bool)) for n in range(2)])
+    with pytest.raises(SearchError, match=r"every slice of the 2 cases in .*cache is blank; there is nothing to comp"):
+        build_index(tmp_path / "cache", tmp_path / "index")
+
+
+def test_damage_does_not_pass_into_a_changed_index(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexseals, "_CHECKED_WHOLE_BYTES", 1000)
+    index = build_index(cache, tmp_path / "index", whiten=0)
+    file = index.path / "vectors.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    for change in (lambda: remove_cases(index, ["c00"]), lambda: add_cases(index)):
+        with pytest.raises(SearchError, match=r"vectors.npy is damaged: it is not what was written; build the index"):
+            change()
 
 
 @pytest.mark.parametrize("level", ["case", "slice"])

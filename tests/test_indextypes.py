@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from embedkit import indexfiles, unitvectors
+from embedkit import indexfiles, indexwriting, unitvectors
 from embedkit.errors import OptionError, SearchError
 from embedkit.index import Index, open_index
 from embedkit.indextypes import KINDS, IndexOptions, plan_index
@@ -185,6 +186,45 @@ def test_an_index_that_another_changed_meanwhile_is_left_alone(tmp_path: Path) -
     with pytest.raises(SearchError, match=r"was changed by another since it was opened; open it and change it again"):
         rewrite_index(late, vectors[:100], table_of(100))
     assert len(open_index(index.path)) == 200 and [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_added_and_withdrawn_without_building_anew(
+    indexes: dict[str, Index], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more, built = np.concatenate([clustered(), clustered(300, seed=8)]), []
+    real = indexwriting._build
+    monkeypatch.setattr(indexwriting, "_build", lambda *given: built.append(len(given[1])) or real(*given))
+    shutil.copytree(indexes[kind].path, tmp_path / kind)
+    index = open_index(tmp_path / kind)
+    grown = rewrite_index(index, more, table_of(10_300), kept=np.arange(CASES))
+    assert built == [] and (grown.count, grown.tuning.changed, grown.tuning.vectors) == (10_300, 300, CASES)
+    assert grown.tuning.effort == index.tuning.effort
+    assert recall_of(grown, clustered(200, seed=1), more) >= 0.9
+    kept = np.flatnonzero(np.arange(10_300) % 50 != 7)
+    left = rewrite_index(grown, more[kept], table_of(10_300)[kept.tolist()], kept=kept)
+    assert built == ([len(kept)] if kind == "hnsw" else [])
+    assert left.count == len(kept) and left.tuning.changed == (0 if kind == "hnsw" else 506)
+    found = left.search(more[kept[::100]], 1, where="n % 2 = 0 OR n % 2 = 1")
+    assert np.mean(found["n"].to_numpy() == kept[::100]) > (0.8 if kind == "ivfpq" else 0.97)
+    assert not set(left.search(more[7::50], 5)["n"]) & set(range(7, 10_300, 50))
+
+
+def test_what_changed_much_is_built_anew_and_tuned_again(tmp_path: Path) -> None:
+    vectors = clustered(1_200)
+    options = IndexOptions(kind="ivf", recall=0.5)
+    index = write_index(
+        vectors[:1_000], table_of(1_000), embedding="m", recipe=RECIPE, out=tmp_path / "index", options=options
+    )
+    assert (index.tuning.vectors, index.tuning.changed) == (1_000, 0)
+    few = rewrite_index(index, vectors[:1_060], table_of(1_060), kept=np.arange(1_000))
+    assert (few.tuning.vectors, few.tuning.changed) == (1_000, 60)
+    many = rewrite_index(few, vectors[:1_120], table_of(1_120), kept=np.arange(1_060))
+    assert (many.tuning.vectors, many.tuning.changed) == (1_120, 0)
+    bad = np.concatenate([vectors[:1_120], np.zeros((1, DIM), np.float32)])
+    with pytest.raises(SearchError, match="the vector of case c1120 is zero"):
+        rewrite_index(many, bad, table_of(1_121), kept=np.arange(1_120))
+    assert open_index(index.path).count == 1_120
 
 
 def test_whitening_gives_every_component_about_the_same_variance() -> None:

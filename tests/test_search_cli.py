@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from embedkit.cli.main import app
 from typer.testing import CliRunner
 
 import embedkit
-from embedkit.errors import EmbedkitError, ExtractionError, ManifestError, SearchError
+from embedkit.errors import EmbedkitError, ExtractionError, ManifestError, OptionError, SearchError
+from embedkit.indexwriting import write_index
 
 if TYPE_CHECKING:
     from conftest import Explored
@@ -118,16 +120,25 @@ def test_a_case_that_cannot_be_read_stops_no_other_and_is_told(
 
 
 def test_a_view_that_the_index_does_not_know_is_named(explored: Explored, asked: pl.DataFrame, tmp_path: Path) -> None:
-    asked.drop("view").write_csv(tmp_path / "new.csv")
-    with pytest.raises(SearchError, match=r"the manifest has view image, but index .* knows ct; name the views in its"):
+    asked.with_columns(view=pl.lit("mr")).write_csv(tmp_path / "new.csv")
+    with pytest.raises(SearchError, match=r"the manifest has view mr, but index .* knows ct; name the views in its"):
         embedkit.search_manifest(explored.index, tmp_path / "new.csv")
+
+
+def test_a_manifest_without_views_is_of_the_one_view_of_the_index(
+    explored: Explored, asked: pl.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = embedkit.search_manifest(explored.index, asked.drop("view").head(1), k=2)
+    assert found.equals(embedkit.search_manifest(explored.index, asked.head(1), k=2))
+    index = embedkit.open_index(explored.index)
+    monkeypatch.setitem(index.details, "views", ["ct/axial", "mr/axial"])
+    with pytest.raises(SearchError, match=r"the manifest has no column view, but index .* knows ct, mr; add the col"):
+        embedkit.search_manifest(index, asked.drop("view"))
 
 
 def test_a_frame_is_a_manifest_as_a_file_is(explored: Explored, asked: pl.DataFrame) -> None:
     whole = embedkit.search_manifest(explored.index, asked.with_columns(patient_id=pl.lit(None, pl.String)), k=2)
     assert embedkit.search_manifest(explored.index, asked, k=2).equals(whole)
-    with pytest.raises(SearchError, match="the manifest has view image, but index"):
-        embedkit.search_manifest(explored.index, asked.drop("view"))
     with pytest.raises(ManifestError, match="the manifest: lacks the column path; found case_id, view"):
         embedkit.search_manifest(explored.index, asked.drop("path"))
 
@@ -222,7 +233,11 @@ def test_a_query_whose_value_nobody_told_leaves_nobody_out_in_silence(
         (("--volume", path), "patient_id", r"no case of the index; say its value \(--exclude-same patient_id=VALUE\)"),
         (("--volume", path), "site=a", "exclude_same names 'site', but the cases have case_id, patient_id"),
         (("--volume", path), "volume_mm3=big", "'big' is no value of column 'volume_mm3', which holds Float64"),
-        (("--case", case), "patient_id=p", f"exclude_value 'p': case {case} of the index has its own patient_id"),
+        (
+            ("--case", case),
+            "patient_id=p",
+            rf"case {case} of the index has its own patient_id; leave the value out \(--exclude-same patient_id\)",
+        ),
     ):
         with pytest.raises(SearchError, match=message):
             call("search", explored.index, *query, "--exclude-same", column)
@@ -239,13 +254,54 @@ def test_a_query_whose_value_nobody_told_leaves_nobody_out_in_silence(
 def test_an_image_that_cannot_be_a_query_is_told_by_its_name_once(explored: Explored, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "study").mkdir()
+    for name in ("CT", "PET"):
+        (tmp_path / "patient" / name).mkdir(parents=True)
     for name, message in (
         ("gone.nii", r"gone.nii is not there; give an image file, or the folder of one DICOM series$"),
         ("notes.txt", r"notes.txt cannot be a query: not a format that embedkit reads"),
-        ("study", r"study cannot be a query: [^/]*DICOM"),
+        ("study", r"study cannot be a query: [^/]*DICOM[^/]*lie$"),
+        ("patient", r"patient cannot be a query: holds no DICOM image directly; .* files lie, perhaps CT, PET$"),
     ):
         with pytest.raises(SearchError, match=message):
             call("search", explored.index, "--volume", tmp_path / name)
+
+
+def test_a_picture_that_cannot_be_is_refused_before_the_search(explored: Explored, tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for place, message in (
+        (tmp_path / "gone" / "m.png", r"m.png lies in .*gone, which is not there; name a file in a folder that is"),
+        (tmp_path / "folder.png", "folder.png is a folder; name a file"),
+        (tmp_path / "m.jpg", "does not end in .png, the only kind"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            call("search", explored.index, "--case", "no such case", "--montage", place)
+    index = embedkit.build_index(explored.cache, tmp_path / "index")
+    write_index(
+        index.read_vectors(),
+        index.cases,
+        embedding="m",
+        recipe=replace(index.recipe, preview=0),
+        out=tmp_path / "bare",
+    )
+    with pytest.raises(SearchError, match="keeps no pictures of slices to draw; extract with --preview 64"):
+        call("search", tmp_path / "bare", "--case", "no such case", "--montage", tmp_path / "m.png")
+
+
+def test_a_search_that_leaves_nothing_says_what_left_nothing(explored: Explored) -> None:
+    case = embedkit.open_index(explored.index).cases["case_id"][3]
+    out, told = call("search", explored.index, "--case", case, "--where", "case_id = 'x'", "--json")
+    assert json.loads(out) == [] and told == "no case is left by --where \"case_id = 'x'\"\n"
+
+
+def test_the_vector_of_a_slice_finds_the_cases_of_slices_like_it(explored: Explored, tmp_path: Path) -> None:
+    index = embedkit.build_index(explored.cache, tmp_path / "index", level="slice", embedding="grid:patch@4")
+    np.save(tmp_path / "slice.npy", np.asarray(index.read_vectors()[20], np.float32))
+    found = ask(tmp_path / "index", "--vector", tmp_path / "slice.npy", "-k", 3)
+    assert index.rows is not None and len({row["case_id"] for row in found}) == 3
+    assert found[0]["case_id"] == index.cases["case_id"][index.rows["case"][20]]
+    assert found[0]["similarity"] == pytest.approx(1, abs=1e-3)
+    own = ask(tmp_path / "index", "--vector", tmp_path / "slice.npy", "--where", f"case_id != '{found[0]['case_id']}'")
+    assert found[0]["case_id"] not in {row["case_id"] for row in own} and len(own) > 3
 
 
 def test_judging_an_index_of_a_run_says_what_it_is_worth(explored: Explored, tmp_path: Path) -> None:

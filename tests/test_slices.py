@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from embedkit import slices
 from embedkit.errors import OptionError, VolumeError
+from embedkit.patches import frame_image, measure_image_cover
 from embedkit.planes import cut_slices, foreground_extent, restore_volume
 from embedkit.recipe import Recipe
 from embedkit.slices import (
@@ -590,6 +591,17 @@ def test_cover_is_the_share_of_each_patch() -> None:
     mask[0, 0:2, 0:4] = 1
     cover = measure_patch_cover(mask, indices=np.array([0]), box=(-4, 0, 12, 12), plane="axial", grid=(3, 3))
     np.testing.assert_allclose(cover[0], [[0, 0, 0], [0.5, 0, 0], [0, 0, 0]])
+
+
+def test_image_cover_is_the_share_of_each_part_that_is_image() -> None:
+    cover = measure_image_cover((8, 8), box=(-4, 2, 12, 12), grid=(3, 3))
+    np.testing.assert_allclose(cover, np.outer([0, 1, 1], [1, 0.5, 0]))
+    whole = measure_patch_cover(
+        np.ones((1, 8, 8)), indices=np.array([0]), box=(-4, 2, 12, 12), plane="axial", grid=(3, 3)
+    )
+    np.testing.assert_allclose(cover, whole[0])
+    assert frame_image((8, 8), (-4, 2, 12, 12)) == pytest.approx((0, 1 / 3, 0.5, 1))
+    assert frame_image((8, 8), (0, 0, 8, 8)) == frame_image((8, 8), (2, 2, 4, 4)) == (0, 0, 1, 1)
 
 
 # real scans

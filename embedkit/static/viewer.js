@@ -92,9 +92,14 @@ export class Viewer {
     context.drawImage(greyCanvas(this.#bytes, this.#state.row, this.#stack.preview), 0, 0, width, height);
     const { heat, opacity } = this.#state;
     if (heat && opacity > 0) {
+      const [left, top, right, bottom] = this.#stack.image;
+      context.save();
+      context.beginPath(); // none beside the image, where its slice was filled up to a square
+      context.rect(left * width, top * height, (right - left) * width, (bottom - top) * height);
+      context.clip();
       context.globalAlpha = opacity;
       context.drawImage(heatCanvas(heat.values, heat.row, heat.grid), 0, 0, width, height);
-      context.globalAlpha = 1;
+      context.restore();
     }
     this.#paintLetters(context, width, height);
   }
