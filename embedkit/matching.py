@@ -245,10 +245,13 @@ def compare_patches(query: StackSlices, other: StackSlices) -> FloatArray:
     votes = np.ones((slices, patches), np.float32) if query.votes is None else query.votes
     shares = (votes / np.maximum(votes.sum(1, keepdims=True), np.finfo(np.float32).tiny)).reshape(-1)
     voting = np.flatnonzero(shares)
-    cosines = query.patches.reshape(-1, dim)[voting] @ other.patches.reshape(-1, dim).T
-    best = cosines.reshape(len(voting), *other.patches.shape[:2]).max(2)
+    chosen = query.patches.reshape(-1, dim)[voting]
+    best = chosen @ other.patches[:, 0].T
+    for place in range(1, other.patches.shape[1]):  # no array of all pairs of patches
+        np.maximum(best, chosen @ other.patches[:, place].T, out=best)
     found = np.zeros((slices, best.shape[1]), np.float32)
-    np.add.at(found, voting // patches, shares[voting, None] * best)
+    owners, firsts = np.unique(voting // patches, return_index=True)
+    found[owners] = np.add.reduceat(shares[voting, None] * best, firsts)
     return found
 
 

@@ -5,7 +5,7 @@ Searches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -98,14 +98,15 @@ def open_source(index: Index, cache: str | Path | Cache | None = None) -> Cache:
     return source
 
 
-def open_slices(index: Index, cache: Cache) -> SliceReader:
-    """Reads slices from a cache as the index compares them."""
+def open_slices(index: Index, cache: Cache, cases: Sequence[str] | None = None) -> SliceReader:
+    """Reads slices from a cache as the index compares them; of these cases alone where they are named."""
     return SliceReader(
         cache,
         Embedding.parse(index.details["slices"]),
         index.details["views"],
         index.extras["slice_centres"],
         index.extras.get("slice_whitening"),
+        cases=cases,
     )
 
 
@@ -115,7 +116,7 @@ def read_case_query(index: Index, cache: Cache, case_id: str, *, region: Region 
     Raises:
         SearchError: the cache lacks the case, or it cannot be searched for by a region.
     """
-    slices = open_slices(index, cache).read(case_id, region=region)
+    slices = open_slices(index, cache, [case_id]).read(case_id, region=region)
     vector = None if region is None else embed_region(index, cache, case_id, slices)
     previews = read_previews(cache, case_id)
     return Query(
@@ -145,8 +146,10 @@ def outline_region(
 
 def measure_frames(cache: Cache, case_id: str, previews: Previews | None) -> Mapping[str, FloatArray]:
     """Where the image lies in the previews of a case; see `Query`."""
+    if previews is None:
+        return {}
     found = {}
-    for name, stack in _list_stacks(cache, case_id).items() if previews is not None else ():
+    for name, stack in _list_stacks(cache, case_id).items():
         record, shape = cache.record(stack), previews[name].shape
         found[name] = measure_image_cover(record.plane_shape, box=record.box, grid=(shape[1], shape[2]))
     return found

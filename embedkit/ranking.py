@@ -152,8 +152,8 @@ def list_excluded(
 def _score(index: Index, source: Cache | None, query: Query, case_ids: Sequence[str], options: Ranking) -> FloatArray:
     """How alike the query is to cases of the index: by vectors that the index keeps, or by patches from the cache."""
     if options.by_patch:
-        reader = open_slices(index, cast(Cache, source))
-        others = [reader.read(case_id) for case_id in case_ids]
+        reader = open_slices(index, cast(Cache, source), case_ids)
+        others = [reader.read(case_id, patches_alone=True) for case_id in case_ids]
         return score_slices(query.slices, others, order=options.order, by_patch=True)
     numbers = index.number_cases(case_ids)
     return open_store(index, numbers).score(query.slices, numbers, order=options.order)

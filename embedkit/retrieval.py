@@ -332,7 +332,7 @@ def match_cases(
     opened = index if isinstance(index, Index) else open_index(index)
     source = open_source(opened, cache)
     asked = read_case_query(opened, source, query) if isinstance(query, str) else query
-    reader = open_slices(opened, source)
+    reader = open_slices(opened, source, others)
     by_patch = by_patch or has_votes(asked.slices)
     return [match_slices(asked.slices, reader.read(case_id), order=order, by_patch=by_patch) for case_id in others]
 

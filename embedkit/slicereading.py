@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import cast
 
 import numpy as np
+import polars as pl
+import torch
 from numpy.typing import NDArray
 
 from embedkit.cache import Cache
@@ -38,6 +40,8 @@ class SliceReader:
         views: Sequence[str],
         centres: FloatArray,
         whitening: FloatArray | None = None,
+        *,
+        cases: Sequence[str] | None = None,
     ) -> None:
         """Takes what was fitted on the cache that was indexed.
 
@@ -47,6 +51,7 @@ class SliceReader:
             views: ``view/plane`` names.
             centres: float32 [views patches dim], the mean token of each view, of `measure_centres`.
             whitening: float32 [dim kept], what the vectors of slices are multiplied with; None leaves them.
+            cases: The only ones that will be read, so that no others are looked for; None is any.
 
         Raises:
             SearchError: the cache lacks the token set.
@@ -58,7 +63,10 @@ class SliceReader:
         self._whitening = whitening
         self._centres = dict(zip(views, centres, strict=True))
         self._stacks: dict[str, dict[str, int]] = {}
-        for stack, case, view, plane in cache.stacks.select("stack", "case_id", "view", "plane").iter_rows():
+        table = cache.stacks.select("stack", "case_id", "view", "plane")
+        for stack, case, view, plane in (
+            table if cases is None else table.filter(pl.col("case_id").is_in(list(cases)))
+        ).iter_rows():
             if f"{view}/{plane}" in self._centres:
                 self._stacks.setdefault(case, {})[f"{view}/{plane}"] = stack
 
@@ -66,8 +74,10 @@ class SliceReader:
         """Whether the cache has the case in one of the views."""
         return case_id in self._stacks
 
-    def read(self, case_id: str, *, region: Region | None = None) -> CaseSlices:
+    def read(self, case_id: str, *, region: Region | None = None, patches_alone: bool = False) -> CaseSlices:
         """The slices of a case; with a region those that it touches, each patch voting by its share in it.
+
+        ``patches_alone`` gives no vectors, which takes half the time: for cases that are compared patch by patch.
 
         Raises:
             SearchError: the cache has no such case in the views compared, or the region touches none of its patches.
@@ -77,7 +87,10 @@ class SliceReader:
                 f"cache {self._cache.path} has no case {case_id} in {', '.join(self.views)}; give the cache that was"
                 " indexed (--cache)"
             )
-        found = {view: self._read_stack(view, stack) for view, stack in self._stacks[case_id].items()}
+        found = {
+            view: self._read_stack(view, stack, patches_alone=patches_alone)
+            for view, stack in self._stacks[case_id].items()
+        }
         if region is None:
             return found
         chosen = {view: self._keep_region(found[view], stack, region) for view, stack in self._stacks[case_id].items()}
@@ -102,10 +115,15 @@ class SliceReader:
             lengths=None if slices.lengths is None else slices.lengths[kept],
         )
 
-    def _read_stack(self, view: str, stack: int) -> StackSlices:
+    def _read_stack(self, view: str, stack: int, *, patches_alone: bool) -> StackSlices:
         table = self._cache.slices(stack)
         rows = np.flatnonzero(~table.blank)
         tokens = self._cache.read(stack, self.embedding.token_set)[rows].reshape(len(rows), *self._centres[view].shape)
+        if patches_alone:
+            patches = torch.from_numpy(tokens).float().numpy()  # four times as fast as numpy's conversion
+            patches -= self._centres[view]
+            patches /= _measure_lengths(patches)[..., None]
+            return StackSlices(rows, table.indices[rows], np.empty((len(rows), 0), np.float32), patches)
         centred = np.subtract(tokens, self._centres[view], dtype=np.float32)
         vectors = self.embedding.slice_vectors(centred)
         moved = vectors if self._whitening is None else vectors @ self._whitening
