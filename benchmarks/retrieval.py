@@ -57,7 +57,7 @@ from embedkit.training import train
 from embedkit.volumes import read_volume
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-RERANKS = ("none", "free", "ordered")
+RERANKS = ("none", "free", "ordered", "both")
 MOST_PIXELS = 48
 COMPONENTS = 64
 MODALITIES = {"CT": "CT", "PET": "PET", "MR_T1": "MR"}

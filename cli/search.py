@@ -50,7 +50,11 @@ def search_command(
         typer.Option(help="Part of the query that votes: mask file, voxels:I,J,K,I,J,K or mm:X,Y,Z,X,Y,Z (RAS+)."),
     ] = None,
     rerank: Annotated[
-        str | None, typer.Option(help="Rank again by slices: none, free or ordered; default: ordered, of a run none.")
+        str | None,
+        typer.Option(
+            help="Rank again by slices: none, free, ordered, or both, with the vectors; default: both, of slices and"
+            " regions ordered, of a run none."
+        ),
     ] = None,
     by_patch: Annotated[bool, typer.Option("--by-patch", help="Compare slices patch by patch, in any place.")] = False,
     candidates: Annotated[int, typer.Option(help="How many cases are ranked again.")] = 100,

@@ -22,7 +22,7 @@ def search_eval_command(
         str | None, typer.Option(help="Column that must differ from the query's: patient_id.")
     ] = None,
     rerank: Annotated[
-        str | None, typer.Option(help="Rank again by slices: none, free or ordered; default: as search does.")
+        str | None, typer.Option(help="Rank again by slices: none, free, ordered or both; default: as search does.")
     ] = None,
     by_patch: Annotated[bool, typer.Option("--by-patch", help="Compare slices patch by patch, in any place.")] = False,
     candidates: Annotated[int, typer.Option(help="How many cases are ranked again.")] = 100,

@@ -258,11 +258,9 @@ def restrict_cache(cache: Cache, case_ids: Sequence[str]) -> Cache:
 
 def part_blank(cache: Cache) -> tuple[Cache, list[str]]:
     """The same open cache without the cases of which every slice is blank, and these."""
-    stacks = cache.stacks.group_by("case_id", maintain_order=True).agg(
-        shown=(pl.col("count") > pl.col("blank_count")).any()
-    )
-    blank = stacks.filter(~pl.col("shown"))["case_id"].to_list()
-    return (restrict_cache(cache, stacks.filter("shown")["case_id"].to_list()), blank) if blank else (cache, [])
+    shown = set(cache.stacks.filter(pl.col("count") > pl.col("blank_count"))["case_id"])
+    blank = [case for case in dict.fromkeys(cache.stacks["case_id"].to_list()) if case not in shown]
+    return (restrict_cache(cache, sorted(shown)), blank) if blank else (cache, [])
 
 
 def _coarse_patches(cache: Cache) -> str | None:

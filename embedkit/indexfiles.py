@@ -54,7 +54,7 @@ __all__ = [
 
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OptionError)
 _PLACES = ("cache", "run")  # details that are folders: given and read in full, kept relative to the index
-_RESERVED = ("query", "rank", "similarity", "recall_rank", "view", "plane", "slice")
+_RESERVED = ("query", "rank", "similarity", "recall_rank", "vectors_similarity", "view", "plane", "slice")
 _MAPPED_FROM_BYTES = 1 << 28
 
 

@@ -90,6 +90,11 @@ def _name_scores(found: pl.DataFrame, matches: Sequence[Match]) -> list[str]:
     """
     what = "patches" if matches[0].by_patch else "slices"
     rows = found.select("rank", "case_id", "similarity").iter_rows()
+    if "vectors_similarity" in found.columns:
+        return [
+            f"{rank}. {case}\n{similarity:.3f}: vectors {vectors:.3f}\nall {what} {match.similarity:.3f}"
+            for (rank, case, similarity), vectors, match in zip(rows, found["vectors_similarity"], matches, strict=True)
+        ]
     if "recall_rank" in found.columns:
         return [f"{rank}. {case}\nall {what} {similarity:.3f}" for rank, case, similarity in rows]
     return [

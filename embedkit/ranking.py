@@ -25,8 +25,9 @@ __all__ = ["RERANKS", "Ranking", "find_by_slices", "list_excluded", "open_store"
 
 FloatArray = NDArray[np.float32]
 
-RERANKS = ("none", *ORDERS)
-"""How cases found by their vectors are ranked again by their slices."""
+RERANKS = ("none", *ORDERS, "both")
+"""How cases found by their vectors are ranked again by their slices; ``both`` by the mean of the cosine of the vectors
+and of the ordered similarity of the slices, a plain sum of scores (CombSUM; Fox and Shaw 1994)."""
 
 _HITS_PER_SLICE = 64
 
@@ -55,12 +56,17 @@ class Ranking:
         by_patch: bool = False,
         candidates: int = 100,
     ) -> Self:
-        """The options on an index; without a word the vectors of a run, which know its task, are not ranked again.
+        """The options on an index.
+
+        Without a word the vectors of a run, which know its task, are not ranked again; those of other cases count
+        beside their slices; and slices or patches that rank alone do so in order.
 
         Raises:
             OptionError, SearchError: an option that means nothing.
         """
-        said = ("none" if "run" in index.details else "ordered") if rerank is None else rerank
+        alone = index.level == "slice" or by_patch
+        usual = "none" if "run" in index.details else "ordered" if alone else "both"
+        said = usual if rerank is None else rerank
         return cls(k, where, exclude_same, said, by_patch, candidates, index.level)
 
     def __post_init__(self) -> None:
@@ -80,7 +86,7 @@ class Ranking:
     def order(self) -> Order:
         """How slices choose: as they rank, and in order where they only tell why, since vectors of cases ranked."""
         explains = self.rerank == "none" and not self.by_patch and self.level == "case"
-        return "ordered" if self.rerank == "ordered" or explains else "free"
+        return "ordered" if self.rerank in ("ordered", "both") or explains else "free"
 
 
 def rank_cases(index: Index, source: Cache | None, query: Query, options: Ranking) -> pl.DataFrame:
@@ -89,7 +95,12 @@ def rank_cases(index: Index, source: Cache | None, query: Query, options: Rankin
     if not options.by_slices or found.is_empty():
         return found
     scores = _score(index, source, query, found["case_id"].to_list(), options)
-    ranked = found.rename({"rank": "recall_rank"}).with_columns(similarity=pl.Series(scores))
+    ranked = found.rename({"rank": "recall_rank"})
+    beside = []
+    if options.rerank == "both":
+        ranked, beside = ranked.with_columns(vectors_similarity="similarity"), ["vectors_similarity"]
+        scores = (scores + ranked["similarity"].to_numpy()) / 2
+    ranked = ranked.with_columns(similarity=pl.Series(scores))
     ranked = ranked.sort("similarity", descending=True, maintain_order=True).head(min(options.k, len(ranked)))
     return ranked.select(
         pl.int_range(1, pl.len() + 1).alias("rank"),
@@ -97,7 +108,8 @@ def rank_cases(index: Index, source: Cache | None, query: Query, options: Rankin
         "patient_id",
         "similarity",
         "recall_rank",
-        pl.exclude("case_id", "patient_id", "similarity", "recall_rank"),
+        *beside,
+        pl.exclude("case_id", "patient_id", "similarity", "recall_rank", *beside),
     )
 
 

@@ -72,15 +72,17 @@ def search(
         region: A part of the query; only its patches vote. Ranks again, patch by patch.
         rerank: ``none`` ranks by the vectors, those of slices by the mean over the query's of the best that a case has
             among the nearest 64 or more; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
-            their slices, as `match_cases` compares them. None is ``ordered``, which did as well as ``free``
-            where that was measured; but ``none`` for a vector, and for the vectors of a run, which know its task.
+            their slices, as `match_cases` compares them; ``both`` by the mean of ``none`` and ``ordered``. None is
+            ``both``, which did best where that was measured; but ``ordered`` for slices, patches and regions, and
+            ``none`` for a vector, and for the vectors of a run, which know its task.
         by_patch: Rank again patch by patch.
         candidates: How many cases are ranked again, at least ``k``.
         cache: Where slices are read; None is the cache that was indexed.
 
     Returns:
         One row per case found, most similar first: ``rank``, ``case_id``, ``patient_id``, ``similarity`` (cosine; of
-        slices, where they ranked), then ``recall_rank`` (by the vectors alone), and the index's further columns.
+        slices, where they ranked), then ``recall_rank`` (by the vectors alone; of ``both`` also
+        ``vectors_similarity``), and the index's further columns.
 
     Raises:
         SearchError: no query or several, unknown case, bad filter, a view that the index does not know, or a region

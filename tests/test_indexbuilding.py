@@ -83,7 +83,7 @@ def test_slices_kept_in_the_index_are_those_of_the_cache(cache: Path, tmp_path: 
     reader = open_slices(index, open_cache(cache))
     others = [f"c{number:02}" for number in range(1, 9)]
     scores = score_slices(reader.read("c00"), [reader.read(case_id) for case_id in others], order="ordered")
-    found = search(index, case_id="c00", k=39)
+    found = search(index, case_id="c00", k=39, rerank="ordered")
     by_case = dict(found.select("case_id", "similarity").iter_rows())
     np.testing.assert_allclose([by_case[case_id] for case_id in others], scores, atol=2e-3)
     match = match_cases(index, "c00", ["c01"], order="ordered")[0]
@@ -92,15 +92,38 @@ def test_slices_kept_in_the_index_are_those_of_the_cache(cache: Path, tmp_path: 
 
 def test_ranking_by_slices_finds_the_other_case_of_the_patient(cache: Path, tmp_path: Path) -> None:
     index = build_index(cache, tmp_path / "index")
-    for rerank in ("none", "free", "ordered"):
+    for rerank in ("none", "free", "ordered", "both"):
         first = [search(index, case_id=f"c{n:02}", k=1, rerank=rerank)["case_id"][0] for n in range(0, CASES, 2)]
         assert np.mean([case == f"c{n + 1:02}" for case, n in zip(first, range(0, CASES, 2), strict=True)]) > 0.9
-    found = search(index, case_id="c00", k=3, candidates=5)
+    found = search(index, case_id="c00", k=3, candidates=5, rerank="ordered")
     assert found.columns == ["rank", "case_id", "patient_id", "similarity", "recall_rank"]
     assert found["rank"].to_list() == [1, 2, 3] and found["recall_rank"].max() <= 5
     assert found["similarity"].is_sorted(descending=True)
     others = search(index, case_id="c00", k=3, exclude_same="patient_id", where="case_id < 'c10'")
     assert "c01" not in others["case_id"].to_list() and others.height == 3
+
+
+def test_both_is_the_mean_of_what_vectors_and_slices_say_and_the_default(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index")
+    parts = {how: search(index, case_id="c00", k=39, rerank=how) for how in ("none", "ordered", "both")}
+    assert search(index, case_id="c00", k=39).equals(parts["both"])
+    assert parts["both"].columns[:6] == [
+        "rank",
+        "case_id",
+        "patient_id",
+        "similarity",
+        "recall_rank",
+        "vectors_similarity",
+    ]
+    said = {how: dict(found.select("case_id", "similarity").iter_rows()) for how, found in parts.items()}
+    for row in parts["both"].iter_rows(named=True):
+        case = row["case_id"]
+        assert row["vectors_similarity"] == pytest.approx(said["none"][case], abs=1e-6)
+        assert row["similarity"] == pytest.approx((said["none"][case] + said["ordered"][case]) / 2, abs=1e-6)
+    assert parts["both"]["similarity"].is_sorted(descending=True)
+    for other in ({"by_patch": True}, {"region": Region.parse("voxels:0,0,0,4,4,9")}):
+        ordered = search(index, case_id="c00", k=5, rerank="ordered", **other)
+        assert search(index, case_id="c00", k=5, **other).equals(ordered)
 
 
 def test_cases_added_later_stand_where_they_would_have_stood(cache: Path, tmp_path: Path) -> None:
@@ -364,7 +387,7 @@ def test_regions_that_cannot_be_searched_for_are_refused(cache: Path, tmp_path: 
 
 def test_options_that_mean_nothing_are_refused(cache: Path, tmp_path: Path) -> None:
     index = build_index(cache, tmp_path / "index")
-    with pytest.raises(OptionError, match="rerank 'some' is unknown; give none, free, ordered"):
+    with pytest.raises(OptionError, match="rerank 'some' is unknown; give none, free, ordered, both"):
         search(index, case_id="c00", rerank="some")
     with pytest.raises(OptionError, match="candidates is 0, expected at least 1"):
         search(index, case_id="c00", candidates=0)
