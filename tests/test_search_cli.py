@@ -260,7 +260,7 @@ def test_an_image_that_cannot_be_a_query_is_told_by_its_name_once(explored: Expl
         ("gone.nii", r"gone.nii is not there; give an image file, or the folder of one DICOM series$"),
         ("notes.txt", r"notes.txt cannot be a query: not a format that embedkit reads"),
         ("study", r"study cannot be a query: [^/]*DICOM[^/]*lie$"),
-        ("patient", r"patient cannot be a query: holds no DICOM image directly; .* files lie, perhaps CT, PET$"),
+        ("patient", r"patient cannot be a query: holds no DICOM image directly; .* files lie \(CT, PET\)$"),
     ):
         with pytest.raises(SearchError, match=message):
             call("search", explored.index, "--volume", tmp_path / name)
