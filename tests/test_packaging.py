@@ -49,6 +49,7 @@ ABOVE = {
     "retrieval",
     "rounds",
     "runs",
+    "sanity",
     "scanning",
     "searchevaluation",
     "segmentation",
