@@ -248,13 +248,14 @@ def make_cache(options: argparse.Namespace, manifest: pl.DataFrame, name: str) -
 
 def copy_cases(manifest: pl.DataFrame, out: Path, copies: int, *, flip: bool) -> pl.DataFrame:
     """The manifest with altered copies of all cases, which are written unless they are there."""
+    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, ((case_id,), images) in enumerate(manifest.group_by("case_id", maintain_order=True)):
         for copy in range(1, copies + 1):
             chance = np.random.default_rng([number, copy])
             matrix, offset = draw_motion(chance, flip=flip)
             for row in images.iter_rows(named=True):
-                path = out / f"{case_id}_{row['view']}_{copy}.nii.gz"
+                path = out / f"{case_id}_{row['view']}_{copy}.nii"
                 gamma = float(np.exp(chance.uniform(-0.25, 0.25)))
                 if not path.is_file():
                     image = read_volume(row["path"])
@@ -287,7 +288,7 @@ def alter_image(
 def fit(options: argparse.Namespace, cache: Cache, labels: pl.DataFrame, head: str, arm: str) -> Run:
     """The run of a head with an arm, trained unless it is there."""
     extra = f"-{options.copies}" if arm == COPY else ""
-    name = f"{head}-{arm}{extra}-{options.epochs}-{options.seeds}"
+    name = f"{options.target}-{head}-{arm}{extra}-{options.epochs}-{options.seeds}"
     folder = options.work / "runs" / name
     path = folder / f"{options.target}.{head}"
     if not (path / "run.json").is_file():
@@ -331,11 +332,12 @@ def main() -> None:
     options = parser.parse_args()
     arms = [NO_COPY, *(name for name in ARMS if name in options.arms.split(",") and name != NO_COPY)]
     arms = [name for name in arms if not (options.no_flip and name == "flip")]
+    labels = read_labels(options.slabs / "labels.csv").drop_nulls(options.target)
     manifest = read_manifest(options.slabs / "manifest.csv")
-    labels = read_labels(options.slabs / "labels.csv")
-    data = {NO_COPY: (make_cache(options, manifest, "cache"), labels)}
+    manifest = manifest.filter(pl.col("case_id").is_in(labels["case_id"].implode()))
+    data = {NO_COPY: (make_cache(options, manifest, f"cache-{options.target}"), labels)}
     if COPY in arms:
-        folder = options.work / f"images-{options.copies}{'' if options.no_flip else '-flipped'}"
+        folder = options.work / f"images-{options.target}-{options.copies}{'' if options.no_flip else '-flipped'}"
         more = copy_cases(manifest, folder, options.copies, flip=not options.no_flip)
         copied = [
             labels.with_columns(case_id=pl.col("case_id") + f"{MARK}{copy}") for copy in range(1, options.copies + 1)

@@ -8,19 +8,22 @@ The folder holds `hippocampus/` and `lgg/`, each with manifest.csv (column ``mas
 --cases patients are taken. Tokens of `deit_tiny_patch16_224` at --size pixels, by head: block 8 on the full grid for
 ``segment``, blocks 4, 8 and 12 on 4 x 4 places for ``grid``, those entering the last 4 blocks for ``tail``; LGG is
 three channels. Five patient-grouped folds, nothing tuned on a test fold, 95% intervals by patient; Dice is the mean
-over cases whose mask is not empty, once on the token grid and once on the voxels of the source, upsampled. ``masks``:
-the mask learned without any label (all its labels as one), beside what the true shares of patches would give.
-``label``: laterality of LGG tumours, or with --slabs (manifest.csv, labels.csv with ``tumour`` and ``fold``) whether
-a slab holds tumour (or --target), with the mask's loss at weight 1 and 0 and their paired difference. ``clicks``
-(``segment``): a head that practised on up to five; the clicks are voxels drawn from the true mask, more and more of
-them, answered by a model that has not seen the case. Caches and runs stay in --work, so that a second call resumes.
-The last line is the Dice of LGG masks on voxels after one click over that without any, where clicks are a part.
+over cases whose mask is not empty, once on the token grid and once on the voxels of the source, upsampled, there cut at
+a half, at .4, and at the share that does best on the cases of the other folds. ``masks``: the mask learned
+without any label (all its labels as one), beside what the true shares of patches would give. ``label``: laterality of
+LGG tumours, or with --slabs (manifest.csv, labels.csv with ``tumour`` and ``fold``) whether a slab holds tumour (or
+--target), with the mask's loss at weight 1 and 0 and their paired difference. ``clicks`` (``segment``): a head that
+practised on up to five; the clicks are voxels drawn from the true mask, more and more of them, answered by a model that
+has not seen the case. Caches and runs stay in --work, so that a second call resumes. The last line is the Dice of LGG
+masks on voxels, cut at a half, after one click over that without any, where clicks are a part.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embedkit.bootstrap import Interval
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, StackRecord, open_cache
 from embedkit.comparison import compare_runs
 from embedkit.covers import Masks, read_stack_mask
 from embedkit.extraction import extract
@@ -45,6 +47,7 @@ from embedkit.training import train
 from embedkit.volumes import to_source
 
 BACKBONE, CUT, CLICKS = "deit_tiny_patch16_224", 4, (0, 1, 2, 3, 5)
+LOWER, CUTS = 0.4, (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # shares from which on a voxel is in the mask
 READS = {"segment": ("patch:8",), "grid": ("patch@4:4", "patch@4:8", "patch@4:12"), "tail": ("cut:8",)}
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -125,10 +128,9 @@ def fit(cache: Cache, manifest: pl.DataFrame, part: str, options: argparse.Names
 
 def print_masks(name: str, cache: Cache, manifest: pl.DataFrame, options: argparse.Namespace) -> None:
     run = fit(cache, manifest, "masks", options)
-    on_voxels = score_voxels(run, cache, manifest, clicks=0, seed=options.seed)
-    grid, voxels = describe_interval(run.metrics["dice"]), describe_interval(on_voxels)
-    bound = describe_interval(score_bound(run, cache, manifest))
-    print(f"| {name}, masks alone | Dice on tokens {grid} | on voxels {voxels} | of true shares {bound} |", flush=True)
+    print(f"| {name}, masks alone | Dice on tokens {describe_interval(run.metrics['dice'])} |", flush=True)
+    print(f"| {name}, on voxels | {score_voxels(run, cache, manifest, clicks=0, seed=options.seed)} |", flush=True)
+    print(f"| {name}, true shares on voxels | {score_bound(run, cache, manifest)} |", flush=True)
 
 
 def print_label(options: argparse.Namespace) -> None:
@@ -153,45 +155,82 @@ def print_clicks(cache: Cache, manifest: pl.DataFrame, options: argparse.Namespa
     found = {}
     for count in CLICKS:
         found[count] = score_voxels(run, cache, manifest, clicks=count, seed=options.seed)
-        print(f"| lgg, {count} clicks | Dice on voxels {describe_interval(found[count])} |", flush=True)
-    plain = found[0].value or float("nan")  # a few epochs find nothing
-    print(f"ratio {found[1].value / plain:.2f}")
+        print(f"| lgg, {count} clicks, Dice on voxels | {found[count]} |", flush=True)
+    plain = float(found[0].half.mean()) or float("nan")  # a few epochs find nothing
+    print(f"ratio {found[1].half.mean() / plain:.2f}")
 
 
-def score_bound(run: Run, cache: Cache, manifest: pl.DataFrame) -> Interval:
-    """Mean Dice on voxels of the true share of each patch, drawn as predicted ones are: what the grid allows."""
-    masks, scores, patients = Masks(cache, manifest), [], []
+@dataclass(frozen=True)
+class CutScores:
+    """Dice on voxels of each case's mask at every cut of `CUTS`, float64 [cases cuts], with folds and patients."""
+
+    scores: NDArray[np.float64]
+    folds: NDArray[np.int64]
+    patients: list[str]
+
+    @property
+    def half(self) -> NDArray[np.float64]:
+        """At a half, [cases]."""
+        return self.scores[:, -1]
+
+    @property
+    def chosen(self) -> NDArray[np.float64]:
+        """Each case at the cut that did best on the cases of the other folds, [cases]."""
+        best = {fold: self.scores[self.folds != fold].mean(0).argmax() for fold in np.unique(self.folds)}
+        return self.scores[np.arange(len(self.scores)), [best[fold] for fold in self.folds]]
+
+    def __str__(self) -> str:
+        parts = (self.half, self.scores[:, CUTS.index(LOWER)], self.chosen, self.chosen - self.half)
+        half, lower, chosen, gain = (describe_interval(mean_interval(each, self.patients)) for each in parts)
+        return f"cut at .5 {half} | at {LOWER:g} {lower} | chosen on the other folds {chosen} | less half {gain}"
+
+
+def score_bound(run: Run, cache: Cache, manifest: pl.DataFrame) -> CutScores:
+    """Of the true share of each patch, drawn as predicted ones are: what the grid allows."""
     grid = joined_grid(run.record.shape, run.record.token_sets)
-    for record, stack, path in masks.stacks(run.predictions["case_id"].to_list()):
+
+    def draw(record: StackRecord, stack: int, truth: NDArray[np.bool_]) -> NDArray[np.float32]:
+        where: dict[str, Any] = {"indices": cache.slices(stack).indices, "box": record.box, "plane": record.plane}
+        shares = measure_patch_cover(truth, grid=grid, **where)
+        return place_patch_scores(shares, shape=truth.shape, **where)
+
+    return score_cuts(run, cache, manifest, draw)
+
+
+def score_voxels(run: Run, cache: Cache, manifest: pl.DataFrame, *, clicks: int, seed: int) -> CutScores:
+    """Of the predicted masks in the voxels of the source, each by the models that did not see the case."""
+
+    def ask(record: StackRecord, _: int, truth: NDArray[np.bool_]) -> NDArray[np.float32]:
+        inside = np.argwhere(to_source(truth, record.source_affine))
+        drawn = np.random.default_rng([seed, len(inside)]).permutation(inside)[:clicks]
+        points = [Click((float(k), float(j), float(i)), "voxel") for i, j, k in drawn]
+        found = predict_mask(run, cache, record.case_id, clicks=points, held_out=True)
+        return found[f"{record.view}/{record.plane}"][0]
+
+    return score_cuts(run, cache, manifest, ask)
+
+
+def score_cuts(
+    run: Run,
+    cache: Cache,
+    manifest: pl.DataFrame,
+    find_shares: Callable[[StackRecord, int, NDArray[np.bool_]], NDArray[np.float32]],
+) -> CutScores:
+    """Dice of shares in the canonical volume, cut, with the masks of all tested cases that are not empty."""
+    folds = dict(run.predictions.select("case_id", "fold").iter_rows())
+    scores, where, patients = [], [], []
+    for record, stack, path in Masks(cache, manifest).stacks(list(folds)):
         truth = read_stack_mask(path, record) > 0
         if truth.any():
-            where: dict[str, Any] = {"indices": cache.slices(stack).indices, "box": record.box, "plane": record.plane}
-            shares = measure_patch_cover(truth, grid=grid, **where)
-            scores.append(dice(place_patch_scores(shares, shape=truth.shape, **where) >= 0.5, truth))
+            shares = find_shares(record, stack, truth)
+            scores.append([dice(shares >= cut, truth) for cut in CUTS])
+            where.append(folds[record.case_id])
             patients.append(record.patient_id)
-    return mean_interval(np.array(scores), patients)
+    return CutScores(np.array(scores), np.array(where), patients)
 
 
 def dice(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
     return float(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
-
-
-def score_voxels(run: Run, cache: Cache, manifest: pl.DataFrame, *, clicks: int, seed: int) -> Interval:
-    """Mean Dice of the predicted masks in the voxels of the source, each by the models that did not see the case."""
-    masks = Masks(cache, manifest)
-    scores, patients = [], []
-    for record, _, path in masks.stacks(run.predictions["case_id"].to_list()):
-        truth = read_stack_mask(path, record) > 0
-        if not truth.any():
-            continue
-        view = f"{record.view}/{record.plane}"
-        inside = np.argwhere(to_source(truth, record.source_affine))
-        drawn = np.random.default_rng([seed, len(inside)]).permutation(inside)[:clicks]
-        points = [Click((float(k), float(j), float(i)), "voxel") for i, j, k in drawn]
-        shares, _ = predict_mask(run, cache, record.case_id, clicks=points, held_out=True)[view]
-        scores.append(dice(shares >= 0.5, truth))
-        patients.append(record.patient_id)
-    return mean_interval(np.array(scores), patients)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ def segment_command(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Each case only by the fold models that were trained without it.")
     ] = False,
+    threshold: Annotated[
+        float, typer.Option(help="Share from which on a voxel is in the mask; lower for what is small beside a patch.")
+    ] = 0.5,
     json: Annotated[bool, typer.Option("--json", help="Print files and volumes as JSON.")] = False,
 ) -> None:
     """Write the masks that a run predicts, as NIfTI in the source geometry."""
@@ -43,7 +46,7 @@ def segment_command(
         *_parse_clicks(click or (), "voxel", click_view, option="--click"),
         *_parse_clicks(click_mm or (), "mm", click_view, option="--click-mm"),
     ]
-    written = segment(run, cache, out, case_ids=case or None, clicks=clicks, held_out=held_out)
+    written = segment(run, cache, out, case_ids=case or None, clicks=clicks, held_out=held_out, threshold=threshold)
     if json:
         print_json([asdict(each) for each in written])
         return

@@ -23,9 +23,10 @@ from embedkit.prompts import Click, place_clicks
 from embedkit.runs import Run, check_cache, open_run
 from embedkit.volumes import to_source, write_volume
 
-__all__ = ["Segmentation", "predict_mask", "segment"]
+__all__ = ["THRESHOLD", "Segmentation", "predict_mask", "segment"]
 
-_THRESHOLD = 0.5
+THRESHOLD = 0.5
+"""The share from which on a voxel is in the mask, unless said otherwise."""
 FloatArray = NDArray[np.float32]
 
 
@@ -54,8 +55,9 @@ def segment(
     case_ids: Sequence[str] | None = None,
     clicks: Sequence[Click] = (),
     held_out: bool = False,
+    threshold: float = THRESHOLD,
 ) -> tuple[Segmentation, ...]:
-    """Writes the masks of cases, one file per case, view and plane: where at least half of the members' mean says so.
+    """Writes the masks of cases, one file per case, view and plane: where the mean of the members is high enough.
 
     Between the centres of patches, and between slices, what is predicted is interpolated before it is cut.
 
@@ -66,13 +68,18 @@ def segment(
         case_ids: Which cases; None for all of the cache, sorted.
         clicks: Points inside of what the mask is to cover, in one case; for a head that practised on clicks.
         held_out: Each case only by the members that were trained without it.
+        threshold: Share of the surroundings from which on a voxel is in the mask, above 0 and below 1. What is small
+            beside a patch reaches half of its share nowhere.
 
     Raises:
         RunError: the run learned no masks, the cache lacks a case or what the run reads, a case was in no fold that
             ``held_out`` could ask, or the folder cannot be written.
-        OptionError: clicks for several cases, for a run that takes none or not as many, or outside of the images.
+        OptionError: clicks for several cases, for a run that takes none or not as many, or outside of the images; a
+            threshold that is none.
         RecipeError: the cache has another recipe.
     """
+    if not 0 < threshold < 1:
+        raise OptionError(f"threshold is {threshold:g}, expected a share above 0 and below 1")
     opened = run if isinstance(run, Run) else open_run(run)
     source = cache if isinstance(cache, Cache) else open_cache(cache)
     known = sorted(set(source.stacks["case_id"]))
@@ -91,7 +98,7 @@ def segment(
         for view, (shares, stack) in predict_mask(opened, source, case, clicks=clicks, held_out=held_out).items():
             path = folder / f"{safe_name(case)}_{view.replace('/', '_')}_mask.nii.gz"
             affine = source.record(stack).source_affine
-            mask = shares >= _THRESHOLD
+            mask = shares >= threshold
             write_volume(path, to_source(mask.astype(np.uint8), affine), affine)
             voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
             written.append(Segmentation(case, view, path, round(float(mask.sum()) * voxel_mm3 / 1000, 6)))

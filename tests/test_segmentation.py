@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -407,6 +408,9 @@ def test_what_cannot_be_segmented_is_refused(work: Path, trained: Run, tmp_path:
             segment(trained, cache, tmp_path, case_ids=["c00"], clicks=[Click(point, unit)])
     with pytest.raises(OptionError, match=r"click at 1,1,1 voxel of flair, but case c00 has no view .* it has image"):
         segment(trained, cache, tmp_path, case_ids=["c00"], clicks=[Click((1.0, 1.0, 1.0), "voxel", "flair")])
+    for threshold in (0.0, 1.0, math.nan):
+        with pytest.raises(OptionError, match=f"threshold is {threshold:g}, expected a share above 0 and below 1"):
+            segment(trained, cache, tmp_path, case_ids=["c00"], threshold=threshold)
     with pytest.raises(RunError, match="cannot write the masks"):
         segment(trained, cache, work / "labels.csv", case_ids=["c00"])
 
@@ -431,6 +435,10 @@ def test_the_command_writes_masks_and_tells_their_volume(work: Path, trained: Ru
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0 and "c00 image/axial: " in done.output and " ml  " in done.output
     assert (tmp_path / "c00_image_axial_mask.nii.gz").is_file()
+    volume = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)[0]["volume_ml"]
+    assert volume == segment(trained, work / "cache", tmp_path, case_ids=["c00"])[0].volume_ml
+    lower = CliRunner().invoke(app, [*arguments, "--threshold", "0.2", "--json"])
+    assert json.loads(lower.output)[0]["volume_ml"] > volume > 0
     done = CliRunner().invoke(app, [*arguments, "--click", "12,10,6", "--json"])
     assert done.exit_code == 0 and '"volume_ml"' in done.output
     done = CliRunner().invoke(app, [*arguments, "--click", "12,10"])
