@@ -466,7 +466,7 @@ def test_what_a_lost_worker_wrote_is_changed_only_where_it_was_cached_from_other
 
 
 def test_the_record_of_a_lost_worker_names_no_folder(manifest: Path, tmp_path: Path) -> None:
-    """The reason can be about another case that the worker had: what it says of both is cleaned."""
+    """The reason can be about another case that the worker had, of whose file not even the name is kept."""
     cases = good_cases(manifest)[:2]
     paths = [path for case in cases for path in case.images.values()]
 
@@ -477,7 +477,7 @@ def test_the_record_of_a_lost_worker_names_no_folder(manifest: Path, tmp_path: P
 
     summary = dispatch_cases(cases, tmp_path / "cache", ScriptedTransport(2, behave))
     recorded = {failure.case_id: failure.reason for failure in read_failures(tmp_path / "cache").failures}
-    assert "cannot map case_00.nii.gz nor case_01.nii.gz; it may take" in recorded["case_01"]
+    assert "cannot map one of its files nor case_01.nii.gz; it may take" in recorded["case_01"]
     assert str(manifest.parent) not in (tmp_path / "cache" / "failures.jsonl").read_text()
     assert {failure.case_id: failure.reason for failure in summary.failures} == recorded
 
