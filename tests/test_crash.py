@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,13 @@ OPTIONS: dict[str, Any] = {
     "workers": 1,
     "device": "cpu",
 }
-PLACES = ("stack", "shard", "shard_number", "first_row")
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "float16": {},
+    "int8": {"dtype": "int8"},
+    "three planes": {"planes": ("axial", "coronal", "sagittal")},
+    "large volumes in files": {"planes": ("coronal",), "dtype": "int8", "spill": True},
+}
+"""Options of an extraction that is killed; with ``spill`` voxels and tokens lie in nameless files."""
 FILE_EVENTS = {"open", "os.link", "os.rename", "os.remove", "os.mkdir", "os.listdir", "os.scandir"}
 CALL_MAIN = "from embedkit.cli.main import main; main()"
 HANGING_S = 600
@@ -60,6 +67,16 @@ def extract_small(manifest: Path, out: Path, **changes: Any) -> Any:
     from embedkit.extraction import extract
 
     return extract(manifest, out, **{**OPTIONS, "shard_bytes": 4096, **changes})
+
+
+def extract_as(configuration: str, manifest: Path, out: Path) -> None:
+    """Extracts in one of `CONFIGURATIONS`, in a process that does nothing else afterwards."""
+    from embedkit import casework, sources
+
+    options = dict(CONFIGURATIONS[configuration])
+    if options.pop("spill", False):
+        casework.SPILL_BYTES = sources.VOXEL_BYTES = 100
+    extract_small(manifest, out, **options)
 
 
 def content(cache_path: Path) -> dict[str, Any]:
@@ -108,10 +125,10 @@ def temporaries(cache_path: Path) -> list[Path]:
     return [path for path in cache_path.rglob("*") if path.name.endswith(".tmp")]
 
 
-def fork_extraction(manifest: Path, cache: Path, reads: Path, *, die_at: int | None) -> int:
-    """A child of this process that extracts and notes each file it reads.
+def fork_work(work: Callable[[], object], watched: Path, *, die_at: int | None = None) -> int:
+    """A child of this process that does the work; its exit code is 0 if that succeeds.
 
-    With ``die_at`` it kills itself just before its so many-th operation on a name in the cache, or fsync.
+    With ``die_at`` it kills itself just before its so many-th operation on a name below ``watched``, or fsync.
     """
     child = os.fork()
     if child:
@@ -119,59 +136,89 @@ def fork_extraction(manifest: Path, cache: Path, reads: Path, *, die_at: int | N
     code = 1
     signal.alarm(HANGING_S)
     try:
+        fsync, seen = os.fsync, 0
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event in FILE_EVENTS and str(watched) in str(arguments[0]):
+                seen += 1
+                if seen == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def counted_fsync(descriptor: int) -> None:
+            count("open", (watched,))
+            fsync(descriptor)
+
+        if die_at is not None:
+            sys.addaudithook(count)
+            os.fsync = counted_fsync
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def fork_extraction(
+    manifest: Path, cache: Path, reads: Path, *, die_at: int | None, configuration: str = "float16"
+) -> int:
+    """A child of this process that extracts and notes each file it reads; see `fork_work`."""
+
+    def work() -> None:
         from embedkit import sources
 
-        read_volume, fsync, seen = sources.read_volume, os.fsync, 0
+        read_volume = sources.read_volume
 
         def noted(path: Path | str, **options: Any) -> Any:
             with reads.open("a") as file:
                 file.write(f"{Path(path).stem}\n")
             return read_volume(path, **options)
 
-        def count(event: str, arguments: tuple[Any, ...]) -> None:
-            nonlocal seen
-            if event in FILE_EVENTS and str(cache) in str(arguments[0]):
-                seen += 1
-                if seen == die_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        def counted_fsync(descriptor: int) -> None:
-            count("open", (cache,))
-            fsync(descriptor)
-
-        if die_at is not None:
-            sys.addaudithook(count)
-            os.fsync = counted_fsync
         sources.read_volume = noted
-        extract_small(manifest, cache)
-        code = 0
-    finally:
-        os._exit(code)
+        extract_as(configuration, manifest, cache)
+
+    return fork_work(work, cache, die_at=die_at)
+
+
+class Killer:
+    """Kills children at random instants: by the clock, or before a random operation on a file."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.killed = 0
+
+    def __call__(self, start: Callable[[int | None], int], *, events: int, seconds: float) -> int | None:
+        """The exit code of the child that ``start`` makes from a number of operations; None where it was killed."""
+        by_event = self.chance.random() < 0.5
+        child = start(self.chance.randrange(1, events) if by_event else None)
+        if not by_event:
+            time.sleep(self.chance.uniform(0.0, seconds))
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        self.killed += code == -signal.SIGKILL
+        return None if code == -signal.SIGKILL else code
 
 
 def soak(manifest: Path, work: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Extracts to one new cache after another, killing at random instants, until there were enough kills.
+    """Extracts to one new cache after another, and packs it, killing until there were enough kills.
 
-    Runs in a process of its own that has imported everything and forks each extraction.
+    The configurations take turns. Runs in a process of its own that has imported everything and forks each child.
     """
     import torch
 
     torch.set_num_threads(1)
-    chance, killed, caches, problems = random.Random(seed), 0, 0, list[str]()
-    stages: dict[int, int] = {}
-    torn = 0
-    while killed < kills:
-        cache, reads = work / f"cache{caches}", work / f"reads{caches}"
-        caches += 1
-        while True:
+    kill, problems, stages, torn = Killer(seed), list[str](), dict[int, int](), 0
+    caches: list[str] = []
+    while kill.killed < kills or len(caches) < len(CONFIGURATIONS):
+        configuration = list(CONFIGURATIONS)[len(caches) % len(CONFIGURATIONS)]
+        cache, reads = work / f"cache{len(caches)}", work / f"reads{len(caches)}"
+        packed = packed_path(work, len(caches))
+        packed.parent.mkdir()
+        caches.append(configuration)
+        code = None
+        while code is None:
             before = finished(cache)
             reads.write_text("")
-            by_event = chance.random() < 0.5
-            child = fork_extraction(manifest, cache, reads, die_at=chance.randrange(1, 120) if by_event else None)
-            if not by_event:
-                time.sleep(chance.uniform(0.0, 0.4))
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
+            code = kill(partial(start_extraction, manifest, cache, reads, configuration), events=120, seconds=0.4)
             after = finished(cache)
             known = {case for _, _, cases in before.values() for case in cases}
             repeated = known & {f"case{int(name):02d}" for name in reads.read_text().split() if name.isdigit()}
@@ -179,15 +226,40 @@ def soak(manifest: Path, work: Path, kills: int, seed: int) -> dict[str, Any]:
                 problems.append(f"{cache.name}: read again {sorted(repeated)}")
             if any(after.get(name) != shard for name, shard in before.items()):
                 problems.append(f"{cache.name}: a finished shard changed")
-            code = os.waitstatus_to_exitcode(status)
-            if code != -signal.SIGKILL:
-                if code:
-                    problems.append(f"{cache.name}: exit code {code}")
-                break
-            killed += 1
             torn += bool(temporaries(cache))
-            stages[len(after)] = stages.get(len(after), 0) + 1
-    return {"kills": killed, "caches": caches, "problems": problems, "stages": stages, "torn": torn}
+            if code is None:
+                stages[len(after)] = stages.get(len(after), 0) + 1
+        extracted, packing = kill.killed, None
+        for _ in range(2):
+            if packing is None and not packed.exists():
+                packing = kill(partial(start_packing, cache, packed), events=60, seconds=0.1)
+                torn += bool(temporaries(packed.parent))
+        if packing is None and not packed.exists():
+            packing = os.waitstatus_to_exitcode(os.waitpid(start_packing(cache, packed, None), 0)[1])
+        if code or packing:
+            problems.append(f"{cache.name}: exit codes {code}, {packing}")
+        if temporaries(packed.parent):  # killed between two names of one file
+            os.waitpid(start_packing(cache, packed.with_name("again.h5"), None), 0)
+            if temporaries(packed.parent):
+                problems.append(f"{cache.name}: packing left {temporaries(packed.parent)}")
+        stages[-1] = stages.get(-1, 0) + kill.killed - extracted
+    return {"kills": kill.killed, "caches": caches, "problems": problems, "stages": stages, "torn": torn}
+
+
+def packed_path(work: Path, number: int) -> Path:
+    """Where a cache is packed to: one file, or a folder of few."""
+    return work / f"packed{number}" / ("few" if (number + number // len(CONFIGURATIONS)) % 2 else "one.h5")
+
+
+def start_extraction(manifest: Path, cache: Path, reads: Path, configuration: str, die_at: int | None) -> int:
+    return fork_extraction(manifest, cache, reads, die_at=die_at, configuration=configuration)
+
+
+def start_packing(cache: Path, packed: Path, die_at: int | None) -> int:
+    from embedkit.packing import pack_cache
+
+    shard_bytes = None if packed.suffix else 9000
+    return fork_work(lambda: pack_cache(cache, packed, shard_bytes=shard_bytes), packed.parent, die_at=die_at)
 
 
 class Warm:
@@ -222,21 +294,24 @@ def test_an_extraction_killed_at_any_instant_resumes_to_the_same_cache(
 ) -> None:
     kills = request.config.getoption("--kills")
     manifest = write_cases(tmp_path / "scans", 10)
-    extract_small(manifest, tmp_path / "whole")
     result = warm("kill", manifest, tmp_path, kills)
+    whole = {name: tmp_path / f"whole {name}" for name in CONFIGURATIONS}
+    assert [warm("extract", manifest, whole[name], name) for name in CONFIGURATIONS] == [0] * len(CONFIGURATIONS)
+    packing = result["stages"].pop("-1")
     with capsys.disabled():
         sys.stdout.write(
-            f"\n{result['kills']} kills over {result['caches']} caches, {result['torn']} with a temporary file left, by"
-            f" shards finished: {dict(sorted(result['stages'].items(), key=lambda pair: int(pair[0])))}\n"
+            f"\n{result['kills']} kills over {len(result['caches'])} caches of {len(CONFIGURATIONS)} configurations,"
+            f" {packing} of them in packing, {result['torn']} left a temporary file; in extraction by shards finished:"
+            f" {dict(sorted(result['stages'].items(), key=lambda pair: int(pair[0])))}\n"
         )
     assert result["problems"] == []
-    assert result["kills"] >= kills and len(result["stages"]) > 2
-    expected = content(tmp_path / "whole")
-    assert len(expected) == 10
-    for number in range(result["caches"]):
-        cache = tmp_path / f"cache{number}"
-        assert content(cache) == expected
-        assert duplicates(cache) == 0
+    assert result["kills"] >= kills and len(result["stages"]) > 2 and packing > 0
+    expected = {name: content(path) for name, path in whole.items()}
+    assert [len(stacks) for stacks in expected.values()] == [10, 10, 30, 10]
+    for number, configuration in enumerate(result["caches"]):
+        cache, packed = tmp_path / f"cache{number}", packed_path(tmp_path, number)
+        assert content(cache) == content(packed) == expected[configuration]
+        assert duplicates(cache) == duplicates(packed) == 0
         log = read_failures(cache)
         assert [failure.case_id for failure in log.failures] == ["gone"] and log.unreadable_lines == ()
         assert temporaries(cache) == []
@@ -592,8 +667,11 @@ def serve() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         task, manifest, place, *more = json.loads(line)
-        if task == "kill":
-            answer: Any = soak(Path(manifest), Path(place), int(more[0]), seed=int(more[0]))
+        if task == "extract":
+            child = fork_work(partial(extract_as, more[0], Path(manifest), Path(place)), Path(place))
+            answer: Any = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        elif task == "kill":
+            answer = soak(Path(manifest), Path(place), int(more[0]), seed=int(more[0]))
         elif task == "two":
             answer = extract_in_two(Path(manifest), Path(place))
         else:
