@@ -47,6 +47,7 @@ from embedkit.training import train
 from embedkit.volumes import to_source
 
 BACKBONE, CUT, CLICKS = "deit_tiny_patch16_224", 4, (0, 1, 2, 3, 5)
+FINE = (14, 14)
 LOWER, CUTS = 0.4, (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)  # shares from which on a voxel is in the mask
 READS = {"segment": ("patch:8",), "grid": ("patch@4:4", "patch@4:8", "patch@4:12"), "tail": ("cut:8",)}
 PROJECT = Path(__file__).resolve().parents[1]
@@ -130,7 +131,14 @@ def print_masks(name: str, cache: Cache, manifest: pl.DataFrame, options: argpar
     run = fit(cache, manifest, "masks", options)
     print(f"| {name}, masks alone | Dice on tokens {describe_interval(run.metrics['dice'])} |", flush=True)
     print(f"| {name}, on voxels | {score_voxels(run, cache, manifest, clicks=0, seed=options.seed)} |", flush=True)
-    print(f"| {name}, true shares on voxels | {score_bound(run, cache, manifest)} |", flush=True)
+    print_bounds(name, run, cache, manifest)
+
+
+def print_bounds(name: str, run: Run, cache: Cache, manifest: pl.DataFrame) -> None:
+    """What the true shares of patches would give, of those that the head reads and of a finer grid."""
+    for grid in dict.fromkeys((joined_grid(run.record.shape, run.record.token_sets), FINE)):
+        bound = score_bound(run, cache, manifest, grid)
+        print(f"| {name}, true shares of {grid[0]} x {grid[1]} patches, on voxels | {bound} |", flush=True)
 
 
 def print_label(options: argparse.Namespace) -> None:
@@ -156,6 +164,7 @@ def print_clicks(cache: Cache, manifest: pl.DataFrame, options: argparse.Namespa
     for count in CLICKS:
         found[count] = score_voxels(run, cache, manifest, clicks=count, seed=options.seed)
         print(f"| lgg, {count} clicks, Dice on voxels | {found[count]} |", flush=True)
+    print_bounds("lgg", run, cache, manifest)
     plain = float(found[0].half.mean()) or float("nan")  # a few epochs find nothing
     print(f"ratio {found[1].half.mean() / plain:.2f}")
 
@@ -185,9 +194,8 @@ class CutScores:
         return f"cut at .5 {half} | at {LOWER:g} {lower} | chosen on the other folds {chosen} | less half {gain}"
 
 
-def score_bound(run: Run, cache: Cache, manifest: pl.DataFrame) -> CutScores:
-    """Of the true share of each patch, drawn as predicted ones are: what the grid allows."""
-    grid = joined_grid(run.record.shape, run.record.token_sets)
+def score_bound(run: Run, cache: Cache, manifest: pl.DataFrame, grid: tuple[int, int]) -> CutScores:
+    """Of the true share of each patch, drawn as predicted ones are: what a grid allows."""
 
     def draw(record: StackRecord, stack: int, truth: NDArray[np.bool_]) -> NDArray[np.float32]:
         where: dict[str, Any] = {"indices": cache.slices(stack).indices, "box": record.box, "plane": record.plane}

@@ -5,7 +5,8 @@ Usage: python benchmarks/views.py SLABS --weights FILE [--work FOLDER] [--target
 
 SLABS holds manifest.csv and labels.csv of small cases in several views, with a column of patient-grouped folds
 (``fold``) and a binary target. Each single view is trained alone; then all of them in every way the head knows, without
-and with views dropped at random in training. Scores are of the mean over seeds, intervals are by patient, differences
+and with views dropped at random in training; and the mean logit of two or more of the single runs, which share nothing.
+Scores are of the mean over seeds, intervals are by patient, differences
 paired, to the single view that scores best on these very cases (which makes it look better than it is). Columns
 ``without`` take a view away at test time from the cases that have another, with no training anew. Caches and runs stay
 in --work, so that a second call resumes. The last line is the best fused score over that of the best single view.
@@ -14,6 +15,7 @@ in --work, so that a second call resumes. The last line is the best fused score 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +63,14 @@ def main() -> None:
     print("| views | AUROC | difference to the best view | " + " | ".join(f"without {view}" for view in views) + " |")
     print("|---" * (3 + len(views)) + "|")
     for name, run in (single | fused).items():
-        difference = "" if run is best else describe_difference(run, best)
+        difference = "" if run is best else describe_difference(run, run.predictions, best)
         missing = [describe_interval(score_without(run, cache, view)) if name in fused else "" for view in views]
         print(f"| {name} | {describe_interval(run.metrics['auroc'])} | {difference} | {' | '.join(missing)} |")
+    for several in (each for count in range(2, len(views) + 1) for each in itertools.combinations(single, count)):
+        table = average([single[name] for name in several])
+        auroc = compute_metrics("binary", encode(best, table), table["score"].to_numpy(), table["patient_id"].to_list())
+        difference = describe_difference(best, table, best)
+        print(f"| mean of {' and '.join(several)} | {describe_interval(auroc['auroc'])} | {difference} |")
     top = max(run.metrics["auroc"].value for run in fused.values())
     print(f"ratio {top / best.metrics['auroc'].value:.2f}")
 
@@ -102,9 +109,18 @@ def fit(options: argparse.Namespace, cache: Cache, name: str, *, rate: float = 0
     return next(run for run in trained.runs if run.head == options.head)
 
 
-def describe_difference(run: Run, best: Run) -> str:
+def average(runs: Sequence[Run]) -> pl.DataFrame:
+    """Of each case the mean logit, as a probability, of those runs that tested it, which is where it has the view."""
+    every = pl.concat([run.predictions for run in runs])
+    inside = every.with_columns(pl.col("score").clip(1e-6, 1 - 1e-6))
+    logits = inside.with_columns(score=(pl.col("score") / (1 - pl.col("score"))).log())
+    means = logits.group_by("case_id", "patient_id", "target").agg(pl.col("score").mean()).sort("case_id")
+    return means.with_columns(score=1 / (1 + (-pl.col("score")).exp()))
+
+
+def describe_difference(run: Run, table: pl.DataFrame, best: Run) -> str:
     """AUROC less that of the best single view, by the paired bootstrap over patients, on the cases that both tested."""
-    both = run.predictions.join(best.predictions.select("case_id", best="score"), on="case_id")
+    both = table.join(best.predictions.select("case_id", best="score"), on="case_id")
     groups, truth = both["patient_id"].to_list(), encode(run, both)
     own, other = (metric_statistics("binary", truth, both[name], groups)["auroc"] for name in ("score", "best"))
     whole = np.ones((1, len(both)))
