@@ -153,10 +153,12 @@ def without_names(failed: FailedCase) -> str:
     The name of a folder, and of a file of a DICOM series, can be a patient's.
     """
     reason = failed.reason
+    for path in sorted(
+        (path for path in failed.case.images.values() if not path.is_dir()), key=lambda path: -len(str(path))
+    ):
+        reason = reason.replace(str(path), path.name)
     for path in failed.case.images.values():
         folder = path if path.is_dir() else path.parent
-        if path is not folder:
-            reason = reason.replace(str(path), path.name)
         if f"{folder}/" in reason and os.access(folder, os.R_OK):
             for other in sorted(map(str, folder.iterdir()), key=len, reverse=True):
                 reason = reason.replace(other, "one of its files")
