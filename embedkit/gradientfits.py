@@ -190,6 +190,8 @@ class GradientFitter:
         dealt = [self._deck(job, candidate).places, job.training, held_out]
         if candidate.fit.sampling == "balanced":
             dealt.append(job.task.targets)
+        if self._started(job) is not None:
+            dealt.append(np.array([job.fold]))  # whose standardiser it takes
         return hashlib.blake2b(b"".join(each.tobytes() for each in dealt), digest_size=16).hexdigest()
 
     def _started(self, job: FoldJob) -> HeadStart | None:

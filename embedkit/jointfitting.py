@@ -29,7 +29,7 @@ from embedkit.crossfitting import (
     isolated_generators,
     score_logits,
 )
-from embedkit.errors import HeadError, OptionError
+from embedkit.errors import HeadError, OptionError, TaskError
 from embedkit.fitting import FitReport
 from embedkit.foldjobs import FoldedTask, FoldJob, make_job
 from embedkit.gradientfits import GradientFitter, HeadStart
@@ -78,13 +78,19 @@ def deal_together(tasks: Sequence[Task], deal: Callable[[Task], FoldedTask]) -> 
 
     Raises:
         OptionError: there are fewer than two targets.
-        TaskError: as ``deal``.
+        TaskError: as ``deal``, or no case of a target is tested.
     """
     if len(tasks) < 2:
         raise OptionError("the same folds were asked for a single target, expected two targets or more")
     joint = join_tasks(tasks)
     whole = deal(joint)
-    return {task.name: FoldedTask(task, whole.folds[:, joint.find_rows(task)], whole) for task in tasks}
+    dealt = {task.name: FoldedTask(task, whole.folds[:, joint.find_rows(task)], whole) for task in tasks}
+    for name, folded in dealt.items():
+        if not folded.tested:
+            raise TaskError(
+                f"target {name}: every labelled case is in training alone, none is tested; correct the split"
+            )
+    return dealt
 
 
 def deal_jointly(

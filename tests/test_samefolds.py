@@ -185,6 +185,15 @@ def test_a_target_none_of_whose_cases_is_held_out_is_refused_by_name(cache: Cach
         FoldedTask(task, whole.folds[:, rows], whole).hold_out(0, fraction=0.2, seed=1000)
 
 
+def test_a_target_whose_cases_all_train_is_refused_by_name(cache: Cache, tmp_path: Path) -> None:
+    labels = LABELS.with_columns(
+        part=pl.Series(["test" if case >= 36 else "train" for case in NUMBERS]),
+        early=pl.Series([case // 2 % 2 if case < 30 else None for case in NUMBERS]),
+    )
+    with pytest.raises(TaskError, match="target early: every labelled case is in training alone"):
+        train(cache, labels, targets=["ill", "early"], out=tmp_path, heads=["mlp"], split="part", same_folds=True)
+
+
 def test_the_command_takes_the_option(cache: Cache, tmp_path: Path) -> None:
     LABELS.write_csv(tmp_path / "labels.csv")
     words = ["train", str(cache.path), "--labels", str(tmp_path / "labels.csv"), "--target", "ill", "--target", "sort"]
