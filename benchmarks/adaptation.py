@@ -245,7 +245,7 @@ def groups_to_choose_from(
     found: Mapping[str, Sequence[Scores]], methods: Iterable[Method]
 ) -> list[tuple[str, str, list[str], int]]:
     """Name, title, methods and count of each row that is chosen inside: without masks, and with them where they are."""
-    cached = [method for method in methods if method.name in found and method.grid is None]
+    cached = [each for each in methods if each.name in found and found[each.name][0].inner is not None]
     plain = [method.name for method in cached if not method.masks]
     groups = [("chosen", "", plain, 1), ("three", "mean of three ", plain, 3)]
     if len(plain) < len(cached):

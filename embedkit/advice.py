@@ -26,6 +26,7 @@ from embedkit.ladder import Setting, list_settings, list_wanting
 from embedkit.manifest import read_labels
 from embedkit.metrics import METRICS, compute_metrics
 from embedkit.planning import choose_device
+from embedkit.plugins import load_head
 from embedkit.preparation import Preparation
 from embedkit.targets import TaskKind
 from embedkit.tasks import Task, folds_from_column, make_folds, make_task
@@ -330,4 +331,6 @@ def _write_command(
     parts = ["embedkit", "train", str(source.path), "--labels", place, "--target", target, *setting.list_flags()]
     for name, value in given.items():
         parts += [] if value is None else [f"--{name}", str(value)]
+    if load_head(setting.head).fit_by == "gradient":
+        parts += ["--inner-splits", str(_SPLITS)]
     return shlex.join([*parts, "-o", "runs"])

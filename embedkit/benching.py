@@ -103,7 +103,8 @@ def bench(
         on_progress: Called before every step and within it.
 
     Raises:
-        SuiteError: the suite means nothing, a file of it is absent, or ``out`` holds results of another one.
+        SuiteError: the suite means nothing, a file of it is absent (weights are asked for whatever is finished), or
+            ``out`` holds results of another one.
         HeadError, BackboneError: no such head or backbone, before anything runs; or as `extract` and `train`.
         RecipeError, CacheError, RunError: as `extract` and `train`; what is finished stays.
     """

@@ -61,7 +61,11 @@ class BlockSums:
 
 
 class UncheckedBlocks:
-    """Which blocks of an array have not been held against their checksums yet; safe to share between threads."""
+    """Which blocks of an array have not been held against their checksums yet; safe to share between threads.
+
+    Attributes:
+        block_bytes: Of a block, all of which are read to check one byte.
+    """
 
     def __init__(self, size: int, block_bytes: int, sums: bytes, sha256: str) -> None:
         """Takes what was written down of an array.
@@ -72,23 +76,23 @@ class UncheckedBlocks:
             sums: Of `BlockSums`; where there are none the array is one block, whose checksum is ``sha256``.
             sha256: Hex digest over the whole array.
         """
-        self._block_bytes = block_bytes if sums else max(1, size)
+        self.block_bytes = block_bytes if sums else max(1, size)
         self._sums, self._sha256 = sums, sha256
-        self._left = bytearray(b"\1") * count_blocks(size, self._block_bytes)
+        self._left = bytearray(b"\1") * count_blocks(size, self.block_bytes)
 
     def pass_bytes(self, array: NDArray[Any], start: int, stop: int) -> bool:
         """Whether the blocks with bytes ``start`` to ``stop`` of a C-contiguous array are as they were written.
 
         Those that were found so before are not looked at again.
         """
-        first = start // self._block_bytes
-        last = count_blocks(stop, self._block_bytes) if start < stop else first
+        first = start // self.block_bytes
+        last = count_blocks(stop, self.block_bytes) if start < stop else first
         block = self._left.find(1, first, last)
         if block < 0:
             return True
         data = array.reshape(-1).view(np.uint8).data
         while block >= 0:
-            if not self._is_sound(block, data[block * self._block_bytes : (block + 1) * self._block_bytes]):
+            if not self._is_sound(block, data[block * self.block_bytes : (block + 1) * self.block_bytes]):
                 return False
             self._left[block] = 0
             block = self._left.find(1, block + 1, last)

@@ -238,6 +238,12 @@ class Cache:
     ) -> None:
         self.close()
 
+    def __copy__(self) -> Self:
+        """Shares what was found sound, but no map."""
+        copied = object.__new__(type(self))
+        copied.__dict__ |= self.__dict__ | {"_maps": {}}
+        return copied
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}, "_unchecked": {}}
 
@@ -256,7 +262,7 @@ class Cache:
         if not unchecked.pass_bytes(array, first * array.strides[0], (first + count) * array.strides[0]):
             path = self.shards[number].path
             raise CacheError(f"{path} is damaged: {name} is not what was written; run embedkit verify")
-        self._resident += count * array.strides[0]
+        self._resident += max(count * array.strides[0], unchecked.block_bytes)
         if self._resident > _MOST_RESIDENT:
             self._resident = 0
             for arrays in list(self._maps.values()):

@@ -1,8 +1,8 @@
 """Owns which DICOM series an image's path stands for: a folder is looked through once, for all cases that lie in it.
 
-Knows nothing of cases and of what a header says. What was found of a series holds while the files of that series have
-the size and time of change that they had then; otherwise, or for a file that was not there, the folder is looked
-through again.
+Knows nothing of cases and of what a header says. What was found of a series holds while no file came to the folder or
+left it, and the files of that series have the size and time of change that they had then; otherwise the folder is
+looked through again.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ _MOST_FILES = 1 << 16
 
 @dataclass(frozen=True)
 class _Listing:
-    """The series of a folder by the name of each file, why other files are damaged, and the state of all of them."""
+    """The series of a folder by the name of each file, why other files are damaged, and the state of all of them.
 
+    ``listed_ns`` is when a file last came or left, before the folder was listed.
+    """
+
+    listed_ns: int
     series: dict[str, DicomSeries]
     damage: tuple[str, ...]
     states: dict[str, tuple[int, int] | None]
 
-    def holds(self, name: str) -> bool:
-        """Whether what was found of the series of a file still holds."""
-        series = self.series.get(name)
-        return series is not None and all(_state(file) == self.states[file.name] for file in series.files)
+    def holds(self, file: Path) -> bool:
+        """Whether what was found of the series of a file in the folder still holds."""
+        series = self.series.get(file.name)
+        if series is None or file.parent.stat().st_mtime_ns != self.listed_ns:
+            return False
+        return all(_state(each) == self.states[each.name] for each in series.files)
 
 
 class SeriesFolders:
@@ -59,7 +65,7 @@ class SeriesFolders:
             return _only_series(path, _look_through(path, stop))
         with self._lock:
             listing = self._listings.pop(path.parent, None)
-            if listing is None or not listing.holds(path.name):
+            if listing is None or not listing.holds(path):
                 listing = _look_through(path.parent, stop)
             self._listings[path.parent] = listing
             while len(self._listings) > 1 and sum(len(each.states) for each in self._listings.values()) > _MOST_FILES:
@@ -72,6 +78,7 @@ class SeriesFolders:
 
 def _look_through(folder: Path, stop: Stop) -> _Listing:
     try:
+        listed_ns = folder.stat().st_mtime_ns
         files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
     except OSError as error:
         raise VolumeError(f"{folder}: cannot be read ({error.strerror}); check the folder and its rights") from error
@@ -79,7 +86,7 @@ def _look_through(folder: Path, stop: Stop) -> _Listing:
     found, others = find_dicom_series(folder, files=files, stop=stop)
     series = {file.name: one for one in found for file in one.files}
     damage = tuple(reason for _, reason, is_damage in others if is_damage)
-    return _Listing(series, damage, {name: states[name] for name in series})
+    return _Listing(listed_ns, series, damage, {name: states[name] for name in series})
 
 
 def _state(file: Path) -> tuple[int, int] | None:

@@ -64,9 +64,11 @@ def add_cases(
     lacking = sorted(set(source.stacks["case_id"]) - set(opened.cases["case_id"]))
     part, blank = part_blank(restrict_cache(source, lacking))
     new = sorted(set(lacking) - set(blank))
-    known, details = np.arange(opened.count), opened.details | {"without_usable_slice": blank}
+    told_before = opened.details.get("without_usable_slice", [])
+    told = sorted({*told_before, *blank} - set(new))
+    known, details = np.arange(opened.count), opened.details | {"without_usable_slice": told}
     if not new:
-        if blank == opened.details.get("without_usable_slice", []):
+        if told == told_before:
             return opened, []
         return rewrite_index(opened, opened.read_vectors(), opened.cases, opened.rows, kept=known, details=details), []
     table = None if labels is None else read_labels(labels)

@@ -85,12 +85,16 @@ def deal_together(tasks: Sequence[Task], deal: Callable[[Task], FoldedTask]) -> 
     joint = join_tasks(tasks)
     whole = deal(joint)
     dealt = {task.name: FoldedTask(task, whole.folds[:, joint.find_rows(task)], whole) for task in tasks}
+    _require_tested(dealt)
+    return dealt
+
+
+def _require_tested(dealt: Mapping[str, FoldedTask]) -> None:
     for name, folded in dealt.items():
         if not folded.tested:
             raise TaskError(
                 f"target {name}: every labelled case is in training alone, none is tested; correct the split"
             )
-    return dealt
 
 
 def deal_jointly(
@@ -124,7 +128,9 @@ def deal_jointly(
         deal(task) if whole is None else FoldedTask(task, whole.folds[:, _joint_task(whole).find_rows(task)], whole)
     )
     parts = zip(task.parts, task.rows, strict=True)
-    return JointTargets(folded, {part.name: FoldedTask(part, folded.folds[:, rows], whole) for part, rows in parts})
+    dealt = {part.name: FoldedTask(part, folded.folds[:, rows], whole) for part, rows in parts}
+    _require_tested(dealt)
+    return JointTargets(folded, dealt)
 
 
 def cross_fit_all(

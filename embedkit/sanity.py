@@ -18,12 +18,14 @@ from scipy.stats import spearmanr
 from embedkit.attribution import Method, randomise_member
 from embedkit.cache import Cache
 from embedkit.runs import Evidence, Run
+from embedkit.targets import count_noun
 
 __all__ = ["SHUFFLES", "Sanity", "check_sanity", "shuffle_run"]
 
 SHUFFLES = 5
 """Shuffled heads that a map is compared with unless said otherwise."""
 _MOST_ALIKE = 0.5  # a choice of this project: the paper draws no line
+_FEWEST = 24  # scores: by chance the mean magnitude is about .8 / sqrt(scores - 1), .16 of so many
 
 FloatArray = NDArray[np.float32]
 
@@ -34,21 +36,25 @@ class Sanity:
 
     Attributes:
         correlations: Spearman's rank correlation of the map with that of each shuffled head; 0 where either is flat.
+        obstacle: Why they tell nothing, in words; empty where they do.
     """
 
     correlations: tuple[float, ...]
+    obstacle: str = ""
 
     @property
     def alike(self) -> float:
-        """The mean magnitude of the correlations: 0 for maps that have nothing in common."""
+        """The mean magnitude of the correlations: of maps of n scores that have nothing in common some .8 / sqrt(n)."""
         return float(np.mean(np.abs(self.correlations)))
 
     @property
-    def passed(self) -> bool:
-        """Whether less than half of the order of the patches is left."""
-        return self.alike < _MOST_ALIKE
+    def passed(self) -> bool | None:
+        """Whether less than half of the order of the patches is left; None where that cannot be told."""
+        return None if self.obstacle else self.alike < _MOST_ALIKE
 
     def __str__(self) -> str:
+        if self.obstacle:
+            return f"cannot be told: {self.obstacle}"
         verdict = (
             "passed: the map depends on what the head learned"
             if self.passed
@@ -86,7 +92,13 @@ def check_sanity(
         _line_up(shuffle_run(run, seed=seed).find_evidence(cache, case_id, **how).scores, real)
         for seed in range(shuffles)
     ]
-    return Sanity(tuple(_correlate(own, other) for other in found))
+    return Sanity(tuple(_correlate(own, other) for other in found), _find_obstacle(own))
+
+
+def _find_obstacle(scores: FloatArray) -> str:
+    if len(scores) < _FEWEST:
+        return f"a map of {count_noun(len(scores), 'score')} can be like another by chance, expected {_FEWEST} or more"
+    return "the map is the same everywhere" if np.ptp(scores) == 0 else ""
 
 
 def shuffle_run(run: Run, *, seed: int) -> Run:
@@ -100,6 +112,6 @@ def _line_up(scores: Mapping[str, FloatArray], real: Mapping[str, NDArray[np.boo
 
 
 def _correlate(first: FloatArray, second: FloatArray) -> float:
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
+    if len(first) == 0 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     return float(spearmanr(first, second).statistic)

@@ -95,16 +95,16 @@ def read_case(
     stats: dict[str, SourceStat] = {}
     for view, path in case.images.items():
         try:
-            stats[view] = stat_source(path, folders)
+            stats[view] = stat_source(path, folders, stop=stop)
             volumes[view] = read_volume(path, spill=spill, most_bytes=share, folders=folders, stop=stop)
-            if stat_source(path, folders) != stats[view]:
+            if stat_source(path, folders, stop=stop) != stats[view]:
                 raise VolumeError(f"{path} changed while it was read; run the same command again once it is whole")
         except VolumeError as error:
             raise VolumeError(f"view {view}: {error.reason}", view=view, found=error.found) from error
     return CaseImages(volumes, stats)
 
 
-def stat_source(path: Path, folders: SeriesFolders | None = None) -> SourceStat:
+def stat_source(path: Path, folders: SeriesFolders | None = None, *, stop: Stop = None) -> SourceStat:
     """State of the files behind ``path``: one file, a DICOM folder, or a header and the second file that it names.
 
     One file of a DICOM series stands for the files of that series. A header that names no file that can be read, and a
@@ -113,20 +113,21 @@ def stat_source(path: Path, folders: SeriesFolders | None = None) -> SourceStat:
     Args:
         path: As for `embedkit.volumes.read_volume`.
         folders: Remembers the series of folders.
+        stop: Once set, no folder is looked through to its end; the file counts alone.
 
     Raises:
         VolumeError: ``path`` does not exist or may not be read.
     """
     try:
         own = path.stat()
-        stats = _stat_more(path, own, folders or SeriesFolders())
+        stats = _stat_more(path, own, folders or SeriesFolders(), stop)
     except OSError as error:
         raise VolumeError(f"{path} cannot be read: {error.strerror}; check the path in the manifest") from error
     stats = [own] if stats is None else stats
     return SourceStat(sum(each.st_size for each in stats), max(map(changed_ns, stats), default=0))
 
 
-def _stat_more(path: Path, own: os.stat_result, folders: SeriesFolders) -> list[os.stat_result] | None:
+def _stat_more(path: Path, own: os.stat_result, folders: SeriesFolders, stop: Stop) -> list[os.stat_result] | None:
     """States of all files behind an image that is more than the one file ``path``; None where it is that file alone."""
     if stat.S_ISDIR(own.st_mode):
         return list(_stat_files(path))
@@ -137,7 +138,7 @@ def _stat_more(path: Path, own: os.stat_result, folders: SeriesFolders) -> list[
         if kind in ITK_READERS:
             payload = payload_file(path, kind)
             return None if payload is None else [own, payload.stat()]
-        return [file.stat() for file in folders.find(path).files]
+        return [file.stat() for file in folders.find(path, stop=stop).files]
     except VolumeError:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -153,14 +154,14 @@ def without_names(failed: FailedCase) -> str:
     The name of a folder, and of a file of a DICOM series, can be a patient's.
     """
     reason = failed.reason
-    for path in sorted(
-        (path for path in failed.case.images.values() if not path.is_dir()), key=lambda path: -len(str(path))
-    ):
-        reason = reason.replace(str(path), path.name)
+    for path in failed.case.images.values():
+        if not path.is_dir():
+            reason = path.name.join(re.split(re.escape(str(path)) + r"(?![\w.-]*\w)", reason))
     for path in failed.case.images.values():
         folder = path if path.is_dir() else path.parent
         if f"{folder}/" in reason and os.access(folder, os.R_OK):
             for other in sorted(map(str, folder.iterdir()), key=len, reverse=True):
                 reason = reason.replace(other, "one of its files")
-        reason = reason.replace(f"{folder}/", "").replace(str(folder), "its folder")
+        gone = re.escape(f"{folder}/") + r".*?(?=\s*[:;(]|$)"  # in no listing any more
+        reason = re.sub(gone, "one of its files", reason).replace(str(folder), "its folder")
     return reason

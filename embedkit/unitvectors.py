@@ -69,7 +69,7 @@ class Preparation:
             lengths = _measure_lengths(moved)
         empty = (
             np.count_nonzero(vectors, axis=1) == 0
-        )  # of an image that shows nothing; less the mean it would have a direction all the same
+        )  # of an image that shows nothing; less the mean it would have a direction
         bad = np.flatnonzero(~(lengths <= np.finfo(np.float32).max) | (lengths == 0) | empty)
         if len(bad):
             first = int(bad[0])

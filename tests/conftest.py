@@ -101,6 +101,24 @@ def _cache_tokens(folder: Path, tokens: dict[str, np.ndarray], patients: dict[st
     return open_cache(folder)
 
 
+@pytest.fixture(scope="session")
+def telling_cache() -> Callable[..., Cache]:
+    """Makes a cache of class tokens that tell of their patients: see `_telling_cache`."""
+    return _telling_cache
+
+
+def _telling_cache(folder: Path, patients: dict[str, str], strength: float) -> Cache:
+    """Two cases per patient; channel 0 shows every second patient, channels 1 to 3 each third of them."""
+    rng = np.random.default_rng(0)
+    tokens = {}
+    for case, name in enumerate(patients):
+        values = rng.normal(size=(3 + case % 2, 6))
+        values[:, 0] += strength * (case // 2 % 2)
+        values[:, 1 + case // 2 % 3] += strength
+        tokens[name] = values
+    return _cache_tokens(folder, tokens, patients)
+
+
 @dataclass(frozen=True)
 class Explored:
     """Phantoms with all that the explore page shows of them."""

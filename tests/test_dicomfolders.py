@@ -130,6 +130,20 @@ def test_a_file_that_changed_or_came_since_is_looked_for_anew(flat: Path, header
     assert headers_read == []
 
 
+def test_files_that_come_to_a_series_are_seen_by_who_looked_before(flat: Path) -> None:
+    folders = SeriesFolders()
+    assert len(folders.find(flat / "0-0.dcm").files) == SLICES
+    write_slice(flat / "late.dcm", 0, SLICES)
+    assert len(folders.find(flat / "0-0.dcm").files) == SLICES + 1
+
+
+def test_looking_through_a_folder_ends_once_it_is_told_to(flat: Path, headers_read: list[str]) -> None:
+    stop = threading.Event()
+    stop.set()
+    stat_source(flat / "0-0.dcm", SeriesFolders(), stop=stop)
+    assert len(headers_read) <= 1
+
+
 def test_few_folders_are_remembered(flat: Path, headers_read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     other = flat.parent / "other"
     other.mkdir()

@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 
 from embedkit import engines, rayengine
 from embedkit.cache import create_cache, open_cache
+from embedkit.casework import FailedCase
 from embedkit.engines import dispatch_cases
 from embedkit.errors import BackboneError, CacheError, ExtractionError, OptionError, RecipeError, VolumeError
 from embedkit.extraction import ExtractionProgress, ExtractionSummary, extract, extract_cases
@@ -55,6 +56,7 @@ from embedkit.planning import make_recipe
 from embedkit.processes import ProcessTransport, split_devices
 from embedkit.rayengine import RayTransport, share_cpus
 from embedkit.sources import Case, group_cases
+from embedkit.stream import without_names
 from embedkit.volumes import write_volume
 from embedkit.worker import ExtractionJob, serve
 
@@ -480,6 +482,22 @@ def test_the_record_of_a_lost_worker_names_no_folder(manifest: Path, tmp_path: P
     assert "cannot map one of its files nor case_01.nii.gz; it may take" in recorded["case_01"]
     assert str(manifest.parent) not in (tmp_path / "cache" / "failures.jsonl").read_text()
     assert {failure.case_id: failure.reason for failure in summary.failures} == recorded
+
+
+def test_of_the_names_in_a_reason_only_those_of_the_cases_own_files_are_kept(tmp_path: Path) -> None:
+    for name in ("t1.nii", "t2.nii", "IM1", "IM10_DOE"):
+        (tmp_path / name).touch()
+    images = {name: tmp_path / name for name in ("t1.nii", "t2.nii", "IM1")}
+
+    def keep(reason: str) -> str:
+        return without_names(FailedCase(Case("c", "p", images), reason))
+
+    assert keep(f"view t2: {tmp_path}/t2.nii: damaged") == "view t2: t2.nii: damaged"
+    assert keep(f"view t1: {tmp_path}/t1.nii: damaged") == "view t1: t1.nii: damaged"
+    assert keep(f"{tmp_path}/IM10_DOE: damaged") == "one of its files: damaged"
+    assert keep(f"{tmp_path}/DOE JOHN.dcm: cannot be read") == "one of its files: cannot be read"
+    assert keep(f"{tmp_path}/GONE_DOE.dcm (No such file)") == "one of its files (No such file)"
+    assert keep(f"{tmp_path}: cannot be read") == "its folder: cannot be read"
 
 
 def test_workers_that_are_lost_again_and_again_end_the_call_with_the_reason(manifest: Path, tmp_path: Path) -> None:

@@ -188,7 +188,22 @@ def test_a_flat_map_has_nothing_in_common_with_any(work: Path) -> None:
     case_id, _ = lesion_cases(work)[0]
     evidence = run.find_evidence(cache, case_id)
     flat = replace(evidence, scores={view: np.ones_like(each) for view, each in evidence.scores.items()})
-    assert check_sanity(run, cache, case_id, flat, shuffles=1).correlations == (0.0,)
+    found = check_sanity(run, cache, case_id, flat, shuffles=1)
+    assert found.correlations == (0.0,) and found.passed is None
+    assert str(found) == "cannot be told: the map is the same everywhere"
+
+
+def test_of_a_map_of_few_scores_the_sanity_check_cannot_tell(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, run = open_cache(work / "cache"), open_run(work / "runs" / "lesion.grid")
+    case_id, _ = lesion_cases(work)[0]
+    evidence = run.find_evidence(cache, case_id)
+    ((view, each),) = evidence.scores.items()
+    scores = each[~cache.slices(cache.find_stacks(case_id, [view])[view]).blank].size
+    assert check_sanity(run, cache, case_id, evidence, shuffles=1).passed is not None
+    monkeypatch.setattr(sanity, "_FEWEST", scores + 1)
+    found = check_sanity(run, cache, case_id, evidence, shuffles=1)
+    assert found.passed is None
+    assert str(found).startswith(f"cannot be told: a map of {scores} scores can be like another by chance, expected")
 
 
 def test_methods_that_tell_of_the_answer_agree(work: Path) -> None:
