@@ -17,13 +17,13 @@ from embedkit.explanation import explain
 from embedkit.extraction import extract
 from embedkit.indexbuilding import build_index
 from embedkit.manifest import read_labels, read_manifest
-from embedkit.metrics import compute_roc
 from embedkit.patches import measure_patch_cover
 from embedkit.phantoms import make_phantoms
 from embedkit.pictures import draw_similar_cases, picture_case
 from embedkit.plots import RocLine, Score, describe_interval, plot_montage, plot_roc, plot_scores
 from embedkit.report import Figure, Report, Section, score_table, write_report
 from embedkit.retrieval import search
+from embedkit.roc import compute_roc
 from embedkit.runs import Run, open_run
 from embedkit.training import BASELINES, train
 from embedkit.volumes import read_volume

@@ -17,11 +17,12 @@ from embedkit.casemap import choose_embedding, map_cases
 from embedkit.charts import PrecisionLine, plot_agreement, plot_confusion, plot_map, plot_precision, plot_reliability
 from embedkit.evaluation import Evaluation
 from embedkit.explanation import draw_evidence
-from embedkit.metrics import METRICS, compute_metrics, compute_roc
+from embedkit.metrics import METRICS, compute_metrics
 from embedkit.mistakes import Mistake, find_mistakes, is_wrong
 from embedkit.outcomes import Outcomes
 from embedkit.plots import RocLine, Score, plot_roc, plot_scores
 from embedkit.report import Cell, Figure, Report, Section, Table, metric_title, write_report
+from embedkit.roc import compute_roc
 from embedkit.runs import check_cache
 from embedkit.subgroups import shown_metrics
 from embedkit.survivalsection import survival_section

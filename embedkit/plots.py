@@ -30,7 +30,8 @@ from embedkit.canvas import (
     show_plainly,
     style_axes,
 )
-from embedkit.metrics import Interval, RocCurve
+from embedkit.metrics import Interval
+from embedkit.roc import RocCurve
 
 __all__ = ["DPI", "RocLine", "Score", "describe_interval", "plot_montage", "plot_roc", "plot_scores"]
 

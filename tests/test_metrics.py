@@ -21,10 +21,8 @@ from embedkit.metrics import (
     METRICS,
     Interval,
     compute_metrics,
-    compute_roc,
     compute_weighted_metrics,
     paired_difference,
-    roc_points,
 )
 
 # scores from a coarse grid tie often, and fall on the bin edges and on 0.5
@@ -350,50 +348,6 @@ def test_pairing_narrows_the_difference_of_like_scores() -> None:
 def test_a_difference_in_an_unknown_metric_names_the_known_ones() -> None:
     with pytest.raises(OptionError, match="a regression task has no metric auroc; expected one of mae, r2, spearman"):
         paired_difference("regression", [0, 1], [0, 1], [0, 1], people(2), metric="auroc")
-
-
-# --- the ROC curve
-
-
-@settings(max_examples=30, deadline=None)
-@given(binary_data())
-def test_roc_points_equal_scikit_learn(data: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    targets, scores, _ = data
-    expected = sk.roc_curve(targets, scores, drop_intermediate=False)[:2]
-    for found, wanted in zip(roc_points(targets, scores), expected, strict=True):
-        np.testing.assert_allclose(found, wanted)
-
-
-def test_the_band_of_perfect_scores_is_the_curve_itself() -> None:
-    curve = compute_roc([0, 0, 0, 1, 1, 1], [0.1, 0.2, 0.3, 0.7, 0.8, 0.9], people(6), resamples=100)
-    assert curve.low.tolist() == [1.0] * 101
-    assert curve.high.tolist() == [1.0] * 101
-    assert (curve.false_positive_rate[0], curve.true_positive_rate[-1]) == (0.0, 1.0)
-
-
-def test_the_band_holds_the_curve_and_equals_single_resamples() -> None:
-    rng = np.random.default_rng(3)
-    targets = rng.integers(0, 2, 80)
-    scores = np.clip(0.3 * targets + rng.random(80) * 0.7, 0, 1).round(1)
-    curve = compute_roc(targets, scores, people(80), resamples=100, seed=2)
-    middle = np.interp(curve.grid, curve.false_positive_rate, curve.true_positive_rate)
-    assert ((curve.low <= middle + 1e-12) & (middle <= curve.high + 1e-12)).all()
-    rows = []
-    for row in np.concatenate(list(draw_weights(people(80), resamples=100, seed=2))):
-        false_rate, true_rate, _ = sk.roc_curve(targets, scores, sample_weight=row, drop_intermediate=False)
-        rows.append(np.interp(curve.grid, false_rate, true_rate))
-    np.testing.assert_allclose(np.quantile(rows, [0.025, 0.975], axis=0), [curve.low, curve.high], atol=1e-12)
-
-
-def test_a_band_without_any_fit_resample_is_nan() -> None:
-    curve = compute_roc([0, 1], [0.2, 0.8], ["p", "q"], resamples=0)
-    assert np.isnan(curve.low).all()
-    assert np.isnan(curve.high).all()
-
-
-def test_a_roc_curve_of_one_class_is_refused() -> None:
-    with pytest.raises(TaskError, match="a ROC curve takes cases of both classes, but all targets are equal"):
-        roc_points([1, 1], [0.1, 0.2])
 
 
 # --- input

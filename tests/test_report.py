@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from embedkit.errors import RunError
-from embedkit.metrics import Interval, compute_metrics, compute_roc
+from embedkit.metrics import Interval, compute_metrics
 from embedkit.plots import describe_interval
 from embedkit.report import (
     Cell,
@@ -32,6 +32,7 @@ from embedkit.report import (
     score_table,
     write_report,
 )
+from embedkit.roc import compute_roc
 
 NAN = float("nan")
 NASTY = "<script>alert('x')</script> & \"quoted\" $\\frac{1$"
