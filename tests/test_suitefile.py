@@ -102,3 +102,10 @@ def test_the_suite_of_real_scans_has_twelve_tasks_of_three_sorts(tmp_path: Path)
     suite = read_suite("real", data=tmp_path)
     assert len(suite.tasks) >= 12
     assert {task.kind for task in suite.tasks} == {"classification", "regression", "retrieval"}
+
+
+def test_every_set_of_medmnist3d_has_figures_to_stand_beside(tmp_path: Path) -> None:
+    suite = read_suite("medmnist3d", data=tmp_path)
+    published = {each.method: each.scores for each in suite.published}
+    assert set(published["ResNet-50 3D"]) == {task.name for task in suite.tasks}
+    assert published["ResNet-50 3D"]["fracture"] == {"auroc": 0.725, "accuracy": 0.494}
