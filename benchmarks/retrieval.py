@@ -1,12 +1,14 @@
 """Similar cases on real scans: levels of vectors x reranking x backbone, beside the bare pixels, and an honest choice.
 
 Usage: python benchmarks/retrieval.py [--data ../shared/data] [--cache-dir FOLDER] [--weights FILE] [--seeds N]
-                                      [--truths hippocampus,lgg,sts] [--backbones deit_tiny,scattering]
+                                      [--truths hippocampus,lgg,sequences,sts] [--backbones deit_tiny,scattering]
                                       [--levels "slices,run"]
 
 Ground truths: the other hippocampus of the same patient (`hippocampus`); another patient with the tumour on the same
-side (`lgg`); the same modality of the other patient among two sarcoma patients' CT, PET and MR (`sts`, six cases, so a
-check and no measure). Each case is a query once; 95% intervals are over patients.
+side (`lgg`); an image of the same sequence of another patient (`sequences`: each of a brain tumour patient's sequences
+is a case, by 12 of its slices); a piece of the same modality of the other patient (`sts`: CT, PET and T1 MR of two
+sarcoma patients, each series cut along the stack into eight cases). Each case is a query once. 95% intervals are over
+patients, of `sts` over the six series: they hold for other pieces of these, and say nothing of a third patient.
 
 `pixels` crops or pads each volume around its centre to the median shape, takes the mean of blocks down to 48 voxels or
 fewer per axis, and compares by cosine after centring; `whitened` as embedkit whitens its own vectors. Whitening is
@@ -33,10 +35,12 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from embedkit.bootstrap import Interval, bootstrap_values, form_interval
@@ -61,6 +65,7 @@ RERANKS = ("none", "free", "ordered", "both")
 MOST_PIXELS = 48
 COMPONENTS = 64
 MODALITIES = {"CT": "CT", "PET": "PET", "MR_T1": "MR"}
+PIECES = 8
 
 FloatArray = NDArray[np.float32]
 
@@ -75,7 +80,9 @@ class Truth:
         exclude_same: The column that they must not share.
         view: Whose pixels are compared.
         crop: Of the extraction.
+        slices: Of the extraction.
         target: What runs are trained for; None trains none.
+        group: The column of the labels that is resampled.
     """
 
     name: str
@@ -83,13 +90,16 @@ class Truth:
     exclude_same: str | None
     view: str
     crop: str
+    slices: str = "all"
     target: str | None = None
+    group: str = "patient_id"
 
 
 TRUTHS = (
-    Truth("hippocampus", "patient_id", None, "t1", "none", "side"),
-    Truth("lgg", "laterality", "patient_id", "flair", "foreground", "laterality"),
-    Truth("sts", "modality", "patient_id", "image", "foreground"),
+    Truth("hippocampus", "patient_id", None, "t1", "none", target="side"),
+    Truth("lgg", "laterality", "patient_id", "flair", "foreground", target="laterality"),
+    Truth("sequences", "sequence", "patient_id", "image", "foreground", slices="count:12"),
+    Truth("sts", "modality", "patient_id", "image", "foreground", group="series"),
 )
 RUN_HEADS, FOLDS = ("grid", "abmil"), 5
 
@@ -145,7 +155,7 @@ def list_backbones(weights: Path) -> dict[str, Backbone]:
 
 def measure_truth(truth: Truth, backbones: dict[str, Backbone], options: argparse.Namespace, folder: str) -> float:
     """Prints the tables of one ground truth; the ratio of the honest choice to the better pixels."""
-    manifest, labels = read_tables(truth, options.data)
+    manifest, labels = read_tables(truth, options.data, options.cache_dir)
     print(f"\n{truth.name}: the same {truth.relevant}, {labels['case_id'].len()} cases\n", flush=True)
     print("| Backbone | Level | Rerank | top-1 | top-5 | MRR |\n|---|---|---|---|---|---|")
     pixels = embed_pixels(manifest, truth.view)
@@ -166,26 +176,36 @@ def measure_truth(truth: Truth, backbones: dict[str, Backbone], options: argpars
     return print_choice(truth, backbones, caches, labels=labels, pixels=pixels, seeds=options.seeds)
 
 
-def read_tables(truth: Truth, data: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The manifest with paths in full, and a label per case; the sarcoma series are a case each."""
+def read_tables(truth: Truth, data: Path, pieces: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The manifest with paths in full, and a label per case; sequences are a case each, as are ``pieces`` of series."""
     if truth.name == "sts":
-        rows = [
-            {
-                "case_id": f"{folder.name}-{modality}",
-                "patient_id": folder.name,
-                "view": "image",
-                "path": str(folder / f"{name}_image.nii.gz"),
-                "modality": modality,
-            }
-            for folder in sorted((data / "sts" / "nifti").iterdir())
-            for name, modality in MODALITIES.items()
-        ]
-        table = pl.DataFrame(rows)
-        return table.drop("modality"), table.select("case_id", "patient_id", "modality")
-    folder = data / truth.name
+        return cut_series(data / "sts" / "nifti", pieces / "sts-pieces")
+    folder = data / ("lgg" if truth.name == "sequences" else truth.name)
     manifest = pl.read_csv(folder / "manifest.csv").with_columns(path=str(folder) + "/" + pl.col("path")).drop("mask")
+    if truth.name == "sequences":
+        apart = manifest.with_columns(
+            case_id=pl.col("case_id") + "-" + pl.col("view"), view=pl.lit(truth.view), sequence="view"
+        )
+        return apart.drop("sequence"), apart.select("case_id", "patient_id", "sequence")
     columns = ["case_id", "patient_id", *({truth.relevant} - {"patient_id"})]
     return manifest, pl.read_csv(folder / "labels.csv").select(columns)
+
+
+def cut_series(data: Path, out: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Manifest and labels of the sarcoma series, each cut along the stack into files of about as many slices."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for folder in sorted(data.iterdir()):
+        for name, modality in MODALITIES.items():
+            image = sitk.ReadImage(str(folder / f"{name}_image.nii.gz"))
+            ends = np.linspace(0, image.GetDepth(), PIECES + 1).astype(int).tolist()
+            for start, end in pairwise(ends):
+                case = f"{folder.name}-{modality}-{start:03d}"
+                sitk.WriteImage(image[:, :, start:end], str(out / f"{case}.nii.gz"))
+                rows.append((case, folder.name, "image", str(out / f"{case}.nii.gz"), modality, case[:-4]))
+    names = ["case_id", "patient_id", "view", "path", "modality", "series"]
+    table = pl.DataFrame(rows, schema=names, orient="row")
+    return table.drop("modality", "series"), table.drop("view", "path")
 
 
 def make_cache(truth: Truth, manifest: pl.DataFrame, backbone: Backbone, path: Path) -> Path:
@@ -200,6 +220,7 @@ def make_cache(truth: Truth, manifest: pl.DataFrame, backbone: Backbone, path: P
         backbone=backbone.name,
         weights=backbone.weights,
         tokens=tokens,
+        slices=truth.slices,
         crop=truth.crop,
         device="cpu",
     )
@@ -306,20 +327,23 @@ def list_firsts(index: Index, truth: Truth, rerank: str, *, by_patch: bool = Fal
         by_patch=by_patch,
         resamples=0,
     )
-    return found.queries.select("case_id", "patient_id", place=pl.col("first").fill_null(10**9))
+    groups = index.cases.select("case_id", group=truth.group)
+    return found.queries.select("case_id", place=pl.col("first").fill_null(10**9)).join(
+        groups, on="case_id", maintain_order="left"
+    )
 
 
 def summarise(firsts: pl.DataFrame) -> dict[str, Interval]:
     places = firsts["place"]
     values = {"top-1": places <= 1, "top-5": places <= 5, "MRR": 1 / places}
-    return {name: bound(value.cast(pl.Float64).to_numpy(), firsts["patient_id"]) for name, value in values.items()}
+    return {name: bound(value.cast(pl.Float64).to_numpy(), firsts["group"]) for name, value in values.items()}
 
 
-def bound(values: NDArray[np.float64], patients: pl.Series) -> Interval:
-    """The mean of a value per query with its interval over patients."""
-    groups = patients.to_list()
-    resampled = bootstrap_values({"mean": weigh_mean(values)}, groups, resamples=2000, seed=0)
-    return form_interval(float(values.mean()), resampled["mean"], groups)
+def bound(values: NDArray[np.float64], groups: pl.Series) -> Interval:
+    """The mean of a value per query with its interval over the groups, patients as a rule."""
+    named = groups.to_list()
+    resampled = bootstrap_values({"mean": weigh_mean(values)}, named, resamples=2000, seed=0)
+    return form_interval(float(values.mean()), resampled["mean"], named)
 
 
 def print_line(backbone: str, level: str, rerank: str, scores: dict[str, Interval]) -> None:
@@ -450,7 +474,7 @@ def average_firsts(parts: Iterator[pl.DataFrame] | Sequence[pl.DataFrame]) -> pl
     """A row per query: its scores averaged over the seeds in which it was judged."""
     joined = pl.concat(list(parts))
     return (
-        joined.group_by("case_id", "patient_id")
+        joined.group_by("case_id", "group")
         .agg(
             (pl.col("place") <= 1).mean().alias("top-1"),
             (pl.col("place") <= 5).mean().alias("top-5"),
@@ -461,12 +485,10 @@ def average_firsts(parts: Iterator[pl.DataFrame] | Sequence[pl.DataFrame]) -> pl
 
 
 def print_scores(name: str, found: pl.DataFrame, pixels: pl.DataFrame) -> None:
-    shown = [
-        describe_interval(bound(found[column].to_numpy(), found["patient_id"])) for column in ("top-1", "top-5", "MRR")
-    ]
+    shown = [describe_interval(bound(found[column].to_numpy(), found["group"])) for column in ("top-1", "top-5", "MRR")]
     both = found.join(pixels, on="case_id", suffix="-pixels")
     difference = (both["top-1"] - both["top-1-pixels"]).to_numpy()
-    print(f"| {name} | {' | '.join(shown)} | {describe_interval(bound(difference, both['patient_id']))} |", flush=True)
+    print(f"| {name} | {' | '.join(shown)} | {describe_interval(bound(difference, both['group']))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def measure(name: str, backbone: Backbone, options: argparse.Namespace, folder: 
     for truth in TRUTHS[:2]:
         if truth.name not in parts and not (truth.name == "lgg" and "regions" in parts):
             continue
-        manifest, labels = read_tables(truth, options.data)
+        manifest, labels = read_tables(truth, options.data, options.cache_dir)
         cache = open_cache(make_cache(truth, manifest, backbone, options.cache_dir / f"{truth.name}-{name}"))
         labels = labels.with_columns(institution=pl.col("case_id").str.slice(5, 2))
         embedding = f"aligned:{backbone.patch}"
@@ -131,7 +131,7 @@ def rank_twins(index: Index, similarity: FloatArray) -> pl.DataFrame:
             best = similarity[row][right].max()
             wrong = similarity[row][others & ~right]
             place = 1 + int((wrong > best).sum()) + int((wrong == best).sum() / 2)
-            rows.append({"case_id": case, "patient_id": patients[row], "place": place})
+            rows.append({"case_id": case, "group": patients[row], "place": place})
     return pl.DataFrame(rows)
 
 

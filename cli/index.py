@@ -121,9 +121,7 @@ def _report(index: Index, changed: dict[str, Any], *, json: bool, asked: bool) -
         typer.echo(f"{len(lacking)} of {len(index)} cases have no label: {shown}; filters leave them out", err=True)
     if blank := index.details.get("without_usable_slice", []):
         shown = ", ".join(blank[:5]) + (" ..." if len(blank) > 5 else "")
-        typer.echo(
-            f"{len(blank)} cases of the cache show nothing, every slice is blank, and are left out: {shown}", err=True
-        )
+        typer.echo(f"{len(blank)} cases show nothing, every slice is blank, and are left out: {shown}", err=True)
     if index.shortfall is not None:
         typer.echo(index.shortfall, err=True)
         if asked:

@@ -54,12 +54,13 @@ def add_cases(
         The index as it is now, and the cases taken.
 
     Raises:
-        SearchError: the index is damaged, the cache is gone, the index's run was trained again, or labels are lacking
-            or other than the index's.
+        SearchError: the index is damaged or holds a case without a direction, the cache is gone, the index's run was
+            trained again, or labels are lacking or other than the index's.
         RecipeError: the cache has another recipe.
     """
     opened = index if isinstance(index, Index) else open_index(index)
     _require_sound(opened)
+    _require_directions(opened)
     source = open_source(opened, cache)
     lacking = sorted(set(source.stacks["case_id"]) - set(opened.cases["case_id"]))
     part, blank = part_blank(restrict_cache(source, lacking))
@@ -138,6 +139,21 @@ def _require_sound(index: Index) -> None:
     """Reads every byte: what is damaged would pass for sound under the checksums of the changed index."""
     for name, problem in list_damage(index.path).items():
         raise SearchError(f"{index.path / name} is damaged: {problem}; build the index again")
+
+
+def _require_directions(index: Index) -> None:
+    """Stops at vectors of zero: an index that was whitened before such cases were refused may hold some."""
+    vectors, found = index.read_vectors(), []
+    for part in split_rows(*vectors.shape):
+        found.append(~np.any(vectors[part], axis=1))
+    empty = np.flatnonzero(np.concatenate(found))
+    if len(empty):
+        places = empty if index.rows is None else np.unique(index.rows["case"].to_numpy()[empty])
+        names = ",".join(index.cases["case_id"].gather(places).to_list())
+        raise SearchError(
+            f"index {index.path} holds cases that show nothing, their vectors are zero: {names}; withdraw them first"
+            f" (embedkit index {index.details.get('cache', 'CACHE')} -o {index.path} --remove {names}), then add"
+        )
 
 
 def _embed_as(index: Index, cache: Cache, file: Path) -> MadeVectors:

@@ -19,6 +19,7 @@ from embedkit.index import open_index
 from embedkit.indexbuilding import build_index
 from embedkit.indexchanging import add_cases, remove_cases
 from embedkit.indexlabels import list_unlabelled
+from embedkit.indexwriting import rewrite_index
 from embedkit.queries import open_slices
 from embedkit.recipe import Recipe
 from embedkit.regions import Region
@@ -209,6 +210,35 @@ def test_blank_constant_and_one_slice_cases_are_left_out_or_found(tmp_path: Path
     zero = np.zeros(index.dim, np.float32)
     with pytest.raises(SearchError, match="the vector of query 0 is zero: it has no direction to compare"):
         index.search(zero, 3)
+
+
+def test_cases_that_show_nothing_in_an_older_index_are_withdrawn_by_name(cache: Path, tmp_path: Path) -> None:
+    index = build_index(cache, tmp_path / "index")
+    vectors = np.array(index.read_vectors())
+    vectors[[7, 30]] = 0  # whitened, they had a direction and were let in
+    older = rewrite_index(index, vectors, index.cases, kept=np.arange(CASES))
+    message = (
+        r"holds cases that show nothing, their vectors are zero: c07,c30; .*-o .*index --remove c07,c30\), then add"
+    )
+    with pytest.raises(SearchError, match=message):
+        add_cases(older)
+    left = remove_cases(open_index(tmp_path / "index"), ["c07", "c30"])
+    back, taken = add_cases(left, cache=cache)
+    assert taken == ["c07", "c30"] and len(back) == CASES
+    assert np.abs(back.read_vectors()).sum(1).min() > 0
+
+
+def test_cases_left_out_stay_told_until_another_cache_shows_them(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", range(8))
+    write_shard(cache, RECIPE, [replace(stack(number), blank=np.ones(9, bool)) for number in (8, 9)])
+    index = build_index(cache, tmp_path / "index")
+    assert index.details["without_usable_slice"] == ["c08", "c09"]
+    other = make_cache(tmp_path / "other", [3, 8, 10])
+    write_shard(other, RECIPE, [replace(stack(4), blank=np.ones(9, bool)), replace(stack(11), blank=np.ones(9, bool))])
+    more, taken = add_cases(index, cache=other)
+    assert taken == ["c08", "c10"]
+    assert more.details["without_usable_slice"] == ["c09", "c11"]  # c04 is held as the first cache shows it
+    assert add_cases(more)[0].details["without_usable_slice"] == ["c09", "c11"]
 
 
 @pytest.mark.parametrize("by_patch", [False, True])
