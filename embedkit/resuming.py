@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from embedkit.errors import DifferentRunError
+from embedkit.fitting import FitOptions
 from embedkit.runfolder import read_run
 
 __all__ = ["is_finished"]
@@ -32,10 +34,15 @@ def is_finished(path: Path, fields: Mapping[str, Any], tested: pl.DataFrame) -> 
     if not path.exists():
         return False
     found = read_run(path)
-    record = {name: getattr(found.record, name) for name in fields}
-    for name, wanted in _plain(fields).items():
-        if (there := _plain(record)[name]) != wanted:
-            difference = f"was trained with {name} {_shorten(there)}, but this training asks for {_shorten(wanted)}"
+    record = _plain({name: getattr(found.record, name) for name in fields})
+    asked = _plain(fields)
+    for name, default in dataclasses.asdict(FitOptions()).items():
+        if name in asked.get("fit_options", ()):  # a run made before there was an option was made as its default has it
+            record["fit_options"].setdefault(name, default)
+    for name, wanted in asked.items():
+        if record[name] != wanted:
+            there, here = _leave_different(record[name], wanted)
+            difference = f"was trained with {name} {_shorten(there)}, but this training asks for {_shorten(here)}"
             raise DifferentRunError(f"run {path} {difference}", _WAYS_OUT)
     if not found.predictions.select(tested.columns).equals(tested):
         raise DifferentRunError(
@@ -48,6 +55,16 @@ def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON gives it back."""
     plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return plain
+
+
+def _leave_different(there: Any, wanted: Any) -> tuple[Any, Any]:
+    """Of two tables what differs; all of anything else."""
+    if not (isinstance(there, dict) and isinstance(wanted, dict)):
+        return there, wanted
+    absent = object()
+    names = [name for name in {**there, **wanted} if there.get(name, absent) != wanted.get(name, absent)]
+    first, second = ({name: each[name] for name in names if name in each} for each in (there, wanted))
+    return first, second
 
 
 def _shorten(value: Any) -> str:

@@ -589,6 +589,18 @@ def test_a_resume_with_other_options_names_what_differs(
         run_training(cache, tmp_path, resume=True, overwrite=True)
 
 
+def test_a_run_that_lacks_a_later_fit_option_was_made_with_its_default(cache: Cache, tmp_path: Path) -> None:
+    run_training(cache, tmp_path, heads=("query",))
+    path = tmp_path / "disease.query" / "run.json"
+    record = json.loads(path.read_text())
+    del record["fit_options"]["inner_splits"]
+    path.write_text(json.dumps(record))
+    run_training(cache, tmp_path, heads=("query",), resume=True)
+    words = r'was trained with fit_options {"inner_splits": 1}, but this training asks for {"inner_splits": 2}; pass'
+    with pytest.raises(RunError, match=words):
+        run_training(cache, tmp_path, heads=("query",), resume=True, fit_options={**QUICK, "inner_splits": 2})
+
+
 def test_ctrl_c_exits_130_and_says_how_to_go_on(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
