@@ -175,9 +175,10 @@ class Bench:
         """Cache and labels of a task's cases and of altered copies; what asks for a side is not flipped."""
         labels = self.labels.drop_nulls(task.target)
         manifest = read_manifest(self.manifest).filter(pl.col("case_id").is_in(labels["case_id"].implode()))
-        more = copy_cases(manifest, self.work / f"images-{task.name}", copies, flip=task.target != "side")
+        images = self.work / f"images-{task.name}-{copies}"
+        more = copy_cases(manifest, images, copies, flip=task.target != "side")
         named = [labels.with_columns(case_id=pl.col("case_id") + f"{MARK}{copy}") for copy in range(1, copies + 1)]
-        return self.extract(more, f"cache-{task.name}-copies", ["cls:12"]), pl.concat([labels, *named])
+        return self.extract(more, f"cache-{task.name}-{copies}", ["cls:12"]), pl.concat([labels, *named])
 
     def has_masks(self) -> bool:
         return "mask" in read_manifest(self.manifest).columns

@@ -67,9 +67,8 @@ class Preparation:
         with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is found
             moved = self._move(vectors)
             lengths = _measure_lengths(moved)
-        empty = (
-            np.count_nonzero(vectors, axis=1) == 0
-        )  # of an image that shows nothing; less the mean it would have a direction
+        # An image that shows nothing has a vector of zeros; less the mean it would have a direction.
+        empty = np.count_nonzero(vectors, axis=1) == 0
         bad = np.flatnonzero(~(lengths <= np.finfo(np.float32).max) | (lengths == 0) | empty)
         if len(bad):
             first = int(bad[0])
