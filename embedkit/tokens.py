@@ -60,8 +60,8 @@ def resolve_token_sets(
 def default_layer(kind: TokenKind, info: BackboneInfo) -> int:
     """The layer of a token set named without one: the last, but two thirds of the depth for a transformer's patches.
 
-    Tokens before the last blocks still know their place; no layer is best for every task (the README has figures), and
-    two thirds of the depth is a compromise.
+    Tokens before the last blocks still know their place; no layer is best for every task (figures are in
+    docs/measures.md), and two thirds of the depth is a compromise.
     """
     if kind == "patch" and info.has_tail:
         return max(1, round(2 * info.depth / 3))
