@@ -18,6 +18,7 @@ __all__ = [
     "Meter",
     "format_bytes",
     "format_seconds",
+    "name_some",
     "parse_duration",
     "parse_number",
     "parse_size",
@@ -43,6 +44,11 @@ class Meter(Protocol):
 def split_list(text: str) -> list[str]:
     """``"a, b"`` as ``["a", "b"]``; empty text gives an empty list."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def parse_size(text: str, option: str = "--shard-size") -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ from embedkit.cli.console import (
     Meter,
     format_bytes,
     format_seconds,
+    name_some,
     parse_size,
     print_json,
     print_table,
@@ -26,6 +27,7 @@ from embedkit.cli.console import (
 if TYPE_CHECKING:
     from embedkit.estimate import EstimateOptions
     from embedkit.extraction import ExtractionProgress, ExtractionSummary
+    from embedkit.failures import Stray
 
 __all__ = ["run"]
 
@@ -135,7 +137,7 @@ def extract_command(
         typer.echo(f"part {part} holds no case: the manifest has fewer cases than parts", err=True)
     if summary.interrupted:
         raise typer.Exit(128 + signals[0])
-    if summary.failures:
+    if summary.failures or summary.strays:
         raise typer.Exit(1)
 
 
@@ -177,13 +179,13 @@ def _extract(
 
 
 def _print_estimate(manifest: Path, out: Path, options: EstimateOptions, *, json: bool) -> int:
-    """Tells the estimate, and gives the number of sampled cases that will fail."""
+    """Tells the estimate, and gives the number of sampled cases that will fail and of damaged files beside them."""
     from embedkit.estimate import estimate_extraction
 
     estimate = estimate_extraction(manifest, out, **options)
     if json:
         print_json(dataclasses.asdict(estimate))
-        return len(estimate.unreadable)
+        return len(estimate.unreadable) + len(estimate.strays)
     typer.echo(
         f"{estimate.cases} cases left to do, about {estimate.slices} slices ({estimate.blank_share:.0%} blank),"
         f" told from {estimate.sampled_cases} cases\n"
@@ -201,7 +203,13 @@ def _print_estimate(manifest: Path, out: Path, options: EstimateOptions, *, json
         )
     for problem in estimate.unreadable:
         typer.echo(f"  will fail: {problem}", err=True)
-    return len(estimate.unreadable)
+    _tell_strays(estimate.strays)
+    return len(estimate.unreadable) + len(estimate.strays)
+
+
+def _tell_strays(strays: Sequence[Stray]) -> None:
+    for stray in strays:
+        typer.echo(f"  stray {stray.path}, beside {name_some(stray.beside)}: {stray.reason}", err=True)
 
 
 def _layer(text: str) -> int:
@@ -227,11 +235,13 @@ def _print_summary(summary: ExtractionSummary, *, json: bool) -> None:
     typer.echo(
         f"{summary.cache}: {summary.cases_done} cases extracted ({summary.slices} slices, {summary.blank_slices} blank,"
         f" {rate:.1f} slices/s), {summary.cases_before} there before, {len(summary.failures)} failed"
+        f"{f', {len(summary.strays)} stray files' if summary.strays else ''}"
     )
     for case_id in summary.changed:
         typer.echo(f"  {case_id}: its files changed since they were cached; extracted anew")
     for failure in summary.failures:
         typer.echo(f"  {failure.case_id} failed: {failure.reason}", err=True)
+    _tell_strays(summary.strays)
     if summary.interrupted:
         typer.echo("interrupted; the finished cases are in the cache, the same command resumes", err=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from embedkit.cli.console import print_json, print_table
+from embedkit.cli.console import name_some, print_json, print_table
 
 if TYPE_CHECKING:
     from embedkit.inspection import CacheSummary, StorageChoice
@@ -30,6 +30,7 @@ def info_command(
         fields["choices"] = [dataclasses.asdict(choice) for choice in summary.choices]
         fields["token_sets"] = {name: dataclasses.asdict(kept) for name, kept in summary.token_sets.items()}
         fields["failures"] = [dataclasses.asdict(failure) for failure in summary.failures]
+        fields["strays"] = [dataclasses.asdict(stray) for stray in summary.strays]
         fields["duplicates"] = summary.duplicates.to_dicts()
         print_json(fields)
         return
@@ -63,10 +64,12 @@ def _print_summary(summary: CacheSummary) -> None:
     _print_choices(summary.choices)
     for failure in summary.failures:
         typer.echo(f"failed    {failure.case_id}: {failure.reason}")
-    if summary.failures:
+    for stray in summary.strays:
+        typer.echo(f"stray     a file beside {name_some(stray.beside)}: {stray.reason}")
+    if summary.failures or summary.strays:
         typer.echo(
-            f"note      {FAILURES_FILE} keeps a failure until an extraction does the case; delete the file to forget"
-            " cases that no manifest has any more"
+            f"note      {FAILURES_FILE} keeps a failure until an extraction does the case, and a stray until one finds"
+            " it mended or gone; delete the file to forget cases that no manifest has any more"
         )
     if len(summary.duplicates):
         typer.echo(f"note      {len(summary.duplicates)} stacks are stored twice; embedkit pack drops the copies")

@@ -30,11 +30,10 @@ def pack_command(
         f"{packed.path}: {packed.stacks} stacks in {packed.shards} shards, {packed.bytes / 1e6:.1f} MB,"
         f" {packed.duplicates} copies dropped"
     )
-    if packed.failures:
-        typer.echo(
-            f"note: {packed.failures} cases are on record as failed in {cache}; the packed file does not say so",
-            err=True,
-        )
+    untold = [f"{packed.failures} cases are on record as failed"] if packed.failures else []
+    untold += [f"{packed.strays} damaged DICOM files are on record as strays"] if packed.strays else []
+    if untold:
+        typer.echo(f"note: {' and '.join(untold)} in {cache}; the packed file does not say so", err=True)
 
 
 run = pack_command

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from embedkit.cli.console import print_json, print_table
+
+from embedkit.errors import StrayWarning
 
 if TYPE_CHECKING:
     import polars as pl
@@ -117,9 +122,10 @@ def _search_manifest(index: Index, manifest: Path, options: dict[str, Any], *, j
     from embedkit.retrieval import search_manifest
 
     failed: list[str] = []
-    found = search_manifest(
-        index, manifest, on_failure=lambda name, reason: failed.append(f"{name}: {reason}"), **options
-    )
+    with _tell_strays():
+        found = search_manifest(
+            index, manifest, on_failure=lambda name, reason: failed.append(f"{name}: {reason}"), **options
+        )
     print_json(found.to_dicts()) if json else _print_found(found)
     for line in failed:
         typer.echo(f"failed {line}", err=True)
@@ -164,7 +170,21 @@ def _read_query(
         return {"case_id": case, "volume": volume, "vector": read, "region": region}
     from embedkit.imagequeries import read_volume_query
 
-    return {"query": read_volume_query(index, volume, region=region, **reading)}
+    with _tell_strays():
+        return {"query": read_volume_query(index, volume, region=region, **reading)}
+
+
+@contextmanager
+def _tell_strays() -> Iterator[None]:
+    """Says on stderr what damaged files lie beside a DICOM series that was read."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", StrayWarning)
+        yield
+    for each in caught:
+        if issubclass(each.category, StrayWarning):
+            typer.echo(f"stray {each.message}", err=True)
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _search_one(

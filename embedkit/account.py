@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from embedkit.casework import CaseWork
-from embedkit.failures import Failure
+from embedkit.failures import Failure, Stray
 from embedkit.readahead import Waits
 from embedkit.recipe import Recipe
 from embedkit.sources import Case
+from embedkit.strays import Looks
 
 __all__ = ["Account", "ExtractionProgress", "ExtractionSummary"]
 
@@ -63,6 +64,7 @@ class ExtractionSummary:
         cases_done: Cases extracted by this call.
         changed: Of those, the ids of cases that were cached from files with other bytes.
         failures: Cases without tokens, and why.
+        strays: Damaged DICOM files of which no series can be told, in the folders that were looked through.
         slices: Slices stored by this call, blank ones included.
         blank_slices: Of those, constant ones: marked, and never sent through the backbone.
         seconds: Wall time.
@@ -77,6 +79,7 @@ class ExtractionSummary:
     cases_done: int
     changed: tuple[str, ...]
     failures: tuple[Failure, ...]
+    strays: tuple[Stray, ...]
     slices: int
     blank_slices: int
     seconds: float
@@ -96,6 +99,7 @@ class Account:
     settled: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    looks: dict[Path, Sequence[Stray]] = field(default_factory=dict)
     cases_same: int = 0
     slices: int = 0
     blank_slices: int = 0
@@ -106,6 +110,10 @@ class Account:
     def left(self) -> int:
         """Cases not settled yet."""
         return self.pending - len(self.settled) - len(self.failures)
+
+    def looked(self, looks: Looks) -> None:
+        """Takes down what strays there are in folders."""
+        self.looks.update(looks)
 
     def done(self, work: CaseWork, *, changed: bool) -> None:
         """Counts an extracted case; ``changed`` where it was cached from files with other bytes."""
@@ -148,7 +156,9 @@ class Account:
                 )
             )
 
-    def summarise(self, cache: Path, recipe: Recipe, *, interrupted: bool) -> ExtractionSummary:
+    def summarise(
+        self, cache: Path, recipe: Recipe, *, strays: tuple[Stray, ...], interrupted: bool
+    ) -> ExtractionSummary:
         """What the call did, at its end."""
         return ExtractionSummary(
             cache=cache,
@@ -158,6 +168,7 @@ class Account:
             cases_done=len(self.settled) - self.cases_same,
             changed=tuple(self.changed),
             failures=tuple(self.failures),
+            strays=strays,
             slices=self.slices,
             blank_slices=self.blank_slices,
             seconds=time.perf_counter() - self.started,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from embedkit.cache import create_cache, open_cache
-from embedkit.errors import SearchError
+from embedkit.errors import SearchError, StrayWarning
 from embedkit.extraction import extract_cases
 from embedkit.imagequeries import load_query_backbone
 from embedkit.index import Index
@@ -45,6 +46,9 @@ def read_manifest_queries(
         SearchError: it has a view that the index does not know, lacks the column ``needed``, or tells two values of a
             case there.
         RecipeError: ``weights`` are not those of the index's recipe.
+
+    Warns:
+        StrayWarning: a damaged DICOM file lies beside the series of cases and may be a slice of one.
     """
     table, columns = read_manifest(manifest), list_columns(manifest)
     known = {} if needed is None else _read_known(table, needed, columns)
@@ -59,6 +63,9 @@ def read_manifest_queries(
         summary = extract_cases(cases, place, backbone, index.recipe, device=choose_device(device))
         for failure in summary.failures:
             on_failure(failure.case_id, failure.reason)
+        for stray in summary.strays:
+            beside = ", ".join(stray.beside)
+            warnings.warn(f"{stray.path}, which lies beside {beside}: {stray.reason}", StrayWarning, stacklevel=2)
         with open_cache(place) as cache:
             vectors = embed_queries(index, cache) if len(cache) and index.level == "case" else {}
             reader = open_slices(index, cache)

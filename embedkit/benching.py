@@ -227,6 +227,10 @@ class _Work:
         self.failures += [
             Failure(f"case {each.case_id} of {name}", backbone.name, each.reason) for each in summary.failures
         ]
+        self.failures += [
+            Failure(f"file beside {', '.join(each.beside)} of {name}", backbone.name, each.reason)
+            for each in summary.strays
+        ]
         cases, seconds = summary.cases_before + summary.cases_done, self.state.extract_seconds.get(place, 0.0)
         self.extractions.append({"backbone": backbone.name, "dataset": name, "cases": cases, "seconds": seconds})
         self.done += 1

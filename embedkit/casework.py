@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from embedkit.cache import StackTokens, check_stack
 from embedkit.errors import BackboneError, VolumeError
 from embedkit.features import BackboneInfo
+from embedkit.formats import format_by_name
 from embedkit.recipe import Recipe
 from embedkit.slices import Stack, plan_stacks
 from embedkit.sources import Case, CaseImages, combine_digests, combine_stats
@@ -36,20 +37,50 @@ class FailedCase:
 
     Attributes:
         case: Which.
-        reason: Why, in one line, with nothing in it that its files say; so it may be kept.
+        problem: Why, in one line, without names of files and without what they say; see `embedkit.errors.VolumeError`.
         view: Where a single one of its images is to blame.
-        found: What its files say, or a library quotes of them; see `embedkit.errors.VolumeError`.
+        file: Where a single file or folder is.
+        found: What its files say, or a library quotes of them.
     """
 
     case: Case
-    reason: str
+    problem: str
     view: str = ""
+    file: Path | None = None
     found: str = ""
 
     @property
     def told(self) -> str:
         """The reason for who runs the program."""
-        return f"{self.reason} ({self.found})" if self.found else self.reason
+        return str(VolumeError(self.problem, file=self.file, view=self.view, found=self.found))
+
+    @property
+    def kept(self) -> str:
+        """The reason as it may be put on record: a file is named only where the manifest names it.
+
+        The name of a folder, and of a file of a DICOM series, can be a patient's.
+        """
+        images = self.case.images.values()
+        if self.file is None:
+            name = ""
+        elif self.file in images and not _is_folder(self.file):
+            name = self.file.name
+        elif self.file in {each for path in images for each in (path, path.parent)}:
+            name = "its folder"
+        else:
+            name = "one of its files"
+        return VolumeError(self.problem, file=Path(name) if name else None, view=self.view).reason
+
+    @property
+    def path(self) -> str:
+        """Name of the manifest's file to blame; empty for a folder."""
+        path = self.case.images.get(self.view)
+        return "" if path is None or _is_folder(path) else path.name
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a path of a manifest is that of a folder; of what is gone, whether its name shows no format."""
+    return path.is_dir() or not (path.exists() or format_by_name(path)[0])
 
 
 @dataclass(frozen=True)
@@ -141,7 +172,7 @@ class CaseWork:
         stack = work.stack
         if work.blank.all():
             raise VolumeError(
-                f"view {stack.view} has no content: all {len(work.blank)} {stack.plane} slices are constant after the"
+                f"has no content: all {len(work.blank)} {stack.plane} slices are constant after the"
                 " grey window; check the image and the window",
                 view=stack.view,
             )

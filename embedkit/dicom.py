@@ -1,7 +1,7 @@
-"""Owns DICOM series: which there are in a folder, and their pixels in file order.
+"""Owns the pixels of a DICOM series, in file order.
 
-Knows nothing of orientation conventions other than DICOM's own; what a header says is left to
-`embedkit.dicomheaders`, whether a series is a single even stack to `embedkit.dicomstacks`. Values are
+Knows nothing of orientation conventions other than DICOM's own; which series there are is left to
+`embedkit.dicomlisting`, whether a series is a single even stack to `embedkit.dicomstacks`. Values are
 ``stored * RescaleSlope + RescaleIntercept`` per slice, in the unit that the header states: HU for CT, SUV for PET with
 Units GML, activity for PET with Units BQML.
 """
@@ -16,33 +16,14 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from embedkit.dicomelements import find_damage
-from embedkit.dicomheaders import (
-    DicomSeries,
-    DicomSlice,
-    explain_no_pixels,
-    looks_like_dicom,
-    read_slice,
-    read_tag,
-)
+from embedkit.dicomheaders import DicomSeries, DicomSlice
 from embedkit.dicomstacks import order_slices
 from embedkit.errors import VolumeError
 from embedkit.itk import explain_itk_error, quiet_itk
-from embedkit.sourceimage import MAX_VOXELS, Allocate, SourceImage, Stop, require_going
+from embedkit.sourceimage import Allocate, SourceImage, Stop, require_going
 from embedkit.spill import convert, release_pages
 
-__all__ = [
-    "MAX_VOXELS",
-    "DicomSeries",
-    "SourceImage",
-    "check_dicom_series",
-    "explain_itk_error",
-    "find_dicom_series",
-    "list_dicom_series",
-    "looks_like_dicom",
-    "quiet_itk",
-    "read_dicom_series",
-]
+__all__ = ["check_dicom_series", "read_dicom_series"]
 
 Array = np.ndarray[Any, Any]
 
@@ -51,75 +32,6 @@ _COMPRESSION = 1000  # a larger slice is not compressed further than this
 _CHUNK = 16  # slices per call into GDCM, so that never more than these are held twice
 # Uncompressed little-endian transfer syntaxes (DICOM PS3.5, section 10.1 and A.2), by which a short pixel element shows
 _NATIVE_SYNTAXES = (b"1.2.840.10008.1.2\0", b"1.2.840.10008.1.2.1\0")
-
-
-def list_dicom_series(folder: Path | str) -> list[DicomSeries]:
-    """The image series whose files lie directly in ``folder``, in the order of their first file's name.
-
-    DICOM objects without pixels (RTSTRUCT, SR, DICOMDIR) and files of other formats are passed over.
-
-    Raises:
-        VolumeError: a DICOM image cannot be opened, or the folder cannot be listed.
-    """
-    series, others = find_dicom_series(folder)
-    for _, reason, is_damage in others:
-        if is_damage:
-            raise VolumeError(reason)
-    return series
-
-
-def find_dicom_series(
-    folder: Path | str, *, files: Sequence[Path] | None = None, stop: Stop = None
-) -> tuple[list[DicomSeries], list[tuple[Path, str, bool]]]:
-    """Like `list_dicom_series`, but says which DICOM files belong to no series instead of raising.
-
-    Args:
-        folder: Where the files lie directly.
-        files: Only these of its files; None means all that are not hidden.
-        stop: Once set, the search ends with an error.
-
-    Returns:
-        The series, and for every other DICOM file (file, reason, whether it is damaged rather than not an image).
-
-    Raises:
-        VolumeError: the folder cannot be listed, or ``stop`` is set.
-    """
-    folder = Path(folder)
-    groups: dict[str, list[DicomSlice]] = {}
-    modalities: dict[str, str] = {}
-    others: list[tuple[Path, str, bool]] = []
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        if files is None:
-            files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-        with quiet_itk():
-            for file in sorted(files):
-                require_going(folder, stop)
-                with file.open("rb") as stream:
-                    head = stream.read(1024)
-                if not looks_like_dicom(file, head):
-                    continue
-                if damage := find_damage(file):
-                    reason = f"{file}: damaged, truncated or not DICOM ({damage}); copy the file again or remove it"
-                    others.append((file, reason, True))
-                    continue
-                try:
-                    reader.SetFileName(str(file))
-                    reader.ReadImageInformation()
-                except RuntimeError:
-                    others.append(explain_no_pixels(file, head))
-                    continue
-                uid = read_tag(reader, "0020|000e")
-                groups.setdefault(uid, []).append(read_slice(file, reader))
-                modalities.setdefault(uid, read_tag(reader, "0008|0060"))
-    except OSError as error:
-        raise VolumeError(f"{folder}: cannot be read ({error.strerror}); check the folder and its rights") from error
-    series = [
-        DicomSeries(folder, tuple(item.file for item in slices), modalities[uid], uid, tuple(slices))
-        for uid, slices in groups.items()
-    ]
-    return series, others
 
 
 def check_dicom_series(series: DicomSeries) -> None:
@@ -138,15 +50,16 @@ def read_dicom_series(series: DicomSeries, allocate: Allocate = np.zeros, *, sto
     left as they are. One slice alone takes its depth from SpacingBetweenSlices or SliceThickness, else 1 mm.
 
     Args:
-        series: Of `list_dicom_series`.
+        series: Of `embedkit.dicomlisting.find_dicom_series`.
         allocate: Makes the array that the values are put into, a few slices at a time.
         stop: Once set, reading ends with an error.
 
     Raises:
-        VolumeError: multi-frame, colour or inverted-grey files; slices of several sizes, orientations or pixel
-            spacings; no position, orientation or pixel spacing; two slices at one place; a gap or uneven spacing;
-            tilted gantry; a rescale slope of zero; pixels that are damaged, too few or of an unknown compression;
-            ``stop`` is set.
+        VolumeError: one of its files is damaged; its headers count more slices than there are, which a file beside it
+            that cannot be read may hold; multi-frame, colour or inverted-grey files; slices of several sizes,
+            orientations or pixel spacings; no position, orientation or pixel spacing; two slices at one place; a gap
+            or uneven spacing; tilted gantry; a rescale slope of zero; pixels that are damaged, too few or of an
+            unknown compression; ``stop`` is set.
         CacheError: there is no room for the array.
     """
     slices, affine = order_slices(series)
@@ -160,11 +73,13 @@ def read_dicom_series(series: DicomSeries, allocate: Allocate = np.zeros, *, sto
             _check_pixel_bytes(item, content)
         array = _read_pixels(slices, allocate, stop)
     except OSError as error:
-        raise VolumeError(f"{error.filename}: cannot be read ({error.strerror}); check the file") from error
+        raise VolumeError(
+            f"cannot be read ({error.strerror}); check the file", file=Path(error.filename or series.folder)
+        ) from error
     except RuntimeError as error:
         raise VolumeError(
-            f"{_undecodable(slices) or series.folder}: its pixels cannot be decoded; copy the series again, or"
-            " decompress it with another tool",
+            "its pixels cannot be decoded; copy the series again, or decompress it with another tool",
+            file=_undecodable(slices) or series.folder,
             found=f"ITK: {explain_itk_error(error)}",
         ) from error
     return SourceImage(array, affine, size, digest.hexdigest())
@@ -181,8 +96,9 @@ def _check_pixel_bytes(item: DicomSlice, content: bytes) -> None:
     if not any(syntax in content[:1024] for syntax in _NATIVE_SYNTAXES):
         if expected > max(_SMALL_SLICE, _COMPRESSION * len(content)):
             raise VolumeError(
-                f"{item.file}: its header promises {item.shape[1]}x{item.shape[0]} pixels ({expected} bytes), more than"
-                f" {len(content)} compressed bytes can hold; it is damaged: fetch it again"
+                f"its header promises {item.shape[1]}x{item.shape[0]} pixels ({expected} bytes), more than"
+                f" {len(content)} compressed bytes can hold; it is damaged: fetch it again",
+                file=item.file,
             )
         return
     at = content.rfind(b"\xe0\x7f\x10\x00")
@@ -193,8 +109,8 @@ def _check_pixel_bytes(item: DicomSlice, content: bytes) -> None:
             return
         at = content.rfind(b"\xe0\x7f\x10\x00", 0, at)
     raise VolumeError(
-        f"{item.file}: holds fewer pixels than the {item.shape[1]}x{item.shape[0]} its header promises; "
-        "fetch the file again"
+        f"holds fewer pixels than the {item.shape[1]}x{item.shape[0]} its header promises; fetch the file again",
+        file=item.file,
     )
 
 

@@ -1,18 +1,22 @@
 """Owns which DICOM series an image's path stands for: a folder is looked through once, for all cases that lie in it.
 
 Knows nothing of cases and of what a header says. What was found of a series holds while no file came to the folder or
-left it, and the files of that series have the size and time of change that they had then; otherwise the folder is
-looked through again.
+left it, and the files of that series, and those of the folder that could be of it, have the size and time of change
+that they had then; otherwise the folder is looked through again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
-from embedkit.dicom import DicomSeries, find_dicom_series
+from embedkit.dicomheaders import DicomSeries, UnreadFile
+from embedkit.dicomlisting import find_dicom_series
 from embedkit.errors import VolumeError
+from embedkit.failures import Stray
 from embedkit.files import changed_ns
 from embedkit.sourceimage import Stop
 
@@ -21,59 +25,108 @@ __all__ = ["SeriesFolders"]
 _MOST_FILES = 1 << 16
 """Files of the folders that are remembered; the latest one is, however many it has."""
 
+_State = tuple[int, int] | None
+"""Size and latest change of a file; None where it is gone."""
+
 
 @dataclass(frozen=True)
 class _Listing:
-    """The series of a folder by the name of each file, why other files are damaged, and the state of all of them.
+    """The series of a folder by the name of each file, its damaged files of none, and the state of all of these.
 
     ``listed_ns`` is when a file last came or left, before the folder was listed.
     """
 
     listed_ns: int
     series: dict[str, DicomSeries]
-    damage: tuple[str, ...]
-    states: dict[str, tuple[int, int] | None]
+    strays: dict[str, UnreadFile]
+    states: dict[str, _State]
 
     def holds(self, file: Path) -> bool:
-        """Whether what was found of the series of a file in the folder still holds."""
-        series = self.series.get(file.name)
-        if series is None or file.parent.stat().st_mtime_ns != self.listed_ns:
+        """Whether what was found of a file in the folder still holds."""
+        if file.parent.stat().st_mtime_ns != self.listed_ns:
             return False
-        return all(_state(each) == self.states[each.name] for each in series.files)
+        series = self.series.get(file.name)
+        if series is None and file.name not in self.strays:
+            return False
+        of_series = series.files if series else ()
+        return all(_state(each) == self.states[each.name] for each in (*of_series, *self._stray_files()))
+
+    def _stray_files(self) -> list[Path]:
+        return [each.file for each in self.strays.values()]
 
 
 class SeriesFolders:
-    """Remembers the series of the folders that were looked through last; safe to share between threads."""
+    """Remembers the series of the folders that were looked through last; safe to share between threads.
+
+    Each folder is looked through by one thread at a time, several folders by as many.
+    """
 
     def __init__(self) -> None:
         """Begins with none."""
         self._listings: dict[Path, _Listing] = {}
+        self._looks: dict[Path, tuple[Stray, ...]] = {}
+        self._in_work: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def find(self, path: Path, *, stop: Stop = None) -> DicomSeries:
         """The series of a folder that holds just one, or the series that a file belongs to.
+
+        A series of which files are damaged is given with them; reading it says so.
 
         Args:
             path: Folder or file.
             stop: Once set, the search ends with an error.
 
         Raises:
-            VolumeError: the folder cannot be read; a DICOM image in it is damaged, which could be of this series; it
-                holds no series or, where it is a folder that is asked for, several; the file is no DICOM image.
+            VolumeError: the folder cannot be read; it holds no series or, where it is a folder that is asked for,
+                several; the file is damaged and of no series, or no DICOM image.
         """
         if path.is_dir():
-            return _only_series(path, _look_through(path, stop))
+            return _only_series(path, self._look(path, stop))
         with self._lock:
-            listing = self._listings.pop(path.parent, None)
+            in_work = self._in_work.setdefault(path.parent, threading.Lock())
+        with in_work:
+            with self._lock:
+                listing = self._listings.pop(path.parent, None)
             if listing is None or not listing.holds(path):
-                listing = _look_through(path.parent, stop)
-            self._listings[path.parent] = listing
+                listing = self._look(path.parent, stop)
+            self._remember(path.parent, listing)
+        if path.name in listing.strays:
+            raise VolumeError(listing.strays[path.name].problem, file=path)
+        if path.name not in listing.series:
+            raise VolumeError("no DICOM image; give an image file of the series, or its folder", file=path)
+        return listing.series[path.name]
+
+    def look(self, folder: Path, *, stop: Stop = None) -> None:
+        """Looks through a folder for its strays alone; see `take_looks`.
+
+        Raises:
+            VolumeError: the folder cannot be read.
+        """
+        self._look(folder, stop)
+
+    def take_looks(self) -> dict[Path, tuple[Stray, ...]]:
+        """The folders looked through since the last call, and what strays lie beside the series in each.
+
+        A folder without one sound series has none, for there is nothing beside them: who asks for it is told.
+        """
+        with self._lock:
+            looks, self._looks = self._looks, {}
+        return looks
+
+    def _look(self, folder: Path, stop: Stop) -> _Listing:
+        listing = _look_through(folder, stop)
+        strays = listing.strays.items() if listing.series else ()
+        described = tuple(_describe(each, listing.states[name]) for name, each in strays)
+        with self._lock:
+            self._looks[folder] = described
+        return listing
+
+    def _remember(self, folder: Path, listing: _Listing) -> None:
+        with self._lock:
+            self._listings[folder] = listing
             while len(self._listings) > 1 and sum(len(each.states) for each in self._listings.values()) > _MOST_FILES:
                 del self._listings[next(iter(self._listings))]
-        _require_sound(listing)
-        if path.name not in listing.series:
-            raise VolumeError(f"{path}: no DICOM image; give an image file of the series, or its folder")
-        return listing.series[path.name]
 
 
 def _look_through(folder: Path, stop: Stop) -> _Listing:
@@ -81,16 +134,15 @@ def _look_through(folder: Path, stop: Stop) -> _Listing:
         listed_ns = folder.stat().st_mtime_ns
         files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
     except OSError as error:
-        raise VolumeError(f"{folder}: cannot be read ({error.strerror}); check the folder and its rights") from error
+        raise VolumeError(f"cannot be read ({error.strerror}); check the folder and its rights", file=folder) from error
     states = {file.name: _state(file) for file in files}  # before any header is read
     found, others = find_dicom_series(folder, files=files, stop=stop)
     series = {file.name: one for one in found for file in one.files}
-    damage = tuple(reason for _, reason, is_damage in others if is_damage)
-    return _Listing(listed_ns, series, damage, {name: states[name] for name in series})
+    strays = {each.file.name: each for each in others if each.is_damage}
+    return _Listing(listed_ns, series, strays, {name: states[name] for name in (*series, *strays)})
 
 
-def _state(file: Path) -> tuple[int, int] | None:
-    """Size and latest change of a file; None where it is gone."""
+def _state(file: Path) -> _State:
     try:
         found = file.stat()
     except FileNotFoundError:
@@ -98,23 +150,26 @@ def _state(file: Path) -> tuple[int, int] | None:
     return found.st_size, changed_ns(found)
 
 
-def _require_sound(listing: _Listing) -> None:
-    for reason in listing.damage:
-        raise VolumeError(reason)
+def _describe(unread: UnreadFile, state: _State) -> Stray:
+    """A stray by an id that its name cannot be guessed from, for the time of its change is in it too."""
+    told = f"{unread.file.absolute()}\0{state}".encode("utf-8", "surrogateescape")
+    return Stray(hashlib.sha256(told).hexdigest()[:16], unread.problem, path=str(unread.file))
 
 
 def _only_series(folder: Path, listing: _Listing) -> DicomSeries:
-    _require_sound(listing)
     series = list({one.uid: one for one in listing.series.values()}.values())
     if not series:
+        for stray in listing.strays.values():
+            raise VolumeError(stray.problem, file=stray.file)
         raise VolumeError(
-            f"{folder}: holds no DICOM image directly; give the folder in which the series' files lie",
+            "holds no DICOM image directly; give the folder in which the series' files lie",
+            file=folder,
             found=_name_folders(folder),
         )
     if len(series) > 1:
         names = ", ".join(f"{one.files[0].name} ({one.modality}, {len(one.files)} files)" for one in series[:5])
         raise VolumeError(
-            f"{folder}: holds {len(series)} DICOM series, expected one; give one file of it instead", found=names
+            f"holds {len(series)} DICOM series, expected one; give one file of it instead", file=folder, found=names
         )
     return series[0]
 

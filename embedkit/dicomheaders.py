@@ -1,20 +1,34 @@
 """Owns DICOM headers: telling DICOM files from others, and what a file's header says of its pixels and their place.
 
-Never keeps who the patient is: of the header it uses geometry, pixel format, rescale, Modality, and SeriesInstanceUID
-to group files (held in memory, never given out as a name). Knows nothing of what makes a stack, and never reads a
-pixel.
+Never keeps who the patient is: of the header it uses geometry, pixel format, rescale, InstanceNumber and the count of
+slices, Modality, and SeriesInstanceUID to group files, also a damaged one whose header still tells it (held in memory,
+never given out as a name). Knows nothing of what makes a stack, and never reads a pixel.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 
-__all__ = ["DicomSeries", "DicomSlice", "explain_no_pixels", "looks_like_dicom", "read_slice", "read_tag"]
+from embedkit.dicomelements import find_value
 
+__all__ = [
+    "DicomSeries",
+    "DicomSlice",
+    "UnreadFile",
+    "explain_no_pixels",
+    "find_series_uid",
+    "looks_like_dicom",
+    "read_slice",
+    "read_tag",
+]
+
+_LARGEST_COUNT = 2**31  # of an integer string (DICOM PS3.5, section 6.2)
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # DICOM storage classes without pixel data (DICOM PS3.4, table B.5-1), by prefix of the class's identifier.
 _PIXELLESS_CLASSES = {
@@ -31,7 +45,11 @@ _PIXELLESS_CLASSES = {
 
 @dataclass(frozen=True)
 class DicomSlice:
-    """What one file's header says of its pixels and their place. Positions and directions are LPS+ as in DICOM."""
+    """What one file's header says of its pixels and their place. Positions and directions are LPS+ as in DICOM.
+
+    ``number`` is InstanceNumber, None where there is none; ``promised`` how many slices there should be, 0 where the
+    header does not say.
+    """
 
     file: Path
     shape: tuple[int, int]
@@ -45,6 +63,24 @@ class DicomSlice:
     directions: tuple[float, ...]
     pixel_mm: tuple[float, ...]
     thickness_mm: float
+    number: int | None = None
+    promised: int = 0
+
+
+class UnreadFile(NamedTuple):
+    """A DICOM file that gives no image.
+
+    Attributes:
+        file: Which.
+        problem: Why, and what to do.
+        is_damage: False for an object that has no pixels, such as an RTSTRUCT.
+        uid: SeriesInstanceUID; empty where the header no longer tells it, or nobody asked.
+    """
+
+    file: Path
+    problem: str
+    is_damage: bool
+    uid: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,8 +89,11 @@ class DicomSeries:
 
     Attributes:
         folder: Where the files lie.
-        files: Its image files, sorted by name.
+        files: All its files, sorted by name.
         modality: The header's Modality, such as CT, MR or PT.
+        slices: What the headers of its sound files say.
+        damaged: Those of its files that cannot be read.
+        strays: Damaged files in the folder that could be of any series, so of this one too.
     """
 
     folder: Path
@@ -62,6 +101,8 @@ class DicomSeries:
     modality: str
     uid: str = field(repr=False)
     slices: tuple[DicomSlice, ...] = field(repr=False)
+    damaged: tuple[UnreadFile, ...] = field(repr=False, default=())
+    strays: tuple[UnreadFile, ...] = field(repr=False, default=())
 
 
 def looks_like_dicom(file: Path, head: bytes) -> bool:
@@ -86,6 +127,10 @@ def read_slice(file: Path, reader: sitk.ImageFileReader) -> DicomSlice:
         text = read_tag(reader, tag)
         return (_numbers(text) or (0.0,))[0] if text else default
 
+    def whole(tag: str) -> int | None:
+        found = _numbers(read_tag(reader, tag))
+        return int(found[0]) if found and abs(found[0]) < _LARGEST_COUNT else None
+
     size = reader.GetSize()
     return DicomSlice(
         file=file,
@@ -100,6 +145,8 @@ def read_slice(file: Path, reader: sitk.ImageFileReader) -> DicomSlice:
         directions=_numbers(read_tag(reader, "0020|0037")),
         pixel_mm=_numbers(read_tag(reader, "0028|0030")),
         thickness_mm=number("0018|0088", 0.0) or number("0018|0050", 0.0) or 1.0,
+        number=whole("0020|0013"),
+        promised=max(whole("0020|1002") or 0, whole("0054|0081") or 0),  # ImagesInAcquisition, NumberOfSlices
     )
 
 
@@ -112,15 +159,27 @@ def _numbers(text: str) -> tuple[float, ...]:
     return numbers if np.isfinite(numbers).all() else ()
 
 
-def explain_no_pixels(file: Path, head: bytes) -> tuple[Path, str, bool]:
-    """Why a DICOM file gives no image: an object without pixels, or damage."""
+def find_series_uid(file: Path) -> str:
+    """SeriesInstanceUID of a damaged file; empty where its header no longer tells it.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    uid = find_value(file, (0x0020, 0x000E)).strip(b" \0").decode("ascii", "replace")
+    return uid if re.fullmatch(r"[0-9.]{1,64}", uid) else ""
+
+
+def explain_no_pixels(file: Path, head: bytes, damage: str = "") -> UnreadFile:
+    """Why a DICOM file gives no image: an object without pixels, or damage, of which ``damage`` may tell more."""
     if file.name == "DICOMDIR":
-        return file, f"{file}: a DICOMDIR, not an image", False
+        return UnreadFile(file, "a DICOMDIR, not an image", False)
     # (0002,0002) MediaStorageSOPClassUID, always explicit little endian: tag, VR, 2-byte length, value
     at = head.find(b"\x02\x00\x02\x00UI")
     length = int.from_bytes(head[at + 6 : at + 8], "little")
     storage_class = head[at + 8 : at + 8 + length].decode("ascii", "replace").strip("\0 ") if at >= 0 else ""
     for prefix, name in _PIXELLESS_CLASSES.items():
         if storage_class.startswith(prefix):
-            return file, f"{file}: a DICOM {name}, not an image", False
-    return file, f"{file}: damaged, truncated or not DICOM; copy the file again or remove it", True
+            return UnreadFile(file, f"a DICOM {name}, not an image", False)
+    more = f" ({damage})" if damage else ""
+    problem = f"damaged, truncated or not DICOM{more}; copy the file again or remove it"
+    return UnreadFile(file, problem, True, find_series_uid(file))

@@ -26,6 +26,7 @@ _SAME_POSITION_MM = 1e-3
 
 def order_slices(series: DicomSeries) -> tuple[list[DicomSlice], Array]:
     """The slices by position along their normal, and the affine (slice, row, column, 1) to RAS+ mm."""
+    _check_damage(series)
     _check_formats(series)
     row, column, normal = _common_directions(series)
     slices = sorted(series.slices, key=lambda item: (float(np.dot(item.position, normal)), item.file))
@@ -36,6 +37,7 @@ def order_slices(series: DicomSeries) -> tuple[list[DicomSlice], Array]:
         _check_straight(series, positions, step, normal)
     else:
         step = normal * slices[0].thickness_mm
+    _check_count(series)
     affine = np.eye(4)
     affine[:3, 0] = step
     affine[:3, 1] = column * slices[0].pixel_mm[0]
@@ -43,6 +45,14 @@ def order_slices(series: DicomSeries) -> tuple[list[DicomSlice], Array]:
     affine[:3, 3] = positions[0]
     affine[:2] *= -1  # LPS+ to RAS+
     return slices, affine
+
+
+def _check_damage(series: DicomSeries) -> None:
+    """Refuses a series of which a file cannot be read: its place in the stack is not known for sure."""
+    if series.damaged:
+        first, *rest = series.damaged
+        more = f"; so are {len(rest)} more files of this series" if rest else ""
+        raise VolumeError(first.problem + more, file=first.file)
 
 
 def _check_formats(series: DicomSeries) -> None:
@@ -61,13 +71,14 @@ def _check_formats(series: DicomSeries) -> None:
             problem = "lacks a positive PixelSpacing; repair the header or leave this series out"
         else:
             continue
-        raise VolumeError(f"{item.file}: {problem}")
+        raise VolumeError(problem, file=item.file)
     _check_same(series, "size", [item.shape for item in series.slices])
     voxels = len(series.slices) * series.slices[0].shape[0] * series.slices[0].shape[1]
     if voxels > MAX_VOXELS:
         raise VolumeError(
-            f"{series.folder}: its headers promise {voxels} voxels, more than {MAX_VOXELS}; they are damaged, or the "
-            "image must be cropped first"
+            f"its headers promise {voxels} voxels, more than {MAX_VOXELS}; they are damaged, or the "
+            "image must be cropped first",
+            file=series.folder,
         )
     _check_same(series, "PixelSpacing", [item.pixel_mm for item in series.slices])
 
@@ -79,9 +90,10 @@ def _check_same(series: DicomSeries, what: str, values: Sequence[tuple[float, ..
     if other.any():
         first, second = np.round(table[0], 3).tolist(), np.round(table[int(np.argmax(other))], 3).tolist()
         raise VolumeError(
-            f"{series.folder}: a series mixes slices of more than one {what} ({int((~other).sum())} have {first}, "
+            f"a series mixes slices of more than one {what} ({int((~other).sum())} have {first}, "
             f"{int(other.sum())} another, such as {second}); move the slices that do not belong to it (often a "
-            "localizer) elsewhere"
+            "localizer) elsewhere",
+            file=series.folder,
         )
 
 
@@ -93,8 +105,8 @@ def _common_directions(series: DicomSeries) -> tuple[Array, ...]:
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if not (np.allclose(lengths, 1, atol=1e-2) and abs(float(row @ column)) < 1e-2):
         raise VolumeError(
-            f"{series.folder}: ImageOrientationPatient {directions.tolist()} is not two perpendicular unit vectors; "
-            "repair the headers"
+            f"ImageOrientationPatient {directions.tolist()} is not two perpendicular unit vectors; repair the headers",
+            file=series.folder,
         )
     row = row / lengths[0]
     normal = np.cross(row, column)
@@ -109,24 +121,67 @@ def _check_spacing(series: DicomSeries, slices: Sequence[DicomSlice], places: Ar
     if not apart.all():
         first = int(np.argmin(apart))
         raise VolumeError(
-            f"{series.folder}: {int((~apart).sum())} slices lie where another one does, for example at"
+            f"{int((~apart).sum())} slices lie where another one does, for example at"
             f" {places[first]:.2f} mm; remove the copies, or give each phase or echo a folder of its own",
+            file=series.folder,
             found=f"{slices[first].file.name} and {slices[first + 1].file.name}",
         )
     usual = float(np.median(steps))
     widest = int(np.argmax(steps))
     if steps[widest] > 1.5 * usual:
-        raise VolumeError(
-            f"{series.folder}: about {round(steps[widest] / usual) - 1} slices are missing between"
-            f" {places[widest]:.2f} and {places[widest + 1]:.2f} mm (usual spacing {usual:.2f} mm); fetch the whole"
-            " series again",
-            found=f"{slices[widest].file.name} and {slices[widest + 1].file.name}",
+        raise _lacking(
+            series,
+            f"about {round(steps[widest] / usual) - 1} slices are missing between"
+            f" {places[widest]:.2f} and {places[widest + 1]:.2f} mm (usual spacing {usual:.2f} mm)",
+            neighbours=slices[widest : widest + 2],
         )
     if np.abs(steps - usual).max() > _UNEVEN * usual:
-        raise VolumeError(
-            f"{series.folder}: slices are unevenly spaced ({steps.min():.2f} to {steps.max():.2f} mm), expected one "
-            "spacing; slices may be missing: fetch the series again or resample it"
-        )
+        lengths = f"{steps.min():.2f} to {steps.max():.2f} mm"
+        problem = f"slices are unevenly spaced ({lengths}), expected one spacing; slices may be missing"
+        raise _lacking(series, problem, way_out="fetch the series again or resample it")
+
+
+def _check_count(series: DicomSeries) -> None:
+    """Refuses even slices whose headers count more of them, where a file beside them that cannot be read may be one."""
+    missing = _count_missing(series) if series.strays else 0
+    if missing:
+        told = f"the headers of its {len(series.slices)} slices tell of {missing} more"
+        raise _lacking(series, f"{told} by their instance numbers or their count")
+
+
+def _lacking(
+    series: DicomSeries,
+    problem: str,
+    *,
+    way_out: str = "fetch the whole series again",
+    neighbours: Sequence[DicomSlice] = (),
+) -> VolumeError:
+    """The error of a series that lacks slices; files beside it that cannot be read may hold them."""
+    names = [each.file.name for each in series.strays]
+    if names:
+        files = "a file that cannot be read lies" if len(names) == 1 else f"{len(names)} files that cannot be read lie"
+        problem += f", and {files} beside it"
+    found = " and ".join(item.file.name for item in neighbours), ", ".join(names[:5]) + (" ..." if names[5:] else "")
+    return VolumeError(f"{problem}; {way_out}", file=series.folder, found=", beside ".join(filter(None, found)))
+
+
+def _count_missing(series: DicomSeries) -> int:
+    """How many slices are missing by the headers of the others.
+
+    Numbers that are absent count where they leave a hole among even steps, or where the strays are as many or more:
+    some series are numbered from far beyond 1 on, or every second number.
+    """
+    given = [item.number for item in series.slices if item.number is not None]
+    numbers = np.unique(given)
+    if len(numbers) == len(series.slices):
+        absent = int(numbers[-1]) - min(int(numbers[0]), 1) + 1 - len(numbers)
+        if 0 < absent <= len(series.strays):
+            return absent
+        steps = np.diff(numbers)
+        if len(steps) > 1 and steps.max() > 1.5 * np.median(steps):
+            return round(float(steps.max() / np.median(steps))) - 1
+    promised = max(item.promised for item in series.slices) - len(series.slices)
+    return promised if 0 < promised <= len(series.strays) else 0
 
 
 def _check_straight(series: DicomSeries, positions: Array, step: Array, normal: Array) -> None:
@@ -134,14 +189,16 @@ def _check_straight(series: DicomSeries, positions: Array, step: Array, normal: 
     tilt = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
     if tilt > _TILT_DEGREES:
         raise VolumeError(
-            f"{series.folder}: slices are shifted along their plane, the stack leans by {tilt:.1f} degrees (tilted "
-            "gantry), expected 0; resample it to a square grid (dcm2niix does)"
+            f"slices are shifted along their plane, the stack leans by {tilt:.1f} degrees (tilted "
+            "gantry), expected 0; resample it to a square grid (dcm2niix does)",
+            file=series.folder,
         )
     line = positions[0] + np.arange(len(positions))[:, None] * step
     sideways = positions - line - ((positions - line) @ normal)[:, None] * normal
     worst = float(np.linalg.norm(sideways, axis=1).max())
     if worst > 0.5 * series.slices[0].pixel_mm[0]:
         raise VolumeError(
-            f"{series.folder}: slices are shifted sideways by up to {worst:.1f} mm against each other, expected one "
-            "straight stack; resample it to one grid"
+            f"slices are shifted sideways by up to {worst:.1f} mm against each other, expected one "
+            "straight stack; resample it to one grid",
+            file=series.folder,
         )

@@ -27,6 +27,7 @@ from embedkit.orders import (
     Drained,
     Event,
     Failed,
+    Looked,
     Lost,
     Quit,
     Ready,
@@ -36,6 +37,7 @@ from embedkit.orders import (
 )
 from embedkit.recipe import require_same_recipe
 from embedkit.sources import CachedSources, Case
+from embedkit.strays import account_strays, look_again
 
 __all__ = ["dispatch_cases"]
 
@@ -52,6 +54,7 @@ def dispatch_cases(
     on_progress: Callable[[ExtractionProgress], None] | None = None,
     on_notice: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
+    manifest: Sequence[Case] = (),
 ) -> ExtractionSummary:
     """Extracts the cases that ``cache`` lacks with the workers of a transport.
 
@@ -63,6 +66,7 @@ def dispatch_cases(
         on_notice: Told in one line of every worker that is lost or started anew, and once of a long wait for workers.
         stop: Once set, the workers write what is finished. Set before any worker is ready, it ends the call at once:
             the cache is not touched, and the summary has no fingerprint.
+        manifest: All cases of it, where others than ``cases`` are done by another call.
 
     Raises:
         ExtractionError: every worker was lost, and those in their places as well.
@@ -77,6 +81,7 @@ def dispatch_cases(
             on_progress=on_progress,
             on_notice=on_notice,
             stop=stop or threading.Event(),
+            manifest=manifest or cases,
         )
         return dispatcher.run()
 
@@ -93,8 +98,9 @@ class _Dispatcher:
         on_progress: Callable[[ExtractionProgress], None] | None,
         on_notice: Callable[[str], None] | None,
         stop: threading.Event,
+        manifest: Sequence[Case],
     ) -> None:
-        self._cases, self._cache, self._transport = cases, cache, transport
+        self._cases, self._cache, self._transport, self._manifest = cases, cache, transport, manifest
         self._on_progress, self._on_notice, self._stop = on_progress, on_notice, stop
         self._started = time.perf_counter()
         self._seats = [Seat(number) for number in range(transport.size)]
@@ -125,7 +131,8 @@ class _Dispatcher:
         settled = [name for name, each in work.ledger.outcomes.items() if not isinstance(each, Failed)]
         failed = [each.failure for each in work.ledger.outcomes.values() if isinstance(each, Failed)]
         settle_cases(self._cache, [*work.held, *settled], failed)
-        return work.ledger.summarise(self._cache, work.begin.recipe.fingerprint)
+        strays = account_strays(self._cache, self._manifest, work.ledger.looks)
+        return work.ledger.summarise(self._cache, work.begin.recipe.fingerprint, strays)
 
     def _tell_long_start(self) -> None:
         """Says once that there is no worker yet, as where a cluster has no room for one."""
@@ -162,6 +169,8 @@ class _Dispatcher:
                 self._welcome(seat, event)
             case Wanted():
                 self._feed(seat)
+            case Looked():
+                self._require_work().ledger.look(event.looks)
             case Computed():
                 self._require_work().ledger.compute(event.slices)
             case Drained():
@@ -171,14 +180,14 @@ class _Dispatcher:
                 self._feed_idle()
             case Broken(error=EmbedkitError() as error) if not (seat.replaced and seat.state == "starting"):
                 self._transport.kill(seat.number)
-                self._lose(seat, event.reason)
+                self._lose(seat, event)
                 self._fatal = self._fatal or error
                 self._halt()
             case Broken():
                 self._transport.kill(seat.number)
-                self._lose(seat, event.reason)
+                self._lose(seat, event)
             case Lost():
-                self._lose(seat, event.reason)
+                self._lose(seat, event)
             case outcome:
                 self._require_work().ledger.settle(outcome)
 
@@ -208,15 +217,17 @@ class _Dispatcher:
         sources = CachedSources(open_cache(self._cache).stacks, event.recipe, read_confirmations(self._cache))
         sources.require_same_patients(self._cases)
         sources.require_same_views(self._cases)
-        pending = [case for case in self._cases if not sources.holds(case)]
-        left = {case.case_id for case in pending}
+        held, pending = sources.split_cases(self._cases, stop=self._stop)
+        look_again(self._cache, held, sources.folders, stop=self._stop)
+        ledger = Ledger(len(self._cases), len(pending), self._on_progress, self._started)
+        ledger.look(sources.folders.take_looks())
         probe = next((path for case in pending for path in case.images.values() if path.exists()), None)
         return Work(
             begin=Begin(self._cache, event.recipe, probe),
             sources=sources,
-            ledger=Ledger(len(self._cases), len(pending), self._on_progress, self._started),
+            ledger=ledger,
             queue=deque(pending),
-            held=[case.case_id for case in self._cases if case.case_id not in left],
+            held=[case.case_id for case in held],
         )
 
     def _feed(self, seat: Seat) -> None:
@@ -250,12 +261,12 @@ class _Dispatcher:
             elif seat.state == "idle":
                 self._transport.send(seat.number, Quit())
 
-    def _lose(self, seat: Seat, reason: str) -> None:
+    def _lose(self, seat: Seat, event: Broken | Lost) -> None:
         """Takes back what a lost worker leaves undone, and starts another in its place while that is worth it."""
         given, seat.cases, seat.state = list(seat.cases.values()), {}, "gone"
-        self._last_reason = reason
+        reason = self._last_reason = f"{event.reason}: {event.found}" if event.found else event.reason
         before = self._work.ledger.failed if self._work else 0
-        again = self._require_work().take_back(given, reason) if given else 0
+        again = self._require_work().take_back(given, event.reason) if given else 0
         blamed = (
             self._work is not None and self._work.ledger.failed > before
         )  # a case was: that can happen once to each

@@ -16,9 +16,11 @@
     ├── SearchError             an index is damaged, does not fit, or a query or filter is wrong
     └── RequestError            what the explore page asks for is not there, is too large, or must wait its turn
 
-A message says what was found, what was expected and what to do. `RecallWarning` is no error: the index is there.
+A message says what was found, what was expected and what to do. `RecallWarning` is no error: the index is there. Nor is
+`StrayWarning`: the answer is there.
 """
 
+from pathlib import Path
 from typing import Literal
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "RequestError",
     "RunError",
     "SearchError",
+    "StrayWarning",
     "SuiteError",
     "TaskError",
     "VolumeError",
@@ -53,6 +56,10 @@ class RecallWarning(UserWarning):
     """An index was made, and finds fewer of the nearest than was asked for."""
 
 
+class StrayWarning(UserWarning):
+    """A DICOM series was read, and beside it lies a damaged file of which no series can be told; it may be a slice."""
+
+
 class ManifestError(EmbedkitError):
     """A manifest or label table is unreadable or contradicts itself."""
 
@@ -60,16 +67,25 @@ class ManifestError(EmbedkitError):
 class VolumeError(EmbedkitError):
     """An image cannot be read, or is not one grey 3D image.
 
+    Names of files and folders, and what files say, can tell who the patient is: they are told to who runs the program,
+    and kept nowhere. So the error carries them beside ``problem``, which has none of them in it.
+
     Attributes:
-        reason: The message without ``found``.
+        problem: What is wrong and what to do.
+        file: The file or folder that is to blame, where it is a single one.
         view: Of the case whose image it is, where that is known.
-        found: In words, what the files themselves say: a name in a header, what a library quotes of it. It can be a
-            patient's name, so it is told to who runs the program and kept nowhere.
+        found: In words, what the files themselves say: a name in a header, what a library quotes of it, other files.
     """
 
-    def __init__(self, reason: str, *, view: str = "", found: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.view, self.found = reason, view, found
+    def __init__(self, problem: str, *, file: Path | None = None, view: str = "", found: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.file, self.view, self.found = problem, file, view, found
+
+    @property
+    def reason(self) -> str:
+        """The message without ``found``."""
+        parts = [f"view {self.view}" if self.view else "", str(self.file) if self.file else "", self.problem]
+        return ": ".join(part for part in parts if part)
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.found})" if self.found else self.reason

@@ -18,6 +18,7 @@ from embedkit.cache import open_cache
 from embedkit.confirmations import read_confirmations
 from embedkit.dicomfolders import SeriesFolders
 from embedkit.errors import CacheError, OptionError, VolumeError
+from embedkit.failures import Stray
 from embedkit.features import DEFAULT_BACKBONE, Backbone, BackboneInfo
 from embedkit.folder import require_room, stored_recipe
 from embedkit.forward import run_backbone
@@ -30,6 +31,7 @@ from embedkit.quantisation import TOKEN_DTYPES, token_set_bytes
 from embedkit.recipe import Recipe, TokenSet, require_same_recipe
 from embedkit.slices import Stack, plan_stacks, render_previews, render_slices
 from embedkit.sources import CachedSources, Case, CaseImages, group_cases, read_case
+from embedkit.strays import find_strays, look_again
 from embedkit.worker import ExtractionJob
 
 __all__ = ["EstimateOptions", "ExtractionEstimate", "estimate_cases", "estimate_extraction", "list_token_choices"]
@@ -46,6 +48,7 @@ class ExtractionEstimate:
         cases: Cases left to do.
         sampled_cases: Of these, those that were read for the estimate.
         unreadable: Of the sampled, those that will fail, and why.
+        strays: Damaged DICOM files of which no series can be told, in the folders looked through.
         failing: Cases that are expected to fail: of all as many as of the sampled.
         slices: Expected in the others.
         blank_share: Of the rendered sample, the share that shows nothing.
@@ -61,6 +64,7 @@ class ExtractionEstimate:
     cases: int
     sampled_cases: int
     unreadable: tuple[str, ...]
+    strays: tuple[Stray, ...]
     failing: int
     slices: int
     blank_share: float
@@ -136,7 +140,7 @@ def estimate_extraction(
     """
     weights, batch_size, workers = options.get("weights"), options.get("batch_size", 32), options.get("workers", 2)
     require_counts(batch_size, workers)
-    cases = group_cases(read_manifest(manifest))
+    everyone = cases = group_cases(read_manifest(manifest))
     if (part := options.get("part")) is not None:
         cases = take_part(cases, part)
     job = ExtractionJob(
@@ -154,14 +158,26 @@ def estimate_extraction(
     devices = split_devices(options.get("device", "auto"))
     device = choose_device(devices[0])
     backbone, recipe = job.load(device)
-    pending = _without_cached(cases, Path(out), recipe)
+    folders = SeriesFolders()
+    pending = _without_cached(cases, Path(out), recipe, folders)
     estimate = estimate_cases(
-        pending, backbone, recipe, device=device, batch_size=batch_size, workers=workers, samples=samples
+        pending,
+        backbone,
+        recipe,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        samples=samples,
+        folders=folders,
     )
-    return replace(estimate, seconds=estimate.seconds / (1 if device.type == "cpu" else len(devices)))
+    return replace(
+        estimate,
+        strays=find_strays(everyone, folders.take_looks()),
+        seconds=estimate.seconds / (1 if device.type == "cpu" else len(devices)),
+    )
 
 
-def _without_cached(cases: list[Case], out: Path, recipe: Recipe) -> list[Case]:
+def _without_cached(cases: list[Case], out: Path, recipe: Recipe, folders: SeriesFolders) -> list[Case]:
     """The cases that a cache lacks; raises what extracting to it would."""
     require_room(out)
     found = stored_recipe(out)
@@ -169,10 +185,12 @@ def _without_cached(cases: list[Case], out: Path, recipe: Recipe) -> list[Case]:
         return cases
     ways_out = "Choose another --out, or pass the options that made it"
     require_same_recipe(found, recipe, where=f"cache {out}", ways_out=ways_out)
-    sources = CachedSources(open_cache(out).stacks, recipe, read_confirmations(out))
+    sources = CachedSources(open_cache(out).stacks, recipe, read_confirmations(out), folders=folders)
     sources.require_same_patients(cases)
     sources.require_same_views(cases)
-    return [case for case in cases if not sources.holds(case)]
+    held, pending = sources.split_cases(cases)
+    look_again(out, held, folders)
+    return pending
 
 
 def estimate_cases(
@@ -184,6 +202,7 @@ def estimate_cases(
     batch_size: int = 32,
     workers: int = 2,
     samples: int = 5,
+    folders: SeriesFolders | None = None,
 ) -> ExtractionEstimate:
     """Reads a few of ``cases``, evenly spread, runs one batch of their slices, and scales up.
 
@@ -198,13 +217,14 @@ def estimate_cases(
         batch_size: Slices per forward pass.
         workers: Cases read at once.
         samples: Cases to read.
+        folders: Remembers the DICOM series of folders; what it saw of strays is left for the caller to take.
 
     Raises:
         OptionError: an option of the recipe means nothing.
         VolumeError: none of the sampled cases can be read.
     """
     chosen = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, min(samples, len(cases))).round().astype(int))]
-    sample, folders = _Sample(), SeriesFolders()
+    sample, folders = _Sample(), folders or SeriesFolders()
     for case in chosen:
         most = max(1, batch_size // max(1, len(chosen)))
         _sample_case(case, recipe, sample, folders=folders, device=device, most=most)
@@ -226,6 +246,7 @@ def estimate_cases(
         cases=len(cases),
         sampled_cases=len(chosen),
         unreadable=tuple(sample.unreadable),
+        strays=(),
         failing=failing,
         slices=slices,
         blank_share=1 - shown if sample.rendered else 0.0,

@@ -27,6 +27,7 @@ from embedkit.processes import ProcessTransport, split_devices
 from embedkit.rayengine import RayTransport
 from embedkit.recipe import Recipe
 from embedkit.sources import CachedSources, Case, group_cases, tell_absent_channels
+from embedkit.strays import account_strays, look_again
 from embedkit.stream import extract_stream
 from embedkit.worker import ExtractionJob
 
@@ -70,7 +71,8 @@ def extract(
     """Runs a frozen backbone once over every slice of every image and keeps its tokens in a cache.
 
     A cache that exists is resumed: cases it holds are not repeated, cases that failed are tried again, and a case
-    whose files hold other bytes than before is extracted anew. A case fails as a whole, and never stops the others.
+    whose files hold other bytes than before is extracted anew. A case fails as a whole, and never stops the others. A
+    damaged DICOM file of which no series can be told fails none, and is told as a stray.
 
     Args:
         manifest: CSV, TSV or Parquet file, or a frame, as `read_manifest` takes it.
@@ -124,6 +126,7 @@ def extract(
     if on_notice is not None:
         for notice in tell_absent_channels(cases, channels, fill):
             on_notice(notice)
+    everyone = cases
     if part is not None:
         cases = take_part(cases, part)
     job = ExtractionJob(
@@ -153,7 +156,7 @@ def extract(
     )
     transport = _choose_transport(job, engine, device, ray_address=ray_address, ray_workers=ray_workers)
     if transport is None:
-        return _extract_here(job, cases, Path(out), device, on_progress=on_progress, stop=stop)
+        return _extract_here(job, cases, everyone, Path(out), device, on_progress=on_progress, stop=stop)
     return dispatch_cases(
         [_absolute(case) for case in cases],
         Path(out).absolute(),
@@ -161,6 +164,7 @@ def extract(
         on_progress=on_progress,
         on_notice=on_notice,
         stop=stop,
+        manifest=[_absolute(case) for case in everyone],
     )
 
 
@@ -186,6 +190,7 @@ def _absolute(case: Case) -> Case:
 def _extract_here(
     job: ExtractionJob,
     cases: Sequence[Case],
+    manifest: Sequence[Case],
     cache: Path,
     device: str,
     *,
@@ -208,6 +213,7 @@ def _extract_here(
         shard_seconds=job.shard_seconds,
         on_progress=on_progress,
         stop=stop,
+        manifest=manifest,
     )
 
 
@@ -224,32 +230,40 @@ def extract_cases(
     shard_seconds: float = 120.0,
     on_progress: Callable[[ExtractionProgress], None] | None = None,
     stop: threading.Event | None = None,
+    manifest: Sequence[Case] = (),
 ) -> ExtractionSummary:
-    """Extracts the cases that ``cache`` (made by `create_cache`) lacks; the options are those of `extract`."""
+    """Extracts the cases that ``cache`` (made by `create_cache`) lacks; the options are those of `extract`.
+
+    ``manifest`` is all cases of it, where others than ``cases`` are done by another call.
+    """
     sources = CachedSources(open_cache(cache).stacks, recipe, read_confirmations(cache))
     sources.require_same_patients(cases)
     sources.require_same_views(cases)
-    pending = [case for case in cases if not sources.holds(case)]
+    held, pending = sources.split_cases(cases, stop=stop)
+    look_again(cache, held, sources.folders, stop=stop)
     account = Account(cases=len(cases), pending=len(pending), on_progress=on_progress)
     account.tick(0)
-    if pending:
+    stopped = stop is not None and stop.is_set()
+    if pending and not stopped:
         require_writable(cache)
         require_precision(backbone, recipe, device)
-    extract_stream(
-        pending,
-        cache,
-        backbone,
-        recipe,
-        sources=sources,
-        tally=account,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        shard_bytes=shard_bytes,
-        shard_seconds=shard_seconds,
-        stop=stop,
-    )
-    left = {case.case_id for case in pending}
-    held = [case.case_id for case in cases if case.case_id not in left]  # mended before a kill, and not yet cleared
-    settle_cases(cache, [*held, *account.settled], account.failures)
-    return account.summarise(cache, recipe, interrupted=account.left > 0)
+    if not stopped:
+        extract_stream(
+            pending,
+            cache,
+            backbone,
+            recipe,
+            sources=sources,
+            tally=account,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            shard_bytes=shard_bytes,
+            shard_seconds=shard_seconds,
+            stop=stop,
+        )
+    account.looked(sources.folders.take_looks())
+    # held may have been mended before a kill, and not yet cleared
+    settle_cases(cache, [*(case.case_id for case in held), *account.settled], account.failures)
+    strays = account_strays(cache, manifest or cases, account.looks)
+    return account.summarise(cache, recipe, strays=strays, interrupted=account.left > 0)

@@ -49,17 +49,19 @@ def image_format(path: Path | str) -> str:
     named, suffix = format_by_name(path)
     held, proper = _format_by_content(head)
     if named and held and (named != held or (named == "nifti" and (suffix == ".nii.gz") != (proper == ".nii.gz"))):
-        raise VolumeError(f"{path}: is named {suffix} but holds {held} data; rename it to {proper}")
+        raise VolumeError(f"is named {suffix} but holds {held} data; rename it to {proper}", file=path)
     if not named and held and held != "dicom":
-        raise VolumeError(f"{path}: holds {held} data under an unknown ending; rename it to {proper}")
+        raise VolumeError(f"holds {held} data under an unknown ending; rename it to {proper}", file=path)
     kind = named or held
     if not kind:
         raise VolumeError(
-            f"{path}: not a format that embedkit reads; expected .nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, .npy, .npz "
-            "or DICOM"
+            "not a format that embedkit reads; expected .nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, .npy, .npz or DICOM",
+            file=path,
         )
     if not held and kind != "dicom":
-        raise VolumeError(f"{path}: is named {suffix} but does not begin like one; it is damaged or of another format")
+        raise VolumeError(
+            f"is named {suffix} but does not begin like one; it is damaged or of another format", file=path
+        )
     return kind
 
 
@@ -88,7 +90,7 @@ def read_header(path: Path, kind: str) -> SourceHeader:
         else:
             header, available, packed = parse_with_itk(path, kind, _read_head(path))
     except DAMAGE as error:
-        raise VolumeError(f"{path}: damaged or unreadable; copy the file again", found=str(error)[:120]) from error
+        raise VolumeError("damaged or unreadable; copy the file again", file=path, found=str(error)[:120]) from error
     check_promise(path, header, available, packed=packed)
     check_affine(path, header.affine)
     return header
@@ -116,15 +118,15 @@ def _format_by_content(head: bytes) -> tuple[str, str]:
 def _read_head(path: Path, size: int = 2**16) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe waits for its other end
-            raise VolumeError(f"{path}: is a pipe or device, expected a file; give the image itself")
+            raise VolumeError("is a pipe or device, expected a file; give the image itself", file=path)
         with path.open("rb") as stream:
             head = stream.read(size)
     except FileNotFoundError as error:
         raise VolumeError(
-            f"{path}: no such file or folder; a path in a manifest is relative to the manifest's folder"
+            "no such file or folder; a path in a manifest is relative to the manifest's folder", file=path
         ) from error
     except OSError as error:
-        raise VolumeError(f"{path}: cannot be read ({error.strerror}); check its rights") from error
+        raise VolumeError(f"cannot be read ({error.strerror}); check its rights", file=path) from error
     if not head:
-        raise VolumeError(f"{path}: is empty (0 bytes); copy the file again")
+        raise VolumeError("is empty (0 bytes); copy the file again", file=path)
     return head

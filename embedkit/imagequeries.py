@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from embedkit.backbones import load_backbone
 from embedkit.cache import Cache, create_cache, open_cache
-from embedkit.errors import SearchError
+from embedkit.errors import SearchError, StrayWarning
 from embedkit.extraction import extract_cases
 from embedkit.features import Backbone
 from embedkit.index import Index
@@ -47,7 +48,8 @@ def read_volume_query(
 ) -> Query:
     """A new image as a query, extracted with the recipe that the index keeps; the arguments are those of `search`.
 
-    ``known`` is what is known of it, by column of the index.
+    ``known`` is what is known of it, by column of the index. A `StrayWarning` tells of damaged files beside a DICOM
+    series that may be slices of it.
 
     Raises:
         SearchError: the index does not know the view, or the image cannot be extracted.
@@ -115,6 +117,8 @@ def extract_query(
     if summary.failures:
         reason = summary.failures[0].reason.removeprefix(f"view {chosen}: ").removeprefix(f"{volume.resolve()}: ")
         raise SearchError(f"{volume} cannot be a query: {reason}")
+    for stray in summary.strays:
+        warnings.warn(f"{stray.path}, which lies beside {volume}: {stray.reason}", StrayWarning, stacklevel=2)
     return open_cache(out)
 
 

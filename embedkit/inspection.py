@@ -15,7 +15,7 @@ import polars as pl
 from embedkit.blocks import BlockSums
 from embedkit.cache import Cache, TokenSetInfo, open_cache
 from embedkit.errors import CacheError, RecipeError
-from embedkit.failures import Failure, read_failures
+from embedkit.failures import Failure, Stray, read_failures
 from embedkit.files import explain_os_error
 from embedkit.folder import list_shards, parse_recipe, stored_recipe
 from embedkit.quantisation import TOKEN_DTYPES, bytes_per_slice, bytes_per_stack
@@ -87,6 +87,7 @@ class CacheSummary:
         preview_bytes: In all shards.
         duplicates: Copies of stacks left out, one row each; see `Cache`.
         failures: Cases recorded as failed and not made good.
+        strays: Damaged DICOM files of which no series can be told, and the cases that they lie beside.
         unreadable_failures: Lines of the failure record that cannot be read.
     """
 
@@ -107,6 +108,7 @@ class CacheSummary:
     preview_bytes: int
     duplicates: pl.DataFrame
     failures: tuple[Failure, ...]
+    strays: tuple[Stray, ...]
     unreadable_failures: tuple[int, ...]
 
 
@@ -144,6 +146,7 @@ def describe_cache(path: Path | str) -> CacheSummary:
         preview_bytes=sizes["preview"],
         duplicates=cache.duplicates,
         failures=log.failures if log else (),
+        strays=log.strays if log else (),
         unreadable_failures=log.unreadable_lines if log else (),
     )
 

@@ -14,11 +14,10 @@ from typing import Literal
 
 from embedkit.account import ExtractionProgress, ExtractionSummary
 from embedkit.cache import Cache, open_cache
-from embedkit.casework import FailedCase
-from embedkit.failures import Failure, record_failure
+from embedkit.failures import Failure, Stray, record_failure
 from embedkit.orders import Begin, Done, Failed, Same, Settled
 from embedkit.sources import CachedSources, Case
-from embedkit.stream import without_names
+from embedkit.strays import Looks
 
 __all__ = ["MOST_LOSSES", "Ledger", "Seat", "Work"]
 
@@ -46,6 +45,7 @@ class Ledger:
         on_progress: Called after every case.
         started: `time.perf_counter` at the start of the call.
         outcomes: By case, the latest.
+        looks: By folder that was looked through, its strays.
     """
 
     cases: int
@@ -53,6 +53,7 @@ class Ledger:
     on_progress: Callable[[ExtractionProgress], None] | None
     started: float
     outcomes: dict[str, Settled] = field(default_factory=dict)
+    looks: dict[Path, Sequence[Stray]] = field(default_factory=dict)
     _counts: Counter[type[Settled]] = field(default_factory=Counter)
     _slices: int = 0
     _blank_slices: int = 0
@@ -63,6 +64,10 @@ class Ledger:
     def failed(self) -> int:
         """Cases on record as failed so far."""
         return self._counts[Failed]
+
+    def look(self, looks: Looks) -> None:
+        """Takes down what strays there are in folders."""
+        self.looks.update(looks)
 
     def settle(self, outcome: Settled) -> None:
         """Takes down what became of a case."""
@@ -101,8 +106,8 @@ class Ledger:
         """Adds the waits of one worker; those of several workers overlap."""
         self._waits.update(waits)
 
-    def summarise(self, cache: Path, fingerprint: str) -> ExtractionSummary:
-        """What the call did, at its end; ``fingerprint`` of the cache's recipe."""
+    def summarise(self, cache: Path, fingerprint: str, strays: tuple[Stray, ...] = ()) -> ExtractionSummary:
+        """What the call did, at its end; ``fingerprint`` of the cache's recipe, ``strays`` as they are on record."""
         done = [each for each in self.outcomes.values() if isinstance(each, Done)]
         return ExtractionSummary(
             cache=cache,
@@ -112,6 +117,7 @@ class Ledger:
             cases_done=len(done),
             changed=tuple(each.case_id for each in done if each.changed),
             failures=tuple(each.failure for each in self.outcomes.values() if isinstance(each, Failed)),
+            strays=strays,
             slices=self._slices,
             blank_slices=self._blank_slices,
             seconds=time.perf_counter() - self.started,
@@ -156,10 +162,11 @@ class Work:
         return None if alone or busy or not self.queue else self.queue.popleft()
 
     def take_back(self, given: Sequence[Case], reason: str) -> int:
-        """Queues again those cases of a lost worker that are not on disk; returns how many."""
+        """Queues again those cases of a lost worker that are not on disk; returns how many.
+
+        ``reason`` is put on record where a case was in work too often.
+        """
         again = 0
-        for case in given:  # the reason can be about any of them
-            reason = without_names(FailedCase(case, reason))
         with open_cache(self.begin.cache) as cache:
             held = CachedSources(cache.stacks, self.begin.recipe)
             for case in given:

@@ -62,7 +62,7 @@ def parse_nifti(path: Path, head: bytes) -> SourceHeader:
     """The header of a NIfTI-1 or NIfTI-2 file that begins, decompressed, with ``head``."""
     order = nifti_byte_order(head)
     if not order or (len(head) < 540 and head[4:7] == b"n+2"):
-        raise VolumeError(f"{path}: holds no NIfTI header; it is damaged, or an image of another format")
+        raise VolumeError("holds no NIfTI header; it is damaged, or an image of another format", file=path)
     second = head[4:7] == b"n+2"
 
     def fields(layout: str, first_at: int, second_at: int, wide: str = "") -> tuple[Any, ...]:
@@ -77,10 +77,10 @@ def parse_nifti(path: Path, head: bytes) -> SourceHeader:
     if code not in _NIFTI_TYPES:
         kind = _NIFTI_OTHER_TYPES.get(code, "unknown")
         raise VolumeError(
-            f"{path}: its values are {kind} (NIfTI datatype {code}), expected one real number per voxel; convert it"
+            f"its values are {kind} (NIfTI datatype {code}), expected one real number per voxel; convert it", file=path
         )
     if not 1 <= dim[0] <= 7:
-        raise VolumeError(f"{path}: its header says {dim[0]} axes, expected 3; the header is damaged")
+        raise VolumeError(f"its header says {dim[0]} axes, expected 3; the header is damaged", file=path)
     shape = grey_shape(path, tuple(int(length) for length in dim[dim[0] : 0 : -1]), trailing=0)
     codes = fields("2h", 252, 344, "2i")
     rows = np.array(fields("12f", 280, 400, "12d")).reshape(3, 4)

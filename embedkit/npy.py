@@ -45,7 +45,8 @@ def parse_npz(path: Path) -> tuple[SourceHeader, int]:
         images = [name for name in names if name != "affine.npy"]
         if len(images) != 1 or len(set(names)) < len(names):
             raise VolumeError(
-                f"{path}: holds {len(names)} entries; expected one array, named array, and at most an affine",
+                f"holds {len(names)} entries; expected one array, named array, and at most an affine",
+                file=path,
                 found=f"it holds {', '.join(names)[:200]}",
             )
         with archive.open(images[0]) as stream:
@@ -53,7 +54,7 @@ def parse_npz(path: Path) -> tuple[SourceHeader, int]:
         affine = default_affine()
         if "affine.npy" in names:
             if archive.getinfo("affine.npy").file_size > 4096:
-                raise VolumeError(f"{path}: its affine is not [4 4]; save it as such")
+                raise VolumeError("its affine is not [4 4]; save it as such", file=path)
             affine = _parse_small_array(path, archive.read("affine.npy"))
         available = archive.getinfo(images[0]).file_size - offset
     shape = grey_shape(path, shape, trailing=-1)
@@ -67,7 +68,7 @@ def _parse_small_array(path: Path, content: bytes) -> Array:
         return np.asarray(np.lib.format.read_array(io.BytesIO(content), allow_pickle=False), dtype=np.float64)
     except ValueError as error:
         raise VolumeError(
-            f"{path}: its affine cannot be read; save it as float64 [4 4]", found=str(error)[:200]
+            "its affine cannot be read; save it as float64 [4 4]", file=path, found=str(error)[:200]
         ) from error
 
 
@@ -88,8 +89,8 @@ def _parse_npy_header(path: Path, stream: IO[bytes]) -> tuple[tuple[int, ...], b
         dtype = np.dtype(kind)
     except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
         raise VolumeError(
-            f"{path}: its header is damaged; save the array again", found=repr(str(error)[:200])
+            "its header is damaged; save the array again", file=path, found=repr(str(error)[:200])
         ) from error
     if dtype.kind not in "biuf":
-        raise VolumeError(f"{path}: holds values of type {dtype}, expected real numbers; save it as such")
+        raise VolumeError(f"holds values of type {dtype}, expected real numbers; save it as such", file=path)
     return shape, fortran_order, dtype, stream.tell()

@@ -93,11 +93,12 @@ def parse_with_itk(path: Path, kind: str, head: bytes) -> tuple[SourceHeader, in
             affine = affine_of_itk(reader)
     except RuntimeError as error:
         told = f"ITK: {explain_itk_error(error)}"
-        raise VolumeError(f"{path}: cannot be read by ITK; check its header", found=told) from error
+        raise VolumeError("cannot be read by ITK; check its header", file=path, found=told) from error
     if reader.GetNumberOfComponents() != 1 or type_name not in _ITK_TYPES:
         raise VolumeError(
-            f"{path}: its values are {type_name} with {reader.GetNumberOfComponents()} components, expected one real "
-            "number per voxel; convert it"
+            f"its values are {type_name} with {reader.GetNumberOfComponents()} components, expected one real "
+            "number per voxel; convert it",
+            file=path,
         )
     dtype = np.dtype((text.order or "=") + _ITK_TYPES[type_name])
     header = SourceHeader(
@@ -134,7 +135,7 @@ def _parse_text_header(path: Path, kind: str, head: bytes) -> _TextHeader:
         plain = fields.get(b"BinaryData", b"").lower() == b"true" and fields.get(b"HeaderSize", b"0") == b"0"
         encoding = "zlib" if packed else "raw" if plain else "itk"
     if named == b"" or (end is None and named is None):
-        raise VolumeError(f"{path}: its header does not end; the file is truncated or damaged: copy it again")
+        raise VolumeError("its header does not end; the file is truncated or damaged: copy it again", file=path)
     data_file = None if named is None else named.decode("utf-8", "replace")
     return _TextHeader(end.end() if end else 0, encoding, packed, data_file, order)
 
@@ -155,4 +156,4 @@ def _payload_file(path: Path, name: str) -> Path:
         problem = "names a second file for its voxels, which is missing; copy both files"
     else:
         return file
-    raise VolumeError(f"{path}: {problem}", found=found)
+    raise VolumeError(problem, file=path, found=found)

@@ -11,6 +11,7 @@ from embedkit.errors import EmbedkitError
 from embedkit.failures import Failure
 from embedkit.recipe import Recipe
 from embedkit.sources import Case
+from embedkit.strays import Looks
 
 __all__ = [
     "Begin",
@@ -22,6 +23,7 @@ __all__ = [
     "Drained",
     "Event",
     "Failed",
+    "Looked",
     "Lost",
     "Order",
     "Quit",
@@ -76,6 +78,13 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """Event: these folders were looked through for DICOM series, and hold these strays."""
+
+    looks: Looks
+
+
+@dataclass(frozen=True)
 class Computed:
     """Event: so many slices of cases in work are done since the last."""
 
@@ -120,10 +129,14 @@ class Drained:
 
 @dataclass(frozen=True)
 class Broken:
-    """Event: the worker ends. ``error`` is what stops the whole call; None where only this worker is out of order."""
+    """Event: the worker ends. ``error`` is what stops the whole call; None where only this worker is out of order.
+
+    ``reason`` may be put on record, ``found`` is what a library or a file says; so it is of `Lost`.
+    """
 
     reason: str
     error: EmbedkitError | None
+    found: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,10 +144,11 @@ class Lost:
     """Event, told by the transport: the worker is gone."""
 
     reason: str
+    found: str = ""
 
 
 Settled = Done | Failed | Same
-Event = Ready | Wanted | Computed | Settled | Drained | Broken | Lost
+Event = Ready | Wanted | Looked | Computed | Settled | Drained | Broken | Lost
 
 
 class Channel(Protocol):

@@ -129,15 +129,17 @@ def check_affine(path: Path, affine: Array) -> None:
         VolumeError: not [4 4] with 0 0 0 1 below, not finite, singular or skewed.
     """
     if affine.shape != (4, 4) or not np.array_equal(affine[3], [0, 0, 0, 1]):
-        raise VolumeError(f"{path}: its affine is {affine.tolist()}, expected [4 4] with 0 0 0 1 as the last row")
+        raise VolumeError(f"its affine is {affine.tolist()}, expected [4 4] with 0 0 0 1 as the last row", file=path)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or lengths.min() == 0:
         raise VolumeError(
-            f"{path}: its geometry is singular (voxel sizes {np.round(lengths, 6).tolist()} mm), expected three "
-            "independent axes of positive size; repair the header"
+            f"its geometry is singular (voxel sizes {np.round(lengths, 6).tolist()} mm), expected three "
+            "independent axes of positive size; repair the header",
+            file=path,
         )
     if not has_square_corners(affine):
         raise VolumeError(
-            f"{path}: its axes are skewed, expected right angles to within {_SHEAR_DEGREES} degrees; resample it to a "
-            "grid with square corners"
+            f"its axes are skewed, expected right angles to within {_SHEAR_DEGREES} degrees; resample it to a "
+            "grid with square corners",
+            file=path,
         )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embedkit.cache import Cache, open_cache
 from embedkit.errors import CacheError, OptionError
-from embedkit.failures import FAILURES_FILE, read_failures
+from embedkit.failures import FAILURES_FILE, FailureLog, read_failures
 from embedkit.files import explain_os_error, remove_stale, sync_folder, temporary_path, write_new_file
 from embedkit.folder import create_cache, shard_path
 from embedkit.seal import CHUNK_BYTES
@@ -42,6 +42,7 @@ class PackSummary:
         duplicates: Copies of stacks left out.
         failures: Cases recorded as failed in the cache that what was packed does not tell of: a folder keeps the
             record, a file cannot.
+        strays: Damaged DICOM files on record there, in the same way.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class PackSummary:
     shards: int
     duplicates: int
     failures: int
+    strays: int
 
 
 def pack_cache(
@@ -89,8 +91,9 @@ def pack_cache(
             sizes = [_write_file(cache, out, progress)]
         else:
             sizes = _write_folder(cache, out, shard_bytes, progress)
-    failures = len(read_failures(path).failures) if path.is_dir() and shard_bytes is None else 0
-    return PackSummary(out, sum(sizes), len(cache), len(sizes), len(cache.duplicates), failures)
+    log = read_failures(path) if path.is_dir() and shard_bytes is None else FailureLog((), ())
+    untold = len(log.failures), len(log.strays)
+    return PackSummary(out, sum(sizes), len(cache), len(sizes), len(cache.duplicates), *untold)
 
 
 def _write_file(cache: Cache, out: Path, progress: Progress | None) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 import polars as pl
 import SimpleITK as sitk
 
-from embedkit.dicom import quiet_itk
 from embedkit.errors import OptionError, VolumeError
+from embedkit.itk import quiet_itk
 from embedkit.manifest import MANIFEST_COLUMNS, write_manifest
 from embedkit.volumes import write_volume
 
@@ -101,7 +101,9 @@ def make_phantoms(folder: Path | str, *, cases: int = 48, seed: int = 0) -> Phan
         exams = [_write_exam(folder, number, patient, seed) for number, patient in enumerate(_draw_exams(cases, seed))]
         pl.DataFrame([label for _, label in exams], _LABELS, orient="row").write_csv(table)
     except OSError as error:
-        raise VolumeError(f"{folder}: cannot be written ({error.strerror}); check its space and its rights") from error
+        raise VolumeError(
+            f"cannot be written ({error.strerror}); check its space and its rights", file=folder
+        ) from error
     write_manifest(pl.DataFrame([row for row, _ in exams], list(MANIFEST_COLUMNS), orient="row"), manifest)
     return PhantomSet(manifest, table)
 

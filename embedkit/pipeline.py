@@ -139,17 +139,15 @@ def _in_own_stream(rendered: Iterator[Item], device: torch.device) -> Iterator[I
 
 
 def fail_case(case: Case, error: Exception) -> FailedCase:
-    """The case with why it failed, and with what files say of it apart."""
-    view, found = "", ""
+    """The case with why it failed, and with files and what they say apart."""
     if isinstance(error, VolumeError):
-        view, found = error.view, error.found
-    elif not isinstance(error, EmbedkitError):
-        found = " ".join(str(error).split())
-    return FailedCase(case, explain_failure(error), view=view, found=found)
+        return FailedCase(case, error.problem, view=error.view, file=error.file, found=error.found)
+    found = "" if isinstance(error, EmbedkitError) else " ".join(str(error).split())
+    return FailedCase(case, explain_failure(error), found=found)
 
 
 def explain_failure(error: Exception) -> str:
-    """Why something failed, in one line that may be kept or shown: nothing in it comes out of a file.
+    """Why something failed, in one line: nothing in it comes out of a file but its own name.
 
     What embedkit did not foresee is told with its place in the code.
     """

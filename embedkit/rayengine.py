@@ -131,7 +131,7 @@ class RayTransport:
             events: list[Event] = self._ray.get(self._calls[number])
         except self._ray.exceptions.RayError as error:
             self.kill(number)
-            return [Lost(" ".join(str(error).split())[:_LONGEST_REASON])]
+            return [Lost(type(error).__name__, found=" ".join(str(error).split())[:_LONGEST_REASON])]
         self._listen(number)
         return events
 

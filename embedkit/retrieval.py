@@ -90,6 +90,9 @@ def search(
         VolumeError: ``volume`` cannot be read.
         RecipeError: ``weights`` are not those of the index's recipe.
         OptionError: an option that means nothing.
+
+    Warns:
+        StrayWarning: a damaged DICOM file lies beside ``volume`` and may be a slice of it.
     """
     opened = index if isinstance(index, Index) else open_index(index)
     _require_one({"case": case_id, "volume": volume, "vector": vector, "query": query})

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import polars as pl
 
-from embedkit.dicom import DicomSeries, check_dicom_series, find_dicom_series
+from embedkit.dicom import check_dicom_series
+from embedkit.dicomheaders import DicomSeries
+from embedkit.dicomlisting import find_dicom_series
 from embedkit.errors import ManifestError, VolumeError
 from embedkit.manifest import MANIFEST_COLUMNS
 from embedkit.volumes import check_volume
@@ -97,9 +99,10 @@ def _find_images(root: Path, skipped: list[tuple[Path, str]]) -> list[_Image]:
     for folder, files in _walk(root, skipped):
         parts = folder.relative_to(root).parts
         here, others = find_dicom_series(folder, files=files)
-        skipped.extend((file, reason) for file, reason, _ in others)
-        series.extend((one, folder if len(here) == 1 else one.files[0]) for one in here)
-        dicom = {file for one in here for file in one.files} | {file for file, _, _ in others}
+        unread = [*others, *(each for one in here for each in one.damaged)]
+        skipped.extend((each.file, f"{each.file}: {each.problem}") for each in unread)
+        series.extend((one, folder if len(here) == 1 else one.slices[0].file) for one in here)
+        dicom = {file for one in here for file in one.files} | {each.file for each in unread}
         for file in sorted(set(files) - dicom):
             if _is_detached(file, files):
                 continue
@@ -157,7 +160,7 @@ def _readable_series(
             if len(folders[one.uid]) > 1:
                 names = " and ".join(str(folder.relative_to(root)) for folder in folders[one.uid])
                 raise VolumeError(
-                    f"{path}: files of one DICOM series lie in {names}; bring them together or remove one"
+                    f"files of one DICOM series lie in {names}; bring them together or remove one", file=path
                 )
             check_dicom_series(one)
         except VolumeError as error:

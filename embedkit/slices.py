@@ -248,7 +248,7 @@ def _plan_stack(
     if max(box[2:]) > _LONGEST_SIDE:
         row_mm, column_mm = volume.spacing_mm[row_axis], volume.spacing_mm[column_axis]
         raise VolumeError(
-            f"view {view}: its {plane} slices of {shape[row_axis]} x {shape[column_axis]} voxels of {row_mm:g} x"
+            f"its {plane} slices of {shape[row_axis]} x {shape[column_axis]} voxels of {row_mm:g} x"
             f" {column_mm:g} mm make images of {box[2]} x {box[3]} voxels, expected {_LONGEST_SIDE} a side at most;"
             " check the spacing in the header, crop the image, or leave the plane out",
             view=view,

@@ -104,24 +104,26 @@ def require_going(path: Path, stop: Stop) -> None:
         VolumeError: ``stop`` is set.
     """
     if stop is not None and stop.is_set():
-        raise VolumeError(f"{path}: reading was stopped half way; run the same command again")
+        raise VolumeError("reading was stopped half way; run the same command again", file=path)
 
 
 def check_promise(path: Path, header: SourceHeader, available: int, *, packed: bool) -> None:
     """Refuses a header that promises more voxels than the bytes that follow it can hold."""
     voxels = math.prod(header.shape)
     if min(header.shape) < 1:
-        raise VolumeError(f"{path}: has shape {header.shape}, expected at least one voxel along each axis")
+        raise VolumeError(f"has shape {header.shape}, expected at least one voxel along each axis", file=path)
     if voxels > MAX_VOXELS:
         raise VolumeError(
-            f"{path}: its header promises {header.shape} = {voxels} voxels, more than {MAX_VOXELS}; the header is "
-            "damaged, or the image must be cropped first"
+            f"its header promises {header.shape} = {voxels} voxels, more than {MAX_VOXELS}; the header is "
+            "damaged, or the image must be cropped first",
+            file=path,
         )
     needed = voxels * header.dtype.itemsize
     if needed > available * (_INFLATION if packed else 1):
         raise VolumeError(
-            f"{path}: its header promises {needed} bytes of voxels but the file holds {max(available, 0)}"
-            f"{' compressed' if packed else ''}; it is truncated: copy the file again"
+            f"its header promises {needed} bytes of voxels but the file holds {max(available, 0)}"
+            f"{' compressed' if packed else ''}; it is truncated: copy the file again",
+            file=path,
         )
 
 
@@ -134,9 +136,10 @@ def grey_shape(path: Path, shape: tuple[int, ...], *, trailing: int) -> tuple[in
         more = [length for length in (axes[:-3] if trailing == 0 else axes[3:]) if length > 1]
         colours = f" (RGB{'A' * (more == [4])} colours, or {more[0]} time points)" if more in ([3], [4]) else ""
         raise VolumeError(
-            f"{path}: has {len(axes)} axes {tuple(axes)}{colours}, expected one grey 3D image; save each time point or "
-            "channel as a file of its own"
+            f"has {len(axes)} axes {tuple(axes)}{colours}, expected one grey 3D image; save each time point or "
+            "channel as a file of its own",
+            file=path,
         )
     if len(axes) < 3:
-        raise VolumeError(f"{path}: has {len(axes)} axes {tuple(axes)}, expected 3; save a slice as a volume of one")
+        raise VolumeError(f"has {len(axes)} axes {tuple(axes)}, expected 3; save a slice as a volume of one", file=path)
     return axes[0], axes[1], axes[2]

@@ -98,9 +98,9 @@ def read_case(
             stats[view] = stat_source(path, folders, stop=stop)
             volumes[view] = read_volume(path, spill=spill, most_bytes=share, folders=folders, stop=stop)
             if stat_source(path, folders, stop=stop) != stats[view]:
-                raise VolumeError(f"{path} changed while it was read; run the same command again once it is whole")
+                raise VolumeError("changed while it was read; run the same command again once it is whole", file=path)
         except VolumeError as error:
-            raise VolumeError(f"view {view}: {error.reason}", view=view, found=error.found) from error
+            raise VolumeError(error.problem, file=error.file, view=view, found=error.found) from error
     return CaseImages(volumes, stats)
 
 
@@ -122,7 +122,7 @@ def stat_source(path: Path, folders: SeriesFolders | None = None, *, stop: Stop 
         own = path.stat()
         stats = _stat_more(path, own, folders or SeriesFolders(), stop)
     except OSError as error:
-        raise VolumeError(f"{path} cannot be read: {error.strerror}; check the path in the manifest") from error
+        raise VolumeError(f"cannot be read ({error.strerror}); check the path in the manifest", file=path) from error
     stats = [own] if stats is None else stats
     return SourceStat(sum(each.st_size for each in stats), max(map(changed_ns, stats), default=0))
 
@@ -171,7 +171,12 @@ class CachedSources:
     """
 
     def __init__(
-        self, stacks: pl.DataFrame, recipe: Recipe, confirmed: Mapping[tuple[str, str], Confirmation] | None = None
+        self,
+        stacks: pl.DataFrame,
+        recipe: Recipe,
+        confirmed: Mapping[tuple[str, str], Confirmation] | None = None,
+        *,
+        folders: SeriesFolders | None = None,
     ) -> None:
         """Takes what the cache says of its stacks.
 
@@ -179,8 +184,9 @@ class CachedSources:
             stacks: Of an open cache.
             recipe: Of the cache.
             confirmed: Of `embedkit.confirmations.read_confirmations`.
+            folders: To remember DICOM series in; None begins with none.
         """
-        self.folders = SeriesFolders()
+        self.folders = folders or SeriesFolders()
         self._recipe = recipe
         self._confirmed = confirmed or {}
         self._known: dict[str, dict[tuple[str, str], _CachedStack]] = {}
@@ -216,21 +222,33 @@ class CachedSources:
                     " add it to the manifest again, or extract to another --out"
                 )
 
-    def holds(self, case: Case) -> bool:
-        """True where every stack of the case is cached, and no file behind it changed since, or only in its times."""
+    def split_cases(self, cases: Sequence[Case], *, stop: Stop = None) -> tuple[list[Case], list[Case]]:
+        """The cases that are cached, and those left to do; once ``stop`` is set the rest is left without a look."""
+        held: list[Case] = []
+        pending: list[Case] = []
+        for case in cases:
+            stopped = stop is not None and stop.is_set()
+            (held if not stopped and self.holds(case, stop=stop) else pending).append(case)
+        return held, pending
+
+    def holds(self, case: Case, *, stop: Stop = None) -> bool:
+        """True where every stack of the case is cached, and no file behind it changed since, or only in its times.
+
+        Once ``stop`` is set no folder is looked through to its end, and a case in it counts as not held.
+        """
         known = self._known.get(case.case_id)
         return known is not None and all(
-            self._holds_view(known, view, sources, case) for view, sources in self._views(case).items()
+            self._holds_view(known, view, sources, case, stop) for view, sources in self._views(case).items()
         )
 
     def _holds_view(
-        self, known: Mapping[tuple[str, str], _CachedStack], view: str, sources: tuple[str, ...], case: Case
+        self, known: Mapping[tuple[str, str], _CachedStack], view: str, sources: tuple[str, ...], case: Case, stop: Stop
     ) -> bool:
         cached = {known[view, plane].stat if (view, plane) in known else None for plane in self._recipe.planes}
         if None in cached or any(source not in case.images for source in sources):
             return False
         try:
-            now = combine_stats([stat_source(case.images[source], self.folders) for source in sources])
+            now = combine_stats([stat_source(case.images[source], self.folders, stop=stop) for source in sources])
         except VolumeError:
             return False  # the reader will say what is wrong with it, and the case goes on record
         if cached == {now}:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,16 +20,20 @@ from embedkit.pipeline import compute_cases, fail_case, render_cases
 from embedkit.readahead import Waits
 from embedkit.recipe import Recipe
 from embedkit.sources import CachedSources, Case, CaseImages, read_case
+from embedkit.strays import Looks
 from embedkit.tails import keep_tail
 from embedkit.writing import ShardWriter
 
-__all__ = ["Tally", "extract_stream", "without_names"]
+__all__ = ["Tally", "extract_stream"]
 
 
 class Tally(Protocol):
-    """Is told what became of each case."""
+    """Is told what became of each case, and before it what folders were looked through."""
 
     waits: Waits
+
+    def looked(self, looks: Looks) -> None:
+        """Folders were looked through for DICOM series."""
 
     def done(self, work: CaseWork, *, changed: bool) -> None:
         """The case is extracted; ``changed`` where it was cached from files with other bytes."""
@@ -110,6 +112,7 @@ def extract_stream(
 
         results = compute_cases(rendered, backbone, recipe, batch_size=batch_size, stop=stop, after_batch=after_batch)
         for result in results:
+            tally.looked(sources.folders.take_looks())
             _settle(result, tally, writer, cache, sources)
             if stop is not None and stop.is_set():
                 break
@@ -131,8 +134,8 @@ def _settle(
             tally.done(result, changed=changed)
             return
     if isinstance(result, FailedCase):
-        failure = Failure(result.case.case_id, result.told, view=result.view, path=_name_file(result))
-        record_failure(cache, replace(failure, reason=without_names(result)))
+        failure = Failure(result.case.case_id, result.told, view=result.view, path=result.path)
+        record_failure(cache, replace(failure, reason=result.kept))
         tally.failed(failure)
     else:
         tally.same(result.case)
@@ -140,28 +143,3 @@ def _settle(
 
 def _name_stack(stack: StackTokens) -> tuple[str, str, str, str]:
     return stack.case_id, stack.view, stack.plane, stack.source_digest
-
-
-def _name_file(failed: FailedCase) -> str:
-    """The name of the file to blame; nothing for a folder, whose name can be a patient's."""
-    path = failed.case.images.get(failed.view)
-    return "" if path is None or path.is_dir() else path.name
-
-
-def without_names(failed: FailedCase) -> str:
-    """The reason as it may be kept: with the files that the manifest names, but without folders and what lies in them.
-
-    The name of a folder, and of a file of a DICOM series, can be a patient's.
-    """
-    reason = failed.reason
-    for path in failed.case.images.values():
-        if not path.is_dir():
-            reason = path.name.join(re.split(re.escape(str(path)) + r"(?![\w.-]*\w)", reason))
-    for path in failed.case.images.values():
-        folder = path if path.is_dir() else path.parent
-        if f"{folder}/" in reason and os.access(folder, os.R_OK):
-            for other in sorted(map(str, folder.iterdir()), key=len, reverse=True):
-                reason = reason.replace(other, "one of its files")
-        gone = re.escape(f"{folder}/") + r".*?(?=\s*[:;(]|$)"  # in no listing any more
-        reason = re.sub(gone, "one of its files", reason).replace(str(folder), "its folder")
-    return reason

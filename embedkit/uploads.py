@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from embedkit.dicom import list_dicom_series
+from embedkit.dicomlisting import list_dicom_series
 from embedkit.errors import OptionError, RequestError, VolumeError
 from embedkit.files import explain_os_error
 from embedkit.formats import format_by_name, image_format

@@ -7,6 +7,7 @@ Knows nothing of cases, manifests, planes and grey windows, and leaves what is p
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import SimpleITK as sitk
 
 from embedkit.dicom import check_dicom_series, read_dicom_series
 from embedkit.dicomfolders import SeriesFolders
-from embedkit.errors import VolumeError
+from embedkit.errors import StrayWarning, VolumeError
 from embedkit.formats import format_by_name, image_format, read_header
 from embedkit.itk import explain_itk_error, quiet_itk, to_itk
 from embedkit.orientation import (
@@ -101,7 +102,8 @@ def read_volume(
         spill: Folder for a nameless temporary file that holds the voxels of a large image, so that few of them are in
             memory at a time; take its parts with `embedkit.spill`. None keeps all in memory.
         most_bytes: An image whose voxels take more is large.
-        folders: Remembers the DICOM series of folders for further images that lie in them.
+        folders: Remembers the DICOM series of folders for further images that lie in them, and the damaged files in
+            them of which no series can be told; None warns of these.
         stop: Once set, reading ends with an error, at the next piece.
 
     Returns:
@@ -116,11 +118,15 @@ def read_volume(
             that is singular, has skewed axes or is beyond 1e-6 to 1e6 mm; a promise of more voxels than the bytes
             could hold; all that `embedkit.dicom.read_dicom_series` refuses; and ``stop`` was set.
         CacheError: there is no room in ``spill``.
+
+    Warns:
+        StrayWarning: beside a DICOM series lies a damaged file of which no series can be told; nothing in the headers
+            of the others says that they lack it.
     """
-    path = Path(path)
-    source = _read_source(
-        path, image_format(path), spill=spill, most_bytes=most_bytes, folders=folders or SeriesFolders(), stop=stop
-    )
+    path, looked = Path(path), folders or SeriesFolders()
+    source = _read_source(path, image_format(path), spill=spill, most_bytes=most_bytes, folders=looked, stop=stop)
+    if folders is None:
+        _warn_of_strays(path, looked)
     _check_scale(path, source.affine)
     turn = turn_canonical if is_spilled(source.array) else to_canonical
     array, affine = turn(source.array, source.affine)
@@ -168,13 +174,16 @@ def read_mask(path: Path | str, like: Volume) -> Array:
     """
     path = Path(path)
     kind = image_format(path)
-    source = _read_source(path, kind, folders=SeriesFolders())
+    folders = SeriesFolders()
+    source = _read_source(path, kind, folders=folders)
+    _warn_of_strays(path, folders)
     labels = whole_numbers(path, source.array)
     if kind == "npy":
         if labels.shape != like.source_shape:
             raise VolumeError(
-                f"{path}: a mask without geometry of shape {labels.shape}, but its image has {like.source_shape}; "
-                "save the mask as NIfTI, or with the image's shape"
+                f"a mask without geometry of shape {labels.shape}, but its image has {like.source_shape}; "
+                "save the mask as NIfTI, or with the image's shape",
+                file=path,
             )
         return to_canonical(labels, like.source_affine)[0]
     mask, affine = to_canonical(labels, source.affine)
@@ -183,8 +192,9 @@ def read_mask(path: Path | str, like: Volume) -> Array:
     resampled = _resample_nearest(mask, affine, like)
     if mask.any() and not resampled.any():
         raise VolumeError(
-            f"{path}: every labelled voxel of the mask lies outside its image; check that both are of the same patient "
-            "and that neither lost its origin"
+            "every labelled voxel of the mask lies outside its image; check that both are of the same patient "
+            "and that neither lost its origin",
+            file=path,
         )
     return resampled
 
@@ -202,10 +212,10 @@ def write_volume(path: Path | str, array: Array, affine: Array) -> None:
     """
     path = Path(path)
     if array.ndim != 3:
-        raise VolumeError(f"{path}: cannot write an array of {array.ndim} axes; expected [slices height width]")
+        raise VolumeError(f"cannot write an array of {array.ndim} axes; expected [slices height width]", file=path)
     kind, suffix = format_by_name(path)
     if kind in ("", "dicom") or suffix in (".nhdr", ".mhd"):
-        raise VolumeError(f"{path}: cannot write this format; name it .nii.gz, .nii, .nrrd, .mha, .npy or .npz")
+        raise VolumeError("cannot write this format; name it .nii.gz, .nii, .nrrd, .mha, .npy or .npz", file=path)
     check_affine(path, affine)
     values = array.astype(np.uint8) if array.dtype == bool else array
     try:
@@ -221,7 +231,7 @@ def write_volume(path: Path | str, array: Array, affine: Array) -> None:
     except (OSError, RuntimeError, TypeError, NotImplementedError) as error:
         reason = explain_itk_error(error) if isinstance(error, RuntimeError) else str(error)
         raise VolumeError(
-            f"{path}: cannot be written ({reason}); check the folder, its space and its rights"
+            f"cannot be written ({reason}); check the folder, its space and its rights", file=path
         ) from error
 
 
@@ -244,13 +254,20 @@ def _read_source(
     return read_voxels(path, kind, read_header(path, kind), place, stop=stop)
 
 
+def _warn_of_strays(path: Path, folders: SeriesFolders) -> None:
+    for strays in folders.take_looks().values():
+        for stray in strays:
+            warnings.warn(f"{stray.path}, which lies beside {path}: {stray.reason}", StrayWarning, stacklevel=3)
+
+
 def _check_scale(path: Path, affine: Array) -> None:
     """Refuses voxels of no physical size and places beyond the float32 in which positions are kept."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if lengths.min() < _SMALLEST_MM or np.abs(affine[:3]).max() > _LARGEST_MM:
         raise VolumeError(
-            f"{path}: its voxels measure {lengths.tolist()} mm from {affine[:3, 3].tolist()} mm on, expected lengths"
-            f" between {_SMALLEST_MM:g} and {_LARGEST_MM:g} mm; repair the header"
+            f"its voxels measure {lengths.tolist()} mm from {affine[:3, 3].tolist()} mm on, expected lengths"
+            f" between {_SMALLEST_MM:g} and {_LARGEST_MM:g} mm; repair the header",
+            file=path,
         )
 
 

@@ -56,7 +56,7 @@ def read_voxels(path: Path, kind: str, header: SourceHeader, allocate: Allocate,
             array = _store(path, header, _pieces(path, kind, header, files[-1]), allocate, stop)
             files[-1].drain()
     except DAMAGE as error:
-        raise VolumeError(f"{path}: damaged or unreadable; copy the file again", found=str(error)[:120]) from error
+        raise VolumeError("damaged or unreadable; copy the file again", file=path, found=str(error)[:120]) from error
     return SourceImage(array, header.affine, sum(file.size for file in files), digest.hexdigest())
 
 
@@ -133,16 +133,17 @@ def _inflate(path: Path, file: _HashedFile, skip: int, needed: int, window: int)
             have += len(part)
             if not (fed or part or stream.eof):
                 raise VolumeError(
-                    f"{path}: its compressed data end after {have} of {last} bytes; it is truncated: copy the file "
-                    "again"
+                    f"its compressed data end after {have} of {last} bytes; it is truncated: copy the file again",
+                    file=path,
                 )
         data = stream.unused_data or file.read()
         if have >= last:
             return
         if not data:
             raise VolumeError(
-                f"{path}: its compressed data hold {have} bytes, its header promises {last}; it is truncated: copy "
-                "the file again"
+                f"its compressed data hold {have} bytes, its header promises {last}; it is truncated: copy "
+                "the file again",
+                file=path,
             )
 
 
@@ -162,7 +163,7 @@ def _read_with_itk(path: Path, kind: str) -> Iterator[Array]:
             image = sitk.ReadImage(str(path), imageIO=ITK_READERS[kind])
     except RuntimeError as error:
         told = f"ITK: {explain_itk_error(error)}"
-        raise VolumeError(f"{path}: cannot be read by ITK; copy the file again", found=told) from error
+        raise VolumeError("cannot be read by ITK; copy the file again", file=path, found=told) from error
     yield sitk.GetArrayViewFromImage(image).reshape(-1)
 
 
@@ -189,11 +190,14 @@ def _store(path: Path, header: SourceHeader, pieces: Iterator[Array], allocate: 
             wrong += len(target) - int(np.count_nonzero(np.isfinite(target)))
         release_pages(stored)
     if filled < stored.size:
-        raise VolumeError(f"{path}: holds {filled} of the {stored.size} voxels that its header promises; copy it again")
+        raise VolumeError(
+            f"holds {filled} of the {stored.size} voxels that its header promises; copy it again", file=path
+        )
     if wrong:
         raise VolumeError(
-            f"{path}: {wrong} of {stored.size} values are NaN or infinite (or too large for float32), expected "
-            "finite numbers; repair or fill them first"
+            f"{wrong} of {stored.size} values are NaN or infinite (or too large for float32), expected "
+            "finite numbers; repair or fill them first",
+            file=path,
         )
     return stored.transpose() if header.fortran_order else stored
 
@@ -229,8 +233,9 @@ def whole_numbers(path: Path, array: Array) -> Array:
         wrong = int(np.count_nonzero(np.abs(array - rounded) > 1e-3))
         if wrong:
             raise VolumeError(
-                f"{path}: {wrong} of {array.size} values are not whole numbers, expected a label per voxel; threshold "
-                "the mask first"
+                f"{wrong} of {array.size} values are not whole numbers, expected a label per voxel; threshold "
+                "the mask first",
+                file=path,
             )
         array = rounded
     return array.astype(np.int32)

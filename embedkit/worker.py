@@ -11,7 +11,6 @@ import queue
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from embedkit.orders import (
     Drain,
     Drained,
     Failed,
+    Looked,
     Order,
     Quit,
     Ready,
@@ -55,6 +55,7 @@ from embedkit.readahead import Waits
 from embedkit.recipe import Recipe
 from embedkit.slices import window_texts
 from embedkit.sources import CachedSources, Case
+from embedkit.strays import Looks
 from embedkit.stream import extract_stream
 
 __all__ = ["ExtractionJob", "serve"]
@@ -141,9 +142,9 @@ def serve(job: ExtractionJob, device: str, threads: int | None, channel: Channel
             require_precision(backbone, recipe, target)
             _serve_rounds(job, begin, _Desk(channel, inbox, stop), backbone, target)
     except EmbedkitError as error:
-        channel.send(Broken(str(error), error))
+        channel.send(Broken(type(error).__name__, error, found=str(error)))
     except Exception as error:
-        channel.send(Broken("".join(traceback.format_exception_only(error)).strip(), None))
+        channel.send(Broken(type(error).__name__, None, found=" ".join(str(error).split())))
 
 
 def _listen(channel: Channel, inbox: queue.SimpleQueue[Order], stop: threading.Event) -> None:
@@ -194,6 +195,11 @@ class _Desk:
                 self.quit = isinstance(order, Quit)
                 return
             yield order
+
+    def looked(self, looks: Looks) -> None:
+        """See `Tally`."""
+        if looks:
+            self.channel.send(Looked(looks))
 
     def done(self, work: CaseWork, *, changed: bool) -> None:
         """See `Tally`."""
@@ -254,6 +260,7 @@ def _require_reachable(begin: Begin) -> None:
         )
     if begin.probe is not None and not begin.probe.exists():
         raise VolumeError(
-            f"{begin.probe} does not exist on {host}, but does where the call was made; put the images where every"
-            " machine finds them under the same path"
+            f"does not exist on {host}, but does where the call was made; put the images where every machine finds"
+            " them under the same path",
+            file=begin.probe,
         )

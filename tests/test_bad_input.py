@@ -549,3 +549,67 @@ def test_ctrl_c_while_libraries_load_gives_one_line_and_130(tmp_path: Path, modu
     assert done.returncode == 130
     assert done.stderr.splitlines()[0].startswith("embedkit: interrupted") and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "cache").exists()
+
+
+# ---- everything at once, by command ----
+
+
+def write_everything(folder: Path) -> tuple[Path, set[str], set[str]]:
+    """A manifest of good and bad images, some of each, and of DICOM series in one folder; which are good, which bad."""
+    scans = folder / "scans"
+    (scans / "flat").mkdir(parents=True)
+    makers = dict(list(GOOD.items())[::3]) | {name: BAD[name][0] for name in list(BAD)[::5]}
+    for name, make in makers.items():
+        (scans / name).write_bytes(make())
+    paths = {name: scans / name for name in makers}
+    for number in range(4):
+        write_identified_series(folder / str(number), number)
+        for file in (folder / str(number)).iterdir():
+            file.rename(scans / "flat" / f"{number}-{'' if file.name == '0.dcm' else 'ZYXWVUT'}{file.name}")
+        paths[f"series{number}"] = scans / "flat" / f"{number}-0.dcm"
+    damaged, lost = (scans / "flat" / f"{number}-ZYXWVUT2.dcm" for number in (1, 2))
+    damaged.write_bytes(damaged.read_bytes()[:-500])
+    lost.write_bytes(b"")
+    (scans / "flat" / "png.dcm").write_bytes(PNG)
+    rows = [{"case_id": name, "path": str(path)} for name, path in paths.items()]
+    pl.DataFrame(rows).write_csv(folder / "cases.csv")
+    bad = {*(BAD.keys() & makers), "series1", "series2"}
+    return folder / "cases.csv", set(paths) - bad, bad
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_every_command_lands_what_is_good_and_lists_what_is_not(tmp_path: Path) -> None:
+    manifest, good, bad = write_everything(tmp_path)
+    cache, options = tmp_path / "cache", ["--backbone", "embedkit/scattering", "--image-size", "32", "--tokens", "cls"]
+
+    def call(*arguments: object, code: int) -> str:
+        done = CliRunner().invoke(app, [*map(str, arguments)])
+        assert done.exit_code == code and "Traceback" not in done.output, (arguments, done.output, done.exception)
+        return done.stdout
+
+    def cases(path: Path) -> set[str]:
+        with open_cache(path) as opened:
+            return set(opened.stacks["case_id"])
+
+    estimate = json.loads(call("extract", manifest, "-o", cache, *options, "--dry-run", "--json", code=1))
+    assert estimate["unreadable"] and estimate["cases"] == len(good | bad) and not cache.exists()
+    for part in ("1/2", "2/2"):
+        call("extract", manifest, "-o", cache, *options, "--part", part, code=1)
+    assert cases(cache) == good
+    summary = json.loads(call("extract", manifest, "-o", cache, *options, "--json", code=1))
+    assert (summary["cases_before"], summary["cases_done"]) == (len(good), 0)
+    reasons = {failure["case_id"]: failure["reason"] for failure in summary["failures"]}
+    assert set(reasons) == bad
+    assert "damaged, truncated or not DICOM" in reasons["series1"]
+    assert "slices may be missing, and 2 files that cannot be read lie beside it" in reasons["series2"]
+    assert [Path(stray["path"]).name for stray in summary["strays"]] == ["2-ZYXWVUT2.dcm", "png.dcm"]
+    assert all(stray["beside"] == [f"series{number}" for number in range(4)] for stray in summary["strays"])
+    told = json.loads(call("info", cache, "--json", code=0))
+    assert {failure["case_id"] for failure in told["failures"]} == bad and len(told["strays"]) == 2
+    call("pack", cache, "-o", tmp_path / "one.h5", code=0)
+    call("pack", cache, "-o", tmp_path / "packed", "--shard-size", "1MB", code=0)
+    for path in (cache, tmp_path / "one.h5", tmp_path / "packed"):
+        call("verify", path, code=0)
+        assert cases(path) == good
+    for folder in (cache, tmp_path / "packed"):
+        assert anonymity_leaks(folder, (*IDENTITIES, str(tmp_path))) == []

@@ -132,12 +132,12 @@ def test_an_unforeseen_error_fails_its_case_alone_and_tells_where_it_happened(
 def test_the_reason_of_a_failure_is_told_whole_and_kept_without_what_the_files_say() -> None:
     case = Case("a", "a", {})
     assert fail_case(case, BackboneError("no such layer")).told == "no such layer"
-    failed = fail_case(case, VolumeError("a.mhd: its second file is missing", view="flair", found="it names 'Doe.raw'"))
-    assert (failed.reason, failed.view) == ("a.mhd: its second file is missing", "flair")
-    assert failed.told == "a.mhd: its second file is missing (it names 'Doe.raw')"
+    failed = fail_case(case, VolumeError("its second file is missing", view="flair", found="it names 'Doe.raw'"))
+    assert (failed.kept, failed.view) == ("view flair: its second file is missing", "flair")
+    assert failed.told == "view flair: its second file is missing (it names 'Doe.raw')"
     failed = fail_case(case, ValueError("could not convert string to float: 'DOE^JOHN'"))
-    assert failed.reason == "unforeseen ValueError; please report it, and leave the case out meanwhile"
-    assert failed.told == f"{failed.reason} (could not convert string to float: 'DOE^JOHN')"
+    assert failed.kept == "unforeseen ValueError; please report it, and leave the case out meanwhile"
+    assert failed.told == f"{failed.kept} (could not convert string to float: 'DOE^JOHN')"
 
 
 class Rough:

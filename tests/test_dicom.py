@@ -25,14 +25,10 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from embedkit.dicom import (
-    check_dicom_series,
-    find_dicom_series,
-    list_dicom_series,
-    quiet_itk,
-    read_dicom_series,
-)
-from embedkit.errors import VolumeError
+from embedkit.dicom import check_dicom_series, read_dicom_series
+from embedkit.dicomlisting import find_dicom_series, list_dicom_series
+from embedkit.errors import StrayWarning, VolumeError
+from embedkit.itk import quiet_itk
 from embedkit.volumes import check_volume, read_volume
 
 STORED = (np.arange(5 * 3 * 4).reshape(5, 3, 4) * 7).astype(np.int16)
@@ -271,7 +267,7 @@ def test_series_of_one_folder_are_told_apart_and_other_files_passed_over(tmp_pat
     assert ([file.name for file in first.files], first.modality) == ([f"a{number}.dcm" for number in range(5)], "CT")
     assert ([file.name for file in second.files], second.modality) == (["b0", "b1"], "MR")
     _, others = find_dicom_series(folder)
-    assert others == [(folder / "RS.dcm", f"{folder / 'RS.dcm'}: a DICOM RTSTRUCT, not an image", False)]
+    assert others == [(folder / "RS.dcm", "a DICOM RTSTRUCT, not an image", False, "")]
     np.testing.assert_array_equal(read_volume(folder / "b1").array, STORED[:2] + 1)
     np.testing.assert_array_equal(read_volume(folder / "a3.dcm").array, STORED)
     with pytest.raises(
@@ -285,13 +281,18 @@ def test_series_of_one_folder_are_told_apart_and_other_files_passed_over(tmp_pat
 def test_a_damaged_file_is_named_and_not_passed_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = make_series(tmp_path / "ct")
     content = (folder / "0.dcm").read_bytes()
-    for damaged in (content[:-10], content[:400], b"hello", b""):
+    told = r"0\.dcm: damaged, truncated or not DICOM.*; copy the file again"
+    for damaged in (content[:-10], content[:600], content[:400], b"hello", b""):
         (folder / "0.dcm").write_bytes(damaged)
-        with pytest.raises(
-            VolumeError, match=r"0\.dcm: damaged, truncated or not DICOM.*; copy the file again"
-        ) as caught:
-            read_volume(folder)
+        with pytest.raises(VolumeError, match=told) as caught:
+            list_dicom_series(folder)
         assert "\n" not in str(caught.value)
+        if len(damaged) >= 600:  # its header still tells its series
+            with pytest.raises(VolumeError, match=told):
+                read_volume(folder)
+        else:
+            with pytest.warns(StrayWarning, match=r"0\.dcm, which lies beside .*ct: damaged, truncated or not DICOM"):
+                assert len(read_volume(folder).array) == 4
     assert capfd.readouterr() == ("", "")
 
 

@@ -16,7 +16,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from embedkit import dicom, dicomfolders, sources, voxels
+from embedkit import dicom, dicomfolders, dicomlisting, sources, voxels
 from embedkit.cache import open_cache
 from embedkit.dicomfolders import SeriesFolders
 from embedkit.errors import VolumeError
@@ -63,13 +63,13 @@ def flat(tmp_path: Path) -> Path:
 def headers_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files whose headers were read, in order."""
     names: list[str] = []
-    read = dicom.read_slice
+    read = dicomlisting.read_slice
 
     def noted(file: Path, reader: Any) -> Any:
         names.append(file.name)
         return read(file, reader)
 
-    monkeypatch.setattr(dicom, "read_slice", noted)
+    monkeypatch.setattr(dicomlisting, "read_slice", noted)
     return names
 
 
@@ -165,7 +165,7 @@ def test_few_folders_are_remembered(flat: Path, headers_read: list[str], monkeyp
             r"flat: holds 4 DICOM series, expected one; give one file of it instead \(0-0.dcm \(CT, 5",
         ),
         ("", lambda flat: [file.unlink() for file in flat.glob("*.dcm")], "holds no DICOM image directly"),
-        ("0-0.dcm", lambda flat: (flat / "9.dcm").write_bytes(bytes(999)), r"9.dcm: damaged, truncated or not DICOM"),
+        ("9.dcm", lambda flat: (flat / "9.dcm").write_bytes(bytes(999)), r"9.dcm: damaged, truncated or not DICOM"),
         ("gone/1.dcm", lambda _: None, r"gone: cannot be read \(No such file or directory\); check the folder"),
     ],
 )

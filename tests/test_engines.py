@@ -29,11 +29,10 @@ from typer.testing import CliRunner
 
 from embedkit import engines, rayengine
 from embedkit.cache import create_cache, open_cache
-from embedkit.casework import FailedCase
 from embedkit.engines import dispatch_cases
 from embedkit.errors import BackboneError, CacheError, ExtractionError, OptionError, RecipeError, VolumeError
 from embedkit.extraction import ExtractionProgress, ExtractionSummary, extract, extract_cases
-from embedkit.failures import read_failures
+from embedkit.failures import Stray, read_failures
 from embedkit.ledger import MOST_LOSSES
 from embedkit.manifest import read_manifest
 from embedkit.orders import (
@@ -44,6 +43,7 @@ from embedkit.orders import (
     Drain,
     Drained,
     Event,
+    Looked,
     Lost,
     Order,
     Quit,
@@ -52,11 +52,11 @@ from embedkit.orders import (
     Wanted,
 )
 from embedkit.parts import take_part
+from embedkit.pipeline import fail_case
 from embedkit.planning import make_recipe
 from embedkit.processes import ProcessTransport, split_devices
 from embedkit.rayengine import RayTransport, share_cpus
 from embedkit.sources import Case, group_cases
-from embedkit.stream import without_names
 from embedkit.volumes import write_volume
 from embedkit.worker import ExtractionJob, serve
 
@@ -443,6 +443,22 @@ def test_cases_read_ahead_of_one_that_takes_workers_down_are_done(
         assert {*cache.stacks["case_id"]} == {case.case_id for case in cases} - {poison}
 
 
+def test_strays_that_workers_saw_are_told_once_beside_all_cases_of_their_folder(manifest: Path, tmp_path: Path) -> None:
+    cases = good_cases(manifest)[:3]
+    strays = {name: Stray(name * 16, "damaged", path=str(manifest.parent / name)) for name in ("a", "b")}
+
+    def behave(number: int, case: Case, begin: Begin) -> list[Event]:
+        seen = [strays["a"]] if case.case_id == "case_00" else [strays["a"], strays["b"]]
+        looked = Looked({manifest.parent: seen, tmp_path: [strays["b"]]})
+        return [looked, transport.write(case, begin), Wanted()]
+
+    transport = ScriptedTransport(1, behave)
+    summary = dispatch_cases(cases, tmp_path / "cache", transport)
+    beside = tuple(case.case_id for case in cases)
+    assert summary.strays == tuple(replace(strays[name], beside=beside) for name in ("a", "b"))
+    assert read_failures(tmp_path / "cache").strays == tuple(replace(each, path="") for each in summary.strays)
+
+
 def test_what_a_lost_worker_wrote_is_changed_only_where_it_was_cached_from_other_bytes(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
 
@@ -467,37 +483,49 @@ def test_what_a_lost_worker_wrote_is_changed_only_where_it_was_cached_from_other
     assert (summary.cases_done, summary.changed, summary.interrupted) == (2, ("rewritten",), False)
 
 
-def test_the_record_of_a_lost_worker_names_no_folder(manifest: Path, tmp_path: Path) -> None:
-    """The reason can be about another case that the worker had, of whose file not even the name is kept."""
+def test_the_record_of_a_lost_worker_keeps_nothing_that_a_library_says(manifest: Path, tmp_path: Path) -> None:
     cases = good_cases(manifest)[:2]
     paths = [path for case in cases for path in case.images.values()]
 
     def behave(number: int, case: Case, begin: Begin) -> list[Event]:
         if case.case_id == "case_01":
-            return [Broken(f"OSError: cannot map {paths[0]} nor {paths[1]}", None)]
+            return [Broken("OSError", None, found=f"cannot map {paths[0]} nor {paths[1]}")]
         return [Wanted()]
 
-    summary = dispatch_cases(cases, tmp_path / "cache", ScriptedTransport(2, behave))
+    notices: list[str] = []
+    summary = dispatch_cases(cases, tmp_path / "cache", ScriptedTransport(2, behave), on_notice=notices.append)
     recorded = {failure.case_id: failure.reason for failure in read_failures(tmp_path / "cache").failures}
-    assert "cannot map one of its files nor case_01.nii.gz; it may take" in recorded["case_01"]
+    assert "the last one: OSError; it may take" in recorded["case_01"]
     assert str(manifest.parent) not in (tmp_path / "cache" / "failures.jsonl").read_text()
     assert {failure.case_id: failure.reason for failure in summary.failures} == recorded
+    assert f"was lost (OSError: cannot map {paths[0]} nor {paths[1]})" in notices[0]
 
 
-def test_of_the_names_in_a_reason_only_those_of_the_cases_own_files_are_kept(tmp_path: Path) -> None:
+def test_only_files_that_the_manifest_names_are_named_on_record(tmp_path: Path) -> None:
     for name in ("t1.nii", "t2.nii", "IM1", "IM10_DOE"):
         (tmp_path / name).touch()
-    images = {name: tmp_path / name for name in ("t1.nii", "t2.nii", "IM1")}
+    (tmp_path / "DOE").mkdir()
+    names = ("t1.nii", "t2.nii", "IM1", "DOE", "gone.nii", "GONE_DOE")
+    case = Case("c", "p", {name: tmp_path / name for name in names})
 
-    def keep(reason: str) -> str:
-        return without_names(FailedCase(Case("c", "p", images), reason))
+    def keep(name: str, view: str = "") -> str:
+        error = VolumeError("damaged", file=tmp_path / name, view=view, found="DOE^JOHN")
+        failed = fail_case(case, error)
+        assert failed.told == f"{f'view {view}: ' if view else ''}{tmp_path / name}: damaged (DOE^JOHN)"
+        return failed.kept
 
-    assert keep(f"view t2: {tmp_path}/t2.nii: damaged") == "view t2: t2.nii: damaged"
-    assert keep(f"view t1: {tmp_path}/t1.nii: damaged") == "view t1: t1.nii: damaged"
-    assert keep(f"{tmp_path}/IM10_DOE: damaged") == "one of its files: damaged"
-    assert keep(f"{tmp_path}/DOE JOHN.dcm: cannot be read") == "one of its files: cannot be read"
-    assert keep(f"{tmp_path}/GONE_DOE.dcm (No such file)") == "one of its files (No such file)"
-    assert keep(f"{tmp_path}: cannot be read") == "its folder: cannot be read"
+    assert keep("t2.nii", "t2.nii") == "view t2.nii: t2.nii: damaged"
+    assert keep("t1.nii") == "t1.nii: damaged"
+    assert keep("IM1") == "IM1: damaged"
+    assert keep("IM10_DOE") == "one of its files: damaged"  # begins as IM1 does
+    assert keep("DOE JOHN.dcm") == "one of its files: damaged"  # gone by now
+    assert keep("DOE/0.dcm") == "one of its files: damaged"
+    assert keep("DOE", "DOE") == "view DOE: its folder: damaged"
+    assert keep("") == "its folder: damaged"
+    assert keep("gone.nii") == "gone.nii: damaged"
+    assert keep("GONE_DOE") == "its folder: damaged"  # may have been one
+    paths = [fail_case(case, VolumeError("damaged", view=view)).path for view in ("", *names)]
+    assert paths == ["", "t1.nii", "t2.nii", "IM1", "", "gone.nii", ""]
 
 
 def test_workers_that_are_lost_again_and_again_end_the_call_with_the_reason(manifest: Path, tmp_path: Path) -> None:
@@ -672,13 +700,13 @@ def test_a_worker_without_the_weights_or_the_cache_or_the_images_says_where(
 ) -> None:
     weights = worker(make_job(weights=tmp_path / "missing.safetensors")).events.get(timeout=30)
     assert isinstance(weights, Broken) and isinstance(weights.error, BackboneError)
-    assert "missing.safetensors do not exist on" in weights.reason and "every machine" in weights.reason
+    assert "missing.safetensors do not exist on" in weights.found and "every machine" in weights.found
 
     channel = worker(make_job())
     begin_work(channel, tmp_path / "cache", tmp_path / "scan.nii.gz")
     images = channel.events.get(timeout=30)
     assert isinstance(images, Broken) and isinstance(images.error, VolumeError)
-    assert "scan.nii.gz does not exist on" in images.reason and "under the same path" in images.reason
+    assert "scan.nii.gz: does not exist on" in images.found and "under the same path" in images.found
 
     channel = worker(make_job())
     ready = channel.events.get(timeout=30)
@@ -686,7 +714,7 @@ def test_a_worker_without_the_weights_or_the_cache_or_the_images_says_where(
     channel.orders.put(Begin(tmp_path / "elsewhere", ready.recipe, None))
     cache = channel.events.get(timeout=30)
     assert isinstance(cache, Broken) and isinstance(cache.error, CacheError)
-    assert "elsewhere does not exist on" in cache.reason
+    assert "elsewhere does not exist on" in cache.found
 
 
 def test_what_a_worker_did_not_foresee_is_told_and_is_no_error_of_the_call(
@@ -698,7 +726,7 @@ def test_what_a_worker_did_not_foresee_is_told_and_is_no_error_of_the_call(
     monkeypatch.setattr(ExtractionJob, "load", load)
     event = worker(make_job()).events.get(timeout=30)
     assert isinstance(event, Broken) and event.error is None
-    assert "OutOfMemoryError: CUDA out of memory" in event.reason
+    assert (event.reason, event.found) == ("OutOfMemoryError", "CUDA out of memory")
 
 
 # real processes and a real cluster

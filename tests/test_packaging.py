@@ -57,6 +57,7 @@ ABOVE = {
     "shots",
     "slicepairs",
     "sources",
+    "strays",
     "stream",
     "suitedata",
     "suitesearch",

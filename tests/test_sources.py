@@ -133,7 +133,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_says_to_check_the_path(tmp_path: Path) -> None:
-    with pytest.raises(VolumeError, match=r"gone.mhd cannot be read: .*; check the path in the manifest"):
+    with pytest.raises(VolumeError, match=r"gone.mhd: cannot be read \(.*\); check the path in the manifest"):
         stat_source(tmp_path / "gone.mhd")
 
 
