@@ -11,9 +11,10 @@ line, `ratio N.NN`), and how long each stage stood still.
 Without --weights a timm backbone gets random weights, which cost the same time. Without real scans it runs on phantoms.
 
 `--part stages` compares extraction as it is with the same stages one after the other: nothing read ahead, shards
-written before it goes on; the last line is the wall time of the first over the second. `--part reading` reads all cases
-in two threads, as extraction does, in two processes that hand over the volumes, and one after the other; the last line
-is the wall time of threads over processes. Both print processor time too, for a machine that does other things.
+written before it goes on. It prints what share of the time each stage waits; the last line is the wall time of the
+first over the second. `--part reading` reads all cases in two threads, as extraction does, in two processes that hand
+over the volumes, and one after the other; the last line is the wall time of threads over processes. Both print
+processor time too, for a machine that does other things.
 """
 
 from __future__ import annotations
@@ -91,7 +92,11 @@ def measure_stages(options: argparse.Namespace, folder: Path) -> None:
         for name, side in (("side by side", time_extract), ("in turn", time_in_turn)):
             found[name].append(run_alone(side, options, manifest, weights, Path(tempfile.mkdtemp(dir=folder))))
             last = found[name][-1]
-            print(f"{name}: {last['seconds']:.1f} s, {last['processor']:.1f} s of processors", flush=True)
+            took = f"{last['seconds']:.1f} s, {last['processor']:.1f} s of processors"
+            print(f"{name}: {last['slices']} slices in {took}; waited: {describe_waits(last)}", flush=True)
+    for name in sorted({name for run in found["side by side"] for name in run["waits"]}):
+        shares = [run["waits"].get(name, 0.0) / run["seconds"] for run in found["side by side"]]
+        print(f"side by side, {name}: waited {statistics.median(shares):.2%} of the time (median)")
     best = {name: min(each["seconds"] for each in runs) for name, runs in found.items()}
     print(f"ratio {best['side by side'] / best['in turn']:.2f}")
 
@@ -148,16 +153,20 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         ratios_kept.append(extracted["seconds"] / sides["kept"]["seconds"])
         ratios_all.append(extracted["seconds"] / (bare["seconds"] * every / bare["slices"]))
         took = extracted["seconds"]
-        waits = ", ".join(f"{name} {part / took:.1%}" for name, part in sorted(extracted["waits"].items()))
         print(
             f"{every} slices ({extracted['blank']} blank) of {options.cases} cases: extract {took:.1f} s, bare forward"
             f" of those not blank {bare['seconds']:.1f} s; {1e3 * took / every:.1f} ms and"
-            f" {extracted['bytes'] / every:.0f} bytes per slice; waited: {waits}",
+            f" {extracted['bytes'] / every:.0f} bytes per slice; waited: {describe_waits(extracted)}",
             flush=True,
         )
     print(f"median over all slices, blank ones too: {statistics.median(ratios_all):.2f}")
     print(f"median to a loop that keeps freed memory: {statistics.median(ratios_kept):.2f}")
     print(f"ratio {statistics.median(ratios):.2f}")
+
+
+def describe_waits(extracted: dict[str, Any]) -> str:
+    """Which stage stood still for what, as shares of the wall time; stages overlap."""
+    return ", ".join(f"{name} {part / extracted['seconds']:.1%}" for name, part in sorted(extracted["waits"].items()))
 
 
 def load(options: argparse.Namespace, weights: Path) -> tuple[Backbone, Recipe]:
