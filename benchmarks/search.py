@@ -1,7 +1,7 @@
 """embedkit search beside raw FAISS on the same vectors, and beside autofaiss; reranking; growth with the cases.
 
 Usage: python benchmarks/search.py [--sizes N ...] [--dim N] [--threads N] [--repeats N] [--envs FOLDER]
-                                   [--no-autofaiss] [--cpu-time]
+                                   [--no-autofaiss] [--cpu-time] [--part compare,rerank,change] [--kinds KIND ...]
 
 Vectors are made up: clusters in 48 dimensions turned into --dim, with a little noise, so that neighbours mean something
 to an approximate index; queries are 256 more of the same. For every size:
@@ -15,22 +15,25 @@ to an approximate index; queries are 256 more of the same. For every size:
   on the 256 queries, which neither side has seen. Its index is then searched again with the least effort (efSearch or
   nprobe, in steps of a tenth) at which it finds as many as embedkit's did: a comparison at equal recall.
 
-Then 100 candidates of 64 slices of 256 dims are ranked again by `search` (goal: 20 ms for all of it). All sizes are
-printed once more as a table, in milliseconds, with how much longer one query takes from size to size. Peak memory is
-that of the whole process; pages of the mapped file of vectors count in it, though the system can take them back.
+All sizes are printed once more as a table, in milliseconds, with how much longer one query takes from size to size.
+Peak memory is that of the whole process; pages of the mapped file of vectors count in it, though the system can take
+them back. `rerank`: 100 candidates of 64 slices of 256 dims are ranked again by `search` (goal: 20 ms for all of it).
+
+`change`, only where it is asked for: a hundredth of the vectors is appended to an index (`embedkit index --add`) and
+another withdrawn from it (`--remove`), each beside building an index of as many, in CPU seconds and recall; of every
+type in --kinds, by default the one that the size asks for. Files are checked and written, tokens are not read.
 
 On a machine that others use, `--cpu-time --threads 1` counts CPU seconds instead, also of peers.
 
 The default, 10,000 and 100,000 vectors, takes some minutes on two cores; `--sizes 1000000` a quarter of an hour or more
-and 8 GB of disk. The last line is `ratio N.NN`: 256 queries at the largest size, embedkit over FAISS.
+and 8 GB of disk. The last line is `ratio N.NN`: 256 queries at the largest size, embedkit over FAISS;
+of `change` alone what appending takes over building, at the largest size.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,18 +48,17 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from autofaiss_peer import describe_build, describe_peak, measure_autofaiss
+from clusters import QUERIES, find_nearest, make_vectors, measure_overlap
 from embedkit.index import Index, open_index
 from embedkit.indexwriting import write_index
 from embedkit.recipe import Recipe
 from embedkit.retrieval import search
 from embedkit.tuning import DEPTH
-from peers import DEFAULT_ENVS, make_environment, run_program
+from indexchanges import print_changes
+from peers import DEFAULT_ENVS, run_program
 
 RECIPE = Recipe("made up", "builtin:0", ("cls:2", "patch@2:1"), 32, (0.0,), (1.0,), preview=0)
-PACKAGES = ("autofaiss==2.18.0", "numpy<2", "pyarrow<21")
-BATCH = 50_000
-QUERIES = 256
-LATENT = 48
 CANDIDATES, SLICES, SLICE_DIM = 100, 64, 256
 
 EMBEDKIT = """
@@ -82,70 +84,6 @@ started, cpu = time.perf_counter(), time.process_time()
 write_index(vectors, table, embedding="made up", recipe=Recipe.from_json(task["recipe"]), out=task["index"])
 seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
 print("RESULT", json.dumps({"seconds": seconds, "cpu": cpu, "idle": idle, "peak": megabytes("VmHWM")}))
-"""
-
-AUTOFAISS = """
-import json, sys, time
-from pathlib import Path
-import faiss, numpy as np
-from autofaiss import build_index
-
-
-def megabytes(field):
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) / 1024
-
-
-task = json.loads(Path(sys.argv[1]).read_text())
-faiss.omp_set_num_threads(task["threads"])
-idle = megabytes("VmRSS")
-clock = time.process_time if task["cpu_time"] else time.perf_counter
-started, cpu = time.perf_counter(), time.process_time()
-index, infos = build_index(embeddings=str(Path(task["vectors"]).parent), index_path=task["out"] + ".faiss",
-                           index_infos_path=task["out"] + ".json", metric_type="ip",
-                           nb_cores=task["threads"], verbose=40)
-seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-peak = megabytes("VmHWM")
-queries, truth = np.load(task["queries"]), np.load(task["truth"])
-
-
-def measure_recall():
-    found = index.search(queries, truth.shape[1])[1]
-    return sum(len(np.intersect1d(a, b)) for a, b in zip(found, truth)) / truth.size
-
-
-def take(part):
-    before = clock()
-    index.search(part, truth.shape[1])
-    return clock() - before
-
-
-def measure_times():
-    singles = [take(each[None]) for each in queries[:64]]
-    return min(take(queries) for _ in range(task["repeats"])), float(np.median(singles))
-
-
-def list_efforts():
-    effort = 1
-    while effort <= 16384:
-        yield effort
-        effort = max(effort + 1, round(1.1 * effort))
-
-
-recall = measure_recall()
-batch, single = measure_times()
-result = {"seconds": seconds, "cpu": cpu, "idle": idle, "peak": peak, "recall": recall, "batch": batch}
-result["single"] = single
-first, _, rest = json.loads(Path(task["out"] + ".json").read_text())["index_param"].partition(",")
-name = first.partition("=")[0]
-for effort in list_efforts() if name else ():
-    faiss.ParameterSpace().set_index_parameters(index, f"{name}={effort}" + (f",{rest}" if rest else ""))
-    equal = measure_recall()
-    if equal >= task["recall"]:
-        batch, single = measure_times()
-        result.update(equal=equal, effort=effort, equal_batch=batch, equal_single=single)
-        break
-print("RESULT", json.dumps(result))
 """
 
 
@@ -186,17 +124,25 @@ def main() -> None:
     parser.add_argument("--envs", type=Path, default=DEFAULT_ENVS)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, not those of a clock on the wall")
     parser.add_argument("--autofaiss", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--part", default="compare,rerank")
+    parser.add_argument("--kinds", nargs="+", default=[None], help="of the part change")
     options = parser.parse_args()
+    parts = options.part.split(",")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     faiss.omp_set_num_threads(options.threads)
-    found = []
-    for size in sorted(options.sizes):
+    ratio, found = float("nan"), []
+    if "change" in parts:
+        ratio = print_changes(options.sizes, options.dim, options.kinds, recipe=RECIPE)
+    if "compare" in parts:
+        for size in sorted(options.sizes):
+            with tempfile.TemporaryDirectory() as folder:
+                found.append(measure_size(options, size, Path(folder)))
+        print_table(found)
+        ratio = found[-1].batch.ratio
+    if "rerank" in parts:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(measure_size(options, size, Path(folder)))
-    print_table(found)
-    with tempfile.TemporaryDirectory() as folder:
-        measure_rerank(options, Path(folder))
-    print(f"ratio {found[-1].batch.ratio:.2f}")
+            measure_rerank(options, Path(folder))
+    print(f"ratio {ratio:.2f}")
 
 
 def measure_size(options: argparse.Namespace, size: int, folder: Path) -> Measured:
@@ -241,90 +187,14 @@ def measure_size(options: argparse.Namespace, size: int, folder: Path) -> Measur
         f" {describe_peak(built)} |"
     ]
     if options.autofaiss:
-        rows += measure_autofaiss(options, folder, task | {"recall": recall})
+        rows += measure_autofaiss(options.envs, folder, task | {"recall": recall, "asked": QUERIES})
     return Measured(size, batch, single, tuple(rows))
-
-
-def measure_autofaiss(options: argparse.Namespace, folder: Path, task: dict[str, Any]) -> list[str]:
-    """Rows of the table: as it comes, and at the recall of embedkit's where it reaches that."""
-    python = make_environment(options.envs, "autofaiss", PACKAGES, shared=False)
-    try:
-        result = run_program(python, AUTOFAISS, folder / "autofaiss", task)
-    except subprocess.CalledProcessError as error:
-        raise SystemExit(f"autofaiss could not be run: {' '.join((error.stderr or '').split())[-600:]}") from error
-    kind = json.loads((folder / "autofaiss" / "out.json").read_text())
-    name, parameters = f"autofaiss, {kind['index_key']}", kind["index_param"]
-    print(
-        f"  {name}, {parameters}: recall {result['recall']:.3f},"
-        f" {describe_build(result)}; {QUERIES} queries {1e3 * result['batch']:.2f} ms, one"
-        f" {1e3 * result['single']:.2f} ms",
-        flush=True,
-    )
-    row = (
-        f"| | {name}, {parameters} | {result['recall']:.3f} | {1e3 * result['batch']:.1f} |"
-        f" {1e3 * result['single']:.2f} | {result['cpu']:.1f} | {describe_peak(result)} |"
-    )
-    if "equal" not in result:
-        return [row]
-    first = f"{parameters.partition('=')[0]}={result['effort']}"
-    return [
-        row,
-        f"| | the same, {first} | {result['equal']:.3f} | {1e3 * result['equal_batch']:.1f} |"
-        f" {1e3 * result['equal_single']:.2f} | | |",
-    ]
-
-
-def describe_build(result: dict[str, float]) -> str:
-    return (
-        f"built in {result['seconds']:.1f} s ({result['cpu']:.1f} s of CPU), peak {result['peak']:.0f} MB,"
-        f" {result['peak'] - result['idle']:.0f} MB of them to build"
-    )
-
-
-def describe_peak(result: dict[str, float]) -> str:
-    return f"{result['peak']:.0f} ({result['peak'] - result['idle']:.0f})"
-
-
-def make_vectors(file: Path, size: int, dim: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Vectors of length 1 in a file, mapped, and queries of the same make."""
-    random = np.random.default_rng(0)
-    turn = random.standard_normal((LATENT, dim)).astype(np.float32)
-    centres = random.standard_normal((max(16, size // 200), LATENT)).astype(np.float32)
-
-    def draw(count: int) -> NDArray[np.float32]:
-        latent = centres[random.integers(len(centres), size=count)]
-        latent = latent + 0.6 * random.standard_normal(latent.shape, np.float32)
-        found = latent @ turn + 0.5 * random.standard_normal((count, dim), np.float32)
-        return found / np.linalg.norm(found, axis=1, keepdims=True)
-
-    vectors = np.lib.format.open_memmap(file, "w+", np.float32, (size, dim))
-    for start in range(0, size, BATCH):
-        vectors[start : start + BATCH] = draw(min(BATCH, size - start))
-    vectors.flush()
-    return vectors, draw(QUERIES)
-
-
-def find_nearest(vectors: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Rows of the ten vectors that are nearest by an exact comparison, [queries 10]."""
-    best, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    for start in range(0, len(vectors), BATCH):
-        found = queries @ vectors[start : start + BATCH].T
-        places = np.argpartition(-found, DEPTH, axis=1)[:, :DEPTH]
-        best = np.concatenate([best, np.take_along_axis(found, places, 1)], 1)
-        rows = np.concatenate([rows, places + start], 1)
-        kept = np.argsort(-best, axis=1)[:, :DEPTH]
-        best, rows = np.take_along_axis(best, kept, 1), np.take_along_axis(rows, kept, 1)
-    return rows
 
 
 def list_cases(index: Index, queries: NDArray[np.float32]) -> Sequence[Sequence[str]]:
     found = index.search(queries, DEPTH)
     lists: list[list[str]] = found.group_by("query", maintain_order=True).agg("case_id")["case_id"].to_list()
     return lists
-
-
-def measure_overlap(rows: NDArray[np.int64], truth: NDArray[np.int64]) -> float:
-    return sum(len(np.intersect1d(mine, true)) for mine, true in zip(rows, truth, strict=True)) / truth.size
 
 
 def time_both(

@@ -32,7 +32,14 @@ def search_command(
     vector: Annotated[Path | None, typer.Option(help="Query: .npy of one vector made as the index's.")] = None,
     manifest: Annotated[Path | None, typer.Option(help="Queries: every case of a manifest.")] = None,
     text: Annotated[
-        list[str] | None, typer.Option(help="Query: a text, with --text-vectors; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Query: a text, with --text-model or --text-vectors; may be given several times."),
+    ] = None,
+    text_model: Annotated[
+        str | None, typer.Option(help="open_clip model whose image tower is the backbone: ViT-B-16.")
+    ] = None,
+    text_weights: Annotated[
+        str | None, typer.Option(help="Its weights, of both towers: a file, or a tag that open_clip fetches: openai.")
     ] = None,
     text_vectors: Annotated[
         Path | None, typer.Option(help=".npy or .safetensors of one vector per --text, in the tokens' space.")
@@ -100,10 +107,12 @@ def search_command(
         _require_alone("a manifest", **single, region=region, montage=montage)
         reading["exclude_same"] = exclude_same
         _search_manifest(opened, manifest, {**ranking, **reading, "cache": cache}, json=json)
-    elif text or text_vectors is not None:
+    elif text or text_vectors is not None or text_model is not None or text_weights is not None:
         others = {"case": case, "volume": volume, "vector": vector, "rerank": rerank, "montage": montage}
         _require_alone("a text", **others, region=region, exclude_same=exclude_same, by_patch=by_patch or None)
-        _search_texts(opened, text or [], text_vectors, shared_space=shared_space, k=k, where=where, json=json)
+        towers: dict[str, Any] = {"model": text_model, "weights": text_weights}
+        vouched: dict[str, Any] = {"vectors": text_vectors, "shared_space": shared_space}
+        _search_texts(opened, text or [], {**towers, **vouched, "k": k, "where": where}, json=json)
     else:
         excluding = _parse_exclusion(opened, exclude_same, case)
         asked = _read_query(opened, case, volume, vector, view=view, region=part, **reading)
@@ -132,14 +141,12 @@ def _search_manifest(index: Index, manifest: Path, options: dict[str, Any], *, j
     raise typer.Exit(1 if failed else 0)
 
 
-def _search_texts(
-    index: Index, texts: list[str], vectors: Path | None, *, shared_space: bool, k: int, where: str | None, json: bool
-) -> None:
+def _search_texts(index: Index, texts: list[str], options: dict[str, Any], *, json: bool) -> None:
     from embedkit.retrieval import search_texts
 
-    found = search_texts(index, texts, vectors, shared_space=shared_space, k=k, where=where)
+    found = search_texts(index, texts, **options)
     if found.is_empty():
-        _tell_nothing({"where": where})
+        _tell_nothing({"where": options["where"]})
     print_json(found.to_dicts()) if json else _print_found(found)
 
 
@@ -300,6 +307,8 @@ def _read_vector(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise SearchError(f"{path} is not there; give the .npy file of the query vector") from error
     except (OSError, ValueError, EOFError) as error:
         raise SearchError(f"{path} is no readable .npy array; write the query vector with numpy.save") from error
 

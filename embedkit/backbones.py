@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "BackboneOutput",
     "LayerTokens",
     "compile_backbone",
+    "digest_weights",
     "list_backbones",
     "load_backbone",
     "require_backbone",
@@ -154,6 +156,25 @@ def build_frame(name: str, *, image_size: int) -> VitBackbone:
     if not isinstance(backbone, VitBackbone):
         raise BackboneError(f"{name} is no vision transformer; choose one")
     return backbone
+
+
+def digest_weights(name: str, state: Mapping[str, torch.Tensor], *, source: str) -> str:
+    """The digest that `load_backbone` would tell of a backbone with these weights; `Recipe.weights` keeps it.
+
+    Args:
+        name: A timm model.
+        state: Tensors by name, timm's or those of a checkpoint that timm knows to convert; classifiers are left out.
+        source: Where ``state`` comes from, for messages.
+
+    Raises:
+        BackboneError: unknown name, or tensors that do not fit.
+    """
+    require_backbone(name)
+    if name == SCATTERING:
+        raise BackboneError(f"{SCATTERING} has no learned weights, so those of {source} are not its own")
+    model = _create(name)
+    fit_weights(model, state, ignore=_classifiers(model), source=source)
+    return digest_state(model)
 
 
 def compile_backbone(backbone: Backbone) -> None:

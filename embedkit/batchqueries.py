@@ -66,8 +66,10 @@ def read_manifest_queries(
         for stray in summary.strays:
             beside = ", ".join(stray.beside)
             warnings.warn(f"{stray.path}, which lies beside {beside}: {stray.reason}", StrayWarning, stacklevel=2)
+        if len(summary.failures) == len(cases):
+            return
         with open_cache(place) as cache:
-            vectors = embed_queries(index, cache) if len(cache) and index.level == "case" else {}
+            vectors = embed_queries(index, cache) if index.level == "case" else {}
             reader = open_slices(index, cache)
             for case in cases:
                 if reader.holds(case.case_id):

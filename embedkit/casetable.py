@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,8 @@ __all__ = ["CaseTable"]
 RowArray = NDArray[np.int64]
 
 _SHOWN = 300
+_MOST_WORDS = 2000  # polars walks a chain of operators by recursion, and one of some 6,000 words overflows its stack
+_TEXT, _LISTED, _WORD = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r",\s*[-+]?[\w.]+"), re.compile(r"\w+|[^\w\s]")
 
 
 class CaseTable:
@@ -73,6 +76,12 @@ class CaseTable:
         Raises:
             SearchError: the filter does not work; the message tells the columns.
         """
+        if (words := _count_words(where)) > _MOST_WORDS:
+            raise SearchError(
+                f"filter {_shorten(repr(where))} has {words:,} words and signs, more than the {_MOST_WORDS:,} that are"
+                " taken, items of lists apart; write a list as COLUMN IN (...), or make a column of the condition"
+                " (--labels)"
+            )
         numbers = pl.select(pl.int_range(len(self.frame)).alias("#row"))
         try:
             rows = numbers.hstack(self.frame).filter(pl.sql_expr(where))["#row"]
@@ -85,6 +94,11 @@ class CaseTable:
         allowed = np.zeros(len(self.frame), bool)
         allowed[rows.to_numpy()] = True
         return allowed
+
+
+def _count_words(where: str) -> int:
+    """Words and signs of an SQL condition; a text is one, and the items of a list are none but the first."""
+    return len(_WORD.findall(_LISTED.sub("", _TEXT.sub("t", where))))
 
 
 def _shorten(text: str) -> str:

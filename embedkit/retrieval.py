@@ -18,7 +18,7 @@ from embedkit.matching import ORDERS, Match, Order, has_votes, match_slices
 from embedkit.queries import Query, open_slices, open_source, read_case_query
 from embedkit.ranking import RERANKS, Ranking, find_by_slices, list_excluded, open_store, rank_cases
 from embedkit.regions import Region
-from embedkit.textqueries import read_text_queries
+from embedkit.textqueries import embed_text_queries, read_text_queries
 
 __all__ = [
     "RERANKS",
@@ -280,9 +280,11 @@ def search_manifest(
 def search_texts(
     index: Index | str | Path,
     texts: Sequence[str],
-    vectors: str | Path | NDArray[np.floating] | None,
+    vectors: str | Path | NDArray[np.floating] | None = None,
     *,
     shared_space: bool = False,
+    model: str | None = None,
+    weights: str | Path | None = None,
     k: int = 10,
     where: str | None = None,
 ) -> pl.DataFrame:
@@ -290,19 +292,32 @@ def search_texts(
 
     Args:
         index: An index of plain means (``mean:cls``, not whitened), or its folder.
-        texts: What the vectors are of.
+        texts: What is looked for.
         vectors, shared_space: As in `embedkit.textqueries.read_text_queries`.
+        model, weights: In their place the open_clip model whose image tower is the backbone, and the weights of both of
+            its towers; see `embedkit.texttowers.embed_paired_texts`.
         k, where: As in `search`.
 
     Returns:
         As `search` without a rerank, with ``query``, the text, in front.
 
     Raises:
-        SearchError: the index and the vectors do not share a space, as far as can be told; a bad filter.
+        SearchError: the index and the texts do not share a space, as far as can be told; vectors and a model, or a
+            model without weights; a bad filter.
         HeadError: the vectors cannot be read.
+        BackboneError: the model's image tower does not fit the backbone.
     """
     opened = index if isinstance(index, Index) else open_index(index)
-    found = opened.search(read_text_queries(opened, texts, vectors, shared_space=shared_space), k, where=where)
+    if model is None and weights is None:
+        asked = read_text_queries(opened, texts, vectors, shared_space=shared_space)
+    elif model is None or weights is None or vectors is not None:
+        raise SearchError(
+            "a text tower takes the name of its model and the weights of both towers (--text-model, --text-weights),"
+            " and no vectors beside them (--text-vectors)"
+        )
+    else:
+        asked = embed_text_queries(opened, texts, model, weights)
+    found = opened.search(asked, k, where=where)
     return found.with_columns(query=pl.Series(list(texts), dtype=pl.String).gather(found["query"]))
 
 

@@ -1,8 +1,9 @@
 """Owns texts as queries: whether an index can be compared with texts at all, and by which vectors; searches nothing.
 
 A text and a case can be compared only where one model gave both vectors in one space, as CLIP does (Radford et al.
-2021, arXiv 2103.00020). A cache holds tokens from before any last projection of the image tower; where there is one, of
-matrix W, the text's vector t is given as W transposed times t, since (W v) . t = v . (W^T t).
+2021, arXiv 2103.00020): by the text tower of that model, or by vectors that the user has. A cache holds tokens from
+before any last projection of the image tower; where there is one, of matrix W, the text's vector t is to be given as W
+transposed times t, since (W v) . t = v . (W^T t).
 """
 
 from __future__ import annotations
@@ -17,7 +18,27 @@ from embedkit.errors import SearchError
 from embedkit.index import Index
 from embedkit.textvectors import read_vectors
 
-__all__ = ["read_text_queries"]
+__all__ = ["embed_text_queries", "read_text_queries"]
+
+
+def embed_text_queries(index: Index, texts: Sequence[str], model: str, weights: str | Path) -> NDArray[np.float32]:
+    """Query vectors of texts by the text tower that was trained with the backbone, float32 [texts dim].
+
+    Args:
+        index: What is to be searched: the mean class token of the backbone's last layer.
+        texts: One or more.
+        model, weights: As in `embedkit.texttowers.embed_paired_texts`.
+
+    Raises:
+        SearchError: an index of other vectors, or as `embedkit.texttowers.embed_paired_texts`.
+        BackboneError: the model's image tower does not fit the backbone.
+    """
+    if not texts:
+        raise SearchError(f"no text was given for the text tower of {model} to read; give one or more (--text)")
+    _require_plain_mean(index)
+    from embedkit.texttowers import embed_paired_texts  # loads torch, which no other search by texts needs
+
+    return embed_paired_texts(texts, model, weights, recipe=index.recipe, embedding=index.embedding)
 
 
 def read_text_queries(
@@ -39,8 +60,9 @@ def read_text_queries(
     """
     if vectors is None:
         raise SearchError(
-            f"a text needs its vector, and embedkit has no text tower of {index.recipe.backbone}; give the vectors of"
-            " the texts as a file (--text-vectors), made by the text tower that was trained with the backbone"
+            f"a text needs its vector: name the open_clip model whose image tower is {index.recipe.backbone} and its"
+            " weights (--text-model, --text-weights), or give the vectors of the texts as a file (--text-vectors), made"
+            " by the text tower that was trained with the backbone"
         )
     _require_plain_mean(index)
     found = vectors if isinstance(vectors, np.ndarray) else read_vectors(str(vectors))

@@ -37,7 +37,7 @@ def test_nothing_is_pretended_of_a_space_that_nobody_vouches_for(tmp_path: Path)
     index = make_index(tmp_path / "index")
     with pytest.raises(SearchError, match=r"nothing tells whether tokens of a clip .* say so \(--shared-space\)"):
         search_texts(index, ["up"], np.float32([[0, 3, 0]]))
-    with pytest.raises(SearchError, match=r"has no text tower of a clip; give the vectors .*\(--text-vectors\)"):
+    with pytest.raises(SearchError, match=r"image tower is a clip .*\(--text-model, --text-w.*\(--text-vectors\)"):
         search_texts(index, ["up"], None, shared_space=True)
 
 

@@ -1,0 +1,139 @@
+"""Text towers of open_clip, with weights drawn at random: texts land in the space of the tokens that a cache holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import safetensors.torch
+import torch
+
+from embedkit.backbones import load_backbone
+from embedkit.errors import BackboneError, SearchError
+from embedkit.index import Index
+from embedkit.indexwriting import write_index
+from embedkit.recipe import Recipe
+from embedkit.retrieval import search_texts
+from embedkit.texttowers import embed_paired_texts
+
+BACKBONE, MODEL = "vit_xsmall_patch16_clip_224", "embedkit-test-clip"
+TEXTS = ["a lesion in the left lung", "a healthy brain"]
+
+
+@dataclass(frozen=True)
+class Towers:
+    """An open_clip model of the backbone's shape, its weights in a file, and the recipe of a cache made with them."""
+
+    model: Any
+    weights: Path
+    recipe: Recipe
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
+    clip = pytest.importorskip("open_clip", reason="needs open_clip (pip install 'embedkit[clip]')")
+    folder = tmp_path_factory.mktemp("clip")
+    image = {"image_size": 224, "layers": 10, "width": 256, "head_width": 64, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = folder / f"{MODEL}.json"
+    config.write_text(json.dumps({"embed_dim": 24, "vision_cfg": image, "text_cfg": text}))
+    clip.add_model_config(config)
+    torch.manual_seed(0)
+    model = clip.create_model(MODEL).eval()
+    safetensors.torch.save_file(model.state_dict(), folder / "towers.safetensors")
+    backbone = load_backbone(BACKBONE, weights=folder / "towers.safetensors")
+    recipe = Recipe(BACKBONE, backbone.info.weights, ("cls:10",), 224, (0.5,) * 3, (0.5,) * 3, preview=0)
+    return Towers(model, folder / "towers.safetensors", recipe)
+
+
+def make_index(towers: Towers, vectors: np.ndarray, path: Path, *, embedding: str = "mean:cls:10") -> Index:
+    names = [f"c{row}" for row in range(len(vectors))]
+    table = pl.DataFrame({"case_id": names, "patient_id": names})
+    return write_index(vectors, table, embedding=embedding, recipe=towers.recipe, out=path)
+
+
+def test_a_token_and_a_text_are_as_alike_as_both_towers_find_image_and_text(towers: Towers) -> None:
+    clip = sys.modules["open_clip"]
+    backbone = load_backbone(BACKBONE, weights=towers.weights)
+    images = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(each)[:, None, None] for each in (backbone.info.mean, backbone.info.std))
+    with torch.inference_mode():
+        seen = towers.model.encode_image((images - mean) / std)
+        read = towers.model.encode_text(clip.get_tokenizer(MODEL)(TEXTS), normalize=True)
+        tokens = backbone.forward_layers(images, [10]).layers[10].summary
+    vectors = embed_paired_texts(TEXTS, MODEL, towers.weights, recipe=towers.recipe, embedding="mean:cls:10")
+    assert vectors.shape == (2, 256) and vectors.dtype == np.float32
+    assert np.allclose(tokens.numpy() @ vectors.T, (seen @ read.T).numpy(), atol=1e-4)
+    assert np.ptp(tokens.numpy() @ vectors.T) > 0.01
+
+
+def test_a_text_finds_the_case_that_lies_in_its_direction(towers: Towers, tmp_path: Path) -> None:
+    asked = embed_paired_texts(TEXTS, MODEL, towers.weights, recipe=towers.recipe, embedding="mean:cls:10")
+    index = make_index(towers, np.stack([asked[1], -asked[1], 2 * asked[0]]), tmp_path / "index")
+    found = search_texts(index, TEXTS, model=MODEL, weights=towers.weights, k=1)
+    assert found["query"].to_list() == TEXTS and found["case_id"].to_list() == ["c2", "c0"]
+    assert found["similarity"].to_list() == pytest.approx([1, 1])
+
+
+def test_towers_that_are_not_the_backbone_are_refused(towers: Towers, tmp_path: Path) -> None:
+    index = make_index(towers, np.eye(3, 256, dtype=np.float32), tmp_path / "index")
+    state = safetensors.torch.load_file(towers.weights)
+    state["visual.ln_post.bias"] = state["visual.ln_post.bias"] + 1e-3
+    safetensors.torch.save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(
+        SearchError, match=r"has weights sha256:\w+, but the index was made by vit_xsmall.* no space; give"
+    ):
+        search_texts(index, TEXTS, model=MODEL, weights=tmp_path / "other.safetensors")
+    recipe = replace(towers.recipe, backbone="vit_medium_patch16_clip_224")
+    with pytest.raises(BackboneError, match=f"weights of {MODEL} .* do not fit VisionTransformer"):
+        embed_paired_texts(TEXTS, MODEL, towers.weights, recipe=recipe, embedding="mean:cls:10")
+    other = make_index(towers, np.eye(3, 256, dtype=np.float32), tmp_path / "other", embedding="mean:cls:9")
+    with pytest.raises(
+        SearchError, match=r"holds mean:cls:9, but .* class token of layer 10; .*mean:cls:10 --whiten 0"
+    ):
+        search_texts(other, TEXTS, model=MODEL, weights=towers.weights)
+
+
+def test_what_cannot_be_loaded_is_named(towers: Towers, tmp_path: Path) -> None:
+    def refuse(model: str, weights: str | Path, match: str) -> None:
+        with pytest.raises(SearchError, match=match):
+            embed_paired_texts(TEXTS, model, weights, recipe=towers.recipe, embedding="mean:cls:10")
+
+    refuse("ViT-B-61", "openai", r"open_clip has no model 'ViT-B-61'; nearest: ViT-B-16")
+    refuse("ViT-B-16", "opnai", r"opnai is no file and no tag of ViT-B-16's weights; give a file, or one of .*openai")
+    (tmp_path / "empty.safetensors").touch()
+    refuse(MODEL, tmp_path / "empty.safetensors", r"empty.safetensors of .* cannot be loaded: .*--text-weights FILE")
+    torch.save({"a": Path("code")}, tmp_path / "code.pt")
+    refuse(MODEL, tmp_path / "code.pt", r"code.pt of .* cannot be loaded: ")
+
+
+def test_a_model_comes_with_its_weights_and_without_vectors(tmp_path: Path) -> None:
+    names = ["a", "b"]
+    index = write_index(
+        np.eye(2, dtype=np.float32),
+        pl.DataFrame({"case_id": names, "patient_id": names}),
+        embedding="mean:cls:2",
+        recipe=Recipe("a clip", "builtin:0", ("cls:2",), 32, (0.0,), (1.0,), preview=0),
+        out=tmp_path / "index",
+    )
+    alone = r"takes the name of its model and the weights of both towers \(--text-model, --text-weights\)"
+    for options in ({"model": MODEL}, {"weights": "openai"}, {"model": MODEL, "weights": "x", "vectors": np.eye(2)}):
+        with pytest.raises(SearchError, match=alone):
+            search_texts(index, TEXTS, **options)
+    with pytest.raises(SearchError, match="no text was given for the text tower of"):
+        search_texts(index, [], model=MODEL, weights="openai")
+
+
+def test_without_open_clip_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    recipe = Recipe("a clip", "builtin:0", ("cls:2",), 32, (0.0,), (1.0,), preview=0)
+    with pytest.raises(
+        SearchError, match=r"pip install 'embedkit\[clip\]', or give the vectors of the texts as a file"
+    ):
+        embed_paired_texts(TEXTS, "ViT-B-16", "openai", recipe=recipe, embedding="mean:cls:2")
