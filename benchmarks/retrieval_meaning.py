@@ -37,18 +37,8 @@ from embedkit.regions import Region
 from embedkit.retrieval import match_cases, search
 from embedkit.searchevaluation import evaluate_search
 from embedkit.volumes import read_volume
-from retrieval import (
-    SHARED,
-    TRUTHS,
-    Backbone,
-    bound,
-    list_backbones,
-    list_firsts,
-    make_cache,
-    print_line,
-    read_tables,
-    summarise,
-)
+from retrieval_scores import bound, list_firsts, print_line, summarise
+from retrieval_truths import TRUTHS, Backbone, list_backbones, make_cache, parse_options, read_tables
 
 FOUND = 5
 
@@ -56,13 +46,7 @@ FloatArray = NDArray[np.float32]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=SHARED / "data")
-    parser.add_argument("--cache-dir", type=Path, default=Path("retrieval-caches"))
-    parser.add_argument("--weights", type=Path, default=SHARED / "weights" / "deit_tiny_patch16_224.safetensors")
-    parser.add_argument("--backbones", default="deit_tiny,scattering")
-    parser.add_argument("--parts", default="hippocampus,lgg,regions")
-    options = parser.parse_args()
+    options = parse_options(__doc__, parts="hippocampus,lgg,regions")
     known = list_backbones(options.weights)
     ratios = []
     for name in options.backbones.split(","):
