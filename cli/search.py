@@ -39,7 +39,7 @@ def search_command(
         str | None, typer.Option(help="open_clip model whose image tower is the backbone: ViT-B-16.")
     ] = None,
     text_weights: Annotated[
-        str | None, typer.Option(help="Its weights, of both towers: a file, or a tag that open_clip fetches: openai.")
+        str | None, typer.Option(help="Its weights, of both towers: a file, or a tag: laion2b_s34b_b88k.")
     ] = None,
     text_vectors: Annotated[
         Path | None, typer.Option(help=".npy or .safetensors of one vector per --text, in the tokens' space.")

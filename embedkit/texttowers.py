@@ -9,7 +9,6 @@ text is given as W transposed times t, for (W v) . t = v . (W^T t).
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from embedkit.backbones import digest_weights
-from embedkit.errors import SearchError
+from embedkit.errors import BackboneError, SearchError
 from embedkit.recipe import Recipe
+from embedkit.weights import fetch_hub_file
 
 __all__ = ["embed_paired_texts"]
 
+_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_SHOWN = 200
 _FAILURES = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 
 
@@ -36,7 +38,7 @@ def embed_paired_texts(
         texts: One or more.
         model: As open_clip names it: ``ViT-B-16``.
         weights: Of both towers: a file (safetensors or a torch state dict), or the tag of weights that open_clip
-            fetches from the hub: ``openai``.
+            fetches from the hub: ``laion2b_s34b_b88k``.
         recipe: Of the cache; its backbone must be the model's image tower, with these weights.
         embedding: Of the index; must be the mean class token of the last layer, which the towers were trained on.
 
@@ -46,6 +48,8 @@ def embed_paired_texts(
         BackboneError: the image tower's tensors do not fit the backbone.
     """
     clip = _import_open_clip()
+    _require_model(clip, model)
+    _require_activation(clip, model, "quickgelu" in recipe.backbone, f"backbone {recipe.backbone} made the index")
     towers = _load_towers(clip, model, str(weights))
     digest = digest_weights(recipe.backbone, towers.state_dict(), source=f"{model} ({weights})")
     if digest != recipe.weights:
@@ -64,7 +68,7 @@ def embed_paired_texts(
         with torch.inference_mode():
             found = towers.encode_text(clip.get_tokenizer(model)(list(texts)), normalize=True)
     except _FAILURES as error:
-        raise SearchError(f"the text tower of {model} cannot read texts: {_first_line(error)}") from error
+        raise SearchError(f"the text tower of {model} cannot read texts: {_shorten(error)}") from error
     vectors: NDArray[np.float32] = (found.float() @ projection.float()).numpy()
     return vectors
 
@@ -80,26 +84,53 @@ def _import_open_clip() -> Any:
     return open_clip
 
 
-def _load_towers(clip: Any, model: str, weights: str) -> Any:
-    """Both towers, on the CPU in float32; a torch file that would run code is refused."""
+def _require_model(clip: Any, model: str) -> None:
     known = clip.list_models()
     if model not in known:
-        near = difflib.get_close_matches(model, known, n=4, cutoff=0.3)
-        raise SearchError(f"open_clip has no model {model!r}; nearest: {', '.join(near) or ', '.join(known[:4])}")
-    tags = clip.list_pretrained_tags_by_model(model)
-    if not Path(weights).is_file() and weights not in tags:
-        raise SearchError(
-            f"{weights} is no file and no tag of {model}'s weights; give a file, or one of {', '.join(tags) or 'none'}"
-        )
+        near = difflib.get_close_matches(model, known, n=4, cutoff=0.3) or known[:4]
+        raise SearchError(f"open_clip has no model {model!r}; nearest: {', '.join(near)}")
+
+
+def _load_towers(clip: Any, model: str, weights: str) -> Any:
+    """Both towers, on the CPU in float32; a torch file that would run code is refused."""
+    file = Path(weights) if Path(weights).is_file() else _fetch_weights(clip, model, weights)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "QuickGELU mismatch")  # the model's activation is not that of its weights
-            return clip.create_model(model, pretrained=weights, weights_only=True, pretrained_text=False).eval()
-    except Exception as error:  # the hub's client and torch.load have exception classes of their own
+        return clip.create_model(model, pretrained=str(file), weights_only=True, pretrained_text=False).eval()
+    except Exception as error:  # open_clip and torch.load raise classes of their own
         raise SearchError(
-            f"weights {weights} of {model} cannot be loaded: {_first_line(error)}; give a local file of them"
+            f"weights {weights} of {model} cannot be loaded: {_shorten(error)}; give those of both towers of {model}"
             " (--text-weights FILE), safetensors or a torch state dict"
         ) from error
+
+
+def _fetch_weights(clip: Any, model: str, tag: str) -> Path:
+    """The file of published weights, from the local cache of the hub or from the hub."""
+    tags = clip.list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        raise SearchError(
+            f"{tag} is no file and no tag of {model}'s weights; give a file, or one of {', '.join(tags) or 'none'}"
+        )
+    published = clip.get_pretrained_cfg(model, tag)
+    _require_activation(clip, model, published.get("quick_gelu", False), f"weights {tag} were trained")
+    owner, _, rest = published.get("hf_hub", "").partition("/")
+    name, _, file = rest.partition("/")
+    try:
+        return fetch_hub_file(f"{owner}/{name}", (file,) if file else _FILES)
+    except BackboneError as error:
+        reason = _shorten(error.__cause__ or error)
+        raise SearchError(
+            f"weights {tag} of {model} are not in the local Hugging Face cache and cannot be fetched ({reason}); give a"
+            " local copy (--text-weights FILE), or set HF_HOME to a cache that holds them"
+        ) from error
+
+
+def _require_activation(clip: Any, model: str, quick: bool, whose: str) -> None:
+    """Both activations run with any weights, but one gives what the weights were not trained for."""
+    if quick != clip.get_model_config(model).get("quick_gelu", False):
+        raise SearchError(
+            f"{whose} with{'' if quick else 'out'} QuickGELU, unlike {model}; name the open_clip model that"
+            f" {'has' if quick else 'lacks'} it (-quickgelu)"
+        )
 
 
 def _read_projection(towers: Any, model: str) -> tuple[torch.Tensor, int]:
@@ -117,5 +148,5 @@ def _read_projection(towers: Any, model: str) -> tuple[torch.Tensor, int]:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _shorten(error: BaseException) -> str:
+    return " ".join(str(error).split())[:_SHOWN] or type(error).__name__

@@ -209,9 +209,15 @@ def test_a_filter_thins_out_map_and_neighbours_and_a_wrong_one_is_explained(page
     shows(page, "#where-count", re.compile("^[1-9] of 12$"))
     allowed = int(page.inner_text("#where-count").split()[0])
     becomes(lambda: 0 < page.locator("#neighbours button").count() <= allowed)
+    before, names = page.inner_text("#where-count"), page.locator("#neighbours .name").all_inner_texts()
     page.fill("#where", "lesoin = 0")
-    shows(page, "#where-error", re.compile("lesoin"))
+    shows(page, "#where-error", re.compile(r"lesoin.* Still shown: lesion = 0$"))
     assert page.is_visible("#where-error") and page.get_attribute("#where", "aria-invalid") == "true"
+    assert page.inner_text("#where-count") == before
+    assert page.locator("#neighbours .name").all_inner_texts() == names
+    choose(page, names[0])
+    becomes(lambda: 0 < page.locator("#neighbours button").count() <= allowed)
+    assert names[0] not in page.locator("#neighbours .name").all_inner_texts()
     page.fill("#where", "")
     counts(page, "#neighbours button", 10)
     assert page.is_hidden("#where-error")

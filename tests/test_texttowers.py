@@ -106,11 +106,28 @@ def test_what_cannot_be_loaded_is_named(towers: Towers, tmp_path: Path) -> None:
             embed_paired_texts(TEXTS, model, weights, recipe=towers.recipe, embedding="mean:cls:10")
 
     refuse("ViT-B-61", "openai", r"open_clip has no model 'ViT-B-61'; nearest: ViT-B-16")
+    refuse("ViT-B-16", "openai", r"weights openai were trained with QuickGELU, unlike ViT-B-16; name .* that has it")
+    refuse("ViT-B-16-quickgelu", "openai", r"backbone vit_xsmall.* made the index without QuickGELU, unlike ViT-B-16-q")
     refuse("ViT-B-16", "opnai", r"opnai is no file and no tag of ViT-B-16's weights; give a file, or one of .*openai")
     (tmp_path / "empty.safetensors").touch()
     refuse(MODEL, tmp_path / "empty.safetensors", r"empty.safetensors of .* cannot be loaded: .*--text-weights FILE")
     torch.save({"a": Path("code")}, tmp_path / "code.pt")
     refuse(MODEL, tmp_path / "code.pt", r"code.pt of .* cannot be loaded: ")
+
+
+def test_published_weights_out_of_reach_are_named_with_the_ways_out(
+    towers: Towers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fail(repository: str, file_names: tuple[str, ...]) -> Path:
+        asked.append((repository, file_names))
+        raise BackboneError("no network")
+
+    monkeypatch.setattr("embedkit.texttowers.fetch_hub_file", fail)
+    with pytest.raises(SearchError, match=r"laion2b_s34b_b88k of ViT-B-16 are not in .* \(no network\); .*set HF_HOME"):
+        embed_paired_texts(TEXTS, "ViT-B-16", "laion2b_s34b_b88k", recipe=towers.recipe, embedding="mean:cls:10")
+    assert [name for name, _ in asked] == ["laion/CLIP-ViT-B-16-laion2B-s34B-b88K"]
 
 
 def test_a_model_comes_with_its_weights_and_without_vectors(tmp_path: Path) -> None:

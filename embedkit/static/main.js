@@ -21,6 +21,7 @@ let column = null;
 let subject = null; // {parameters, name, labels}
 let neighbours = [];
 let current = -1; // place in neighbours
+let applied = ""; // the filter that what is shown went through: the last that worked
 const latest = { column: new Latest(), map: new Latest(), filter: new Latest(), case: new Latest(), found: new Latest() };
 
 function report(error) {
@@ -112,16 +113,17 @@ async function applyFilter() {
   try {
     const found = await latest.filter.run((signal) => getJson("/api/filter", { where }, signal));
     if (!found) return;
+    applied = where;
     say($("where-error"), "");
     field.removeAttribute("aria-invalid");
     $("where-count").textContent = where ? `${found.allowed.length} of ${cohort.cases.length}` : "";
     map.setAllowed(where ? new Set(found.allowed) : null);
-    await findNeighbours();
   } catch (error) {
-    say($("where-error"), error.message);
+    say($("where-error"), `${error.message}. Still shown: ${applied || "all cases"}`);
     field.setAttribute("aria-invalid", "true");
-    $("where-count").textContent = "";
+    return;
   }
+  await findNeighbours();
 }
 
 // ---- the case ----
@@ -156,11 +158,11 @@ function renderFacts() {
 }
 
 async function findNeighbours() {
-  if (!subject || $("where").getAttribute("aria-invalid")) return;
+  if (!subject) return;
   const wanted = {
     ...subject.parameters,
     k: $("count").value || 10,
-    where: $("where").value.trim(),
+    where: applied,
     exclude_same_patient: $("other-patients").checked && !$("other-patients").disabled ? 1 : "",
   };
   const found = await latest.found.run((signal) => getJson("/api/neighbours", wanted, signal));
