@@ -41,7 +41,7 @@ from embedkit.manifest import read_labels
 from embedkit.queries import embed_run
 from embedkit.runs import Run
 from embedkit.training import train
-from retrieval_scores import RERANKS, judge, list_firsts, print_line, summarise
+from retrieval_scores import DEFAULT_RERANK, RERANKS, judge, list_firsts, print_line, summarise
 from retrieval_truths import (
     TRUTHS,
     Backbone,
@@ -108,7 +108,7 @@ def print_levels(
         for rerank in RERANKS:
             scores = judge(index, truth, rerank)
             print_line(backbone.name, level.label, rerank, scores)
-            top = scores["top-1"].value  # at last of the default, by both
+            top = scores["top-1"].value if rerank == DEFAULT_RERANK else top  # at last of the default vectors
         if level == levels[-1]:
             print_line(backbone.name, level.label, "patches", judge(index, truth, "free", by_patch=True))
     return top

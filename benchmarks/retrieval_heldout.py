@@ -32,7 +32,7 @@ import polars as pl
 from embedkit.cache import open_cache
 from embedkit.indexchanging import add_cases
 from embedkit.plots import describe_interval
-from retrieval_scores import RERANKS, bound, judge, list_firsts
+from retrieval_scores import DEFAULT_RERANK, RERANKS, bound, judge, list_firsts
 from retrieval_truths import (
     TRUTHS,
     Backbone,
@@ -48,8 +48,6 @@ from retrieval_truths import (
     read_tables,
     write_pixels,
 )
-
-DEFAULT_RERANK = "both"
 
 
 def main() -> None:

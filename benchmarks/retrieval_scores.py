@@ -14,6 +14,7 @@ from embedkit.searchevaluation import evaluate_search
 from retrieval_truths import Truth
 
 RERANKS = ("none", "free", "ordered", "both")
+DEFAULT_RERANK = "ordered"
 
 
 def judge(index: Index, truth: Truth, rerank: str, *, by_patch: bool = False) -> dict[str, Interval]:

@@ -64,8 +64,8 @@ def search_command(
     rerank: Annotated[
         str | None,
         typer.Option(
-            help="Rank again by slices: none, free, ordered, or both, with the vectors; default: both, of slices and"
-            " regions ordered, of a run none."
+            help="Rank again by slices: none, free, ordered, or both, with the vectors; default: ordered, of a run"
+            " none."
         ),
     ] = None,
     by_patch: Annotated[bool, typer.Option("--by-patch", help="Compare slices patch by patch, in any place.")] = False,

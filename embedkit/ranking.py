@@ -58,14 +58,13 @@ class Ranking:
     ) -> Self:
         """The options on an index.
 
-        Without a word the vectors of a run, which know its task, are not ranked again; those of other cases count
-        beside their slices; and slices or patches that rank alone do so in order.
+        Without a word slices or patches rank again in order; but the vectors of a run, which know its task, are not
+        ranked again.
 
         Raises:
             OptionError, SearchError: an option that means nothing.
         """
-        alone = index.level == "slice" or by_patch
-        usual = "none" if "run" in index.details else "ordered" if alone else "both"
+        usual = "none" if "run" in index.details else "ordered"
         said = usual if rerank is None else rerank
         return cls(k, where, exclude_same, said, by_patch, candidates, index.level)
 

@@ -73,8 +73,8 @@ def search(
         rerank: ``none`` ranks by the vectors, those of slices by the mean over the query's of the best that a case has
             among the nearest 64 or more; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
             their slices, as `match_cases` compares them; ``both`` by the mean of ``none`` and ``ordered``. None is
-            ``both``, which did best where that was measured; but ``ordered`` for slices, patches and regions, and
-            ``none`` for a vector, and for the vectors of a run, which know its task.
+            ``ordered``, which did best on patients that nothing was fitted on; but ``none`` for a vector, and for the
+            vectors of a run, which know its task.
         by_patch: Rank again patch by patch.
         candidates: How many cases are ranked again, at least ``k``.
         cache: Where slices are read; None is the cache that was indexed.

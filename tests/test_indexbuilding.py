@@ -104,10 +104,11 @@ def test_ranking_by_slices_finds_the_other_case_of_the_patient(cache: Path, tmp_
     assert "c01" not in others["case_id"].to_list() and others.height == 3
 
 
-def test_both_is_the_mean_of_what_vectors_and_slices_say_and_the_default(cache: Path, tmp_path: Path) -> None:
+def test_both_is_the_mean_of_what_vectors_and_slices_say_and_ordered_the_default(cache: Path, tmp_path: Path) -> None:
     index = build_index(cache, tmp_path / "index")
     parts = {how: search(index, case_id="c00", k=39, rerank=how) for how in ("none", "ordered", "both")}
-    assert search(index, case_id="c00", k=39).equals(parts["both"])
+    assert search(index, case_id="c00", k=39).equals(parts["ordered"])
+    assert not parts["both"]["case_id"].equals(parts["ordered"]["case_id"])
     assert parts["both"].columns[:6] == [
         "rank",
         "case_id",
