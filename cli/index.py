@@ -73,28 +73,32 @@ def index_command(
     if remove is not None and not withdrawn:
         raise typer.BadParameter(f"{remove!r} names no case; give ID,ID,...", param_hint="--remove")
     changed: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RecallWarning)  # said below
-        if add:
-            index, taken = add_cases(out, cache=cache, labels=labels, unlabelled=unlabelled)
-            changed = {"added": taken}
-        elif remove is not None:
-            index = remove_cases(out, withdrawn, cache=cache)
-            changed = {"removed": withdrawn}
-        else:
-            index = build_index(
-                cache,
-                out,
-                embedding=embedding,
-                level=level or "case",
-                run=run,
-                slices=slices,
-                labels=labels,
-                whiten=whiten,
-                kind=kind,
-                memory_bytes=None if memory is None else parse_size(memory, option="--memory"),
-                recall=0.95 if recall is None else recall,
-            )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RecallWarning)  # said below
+            if add:
+                index, taken = add_cases(out, cache=cache, labels=labels, unlabelled=unlabelled)
+                changed = {"added": taken}
+            elif remove is not None:
+                index = remove_cases(out, withdrawn, cache=cache)
+                changed = {"removed": withdrawn}
+            else:
+                index = build_index(
+                    cache,
+                    out,
+                    embedding=embedding,
+                    level=level or "case",
+                    run=run,
+                    slices=slices,
+                    labels=labels,
+                    whiten=whiten,
+                    kind=kind,
+                    memory_bytes=None if memory is None else parse_size(memory, option="--memory"),
+                    recall=0.95 if recall is None else recall,
+                )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; {out} is as it was before, or complete", err=True)
+        raise typer.Exit(130) from None
     _report(index, changed, json=json, asked=recall is not None)
 
 

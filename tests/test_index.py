@@ -172,6 +172,14 @@ def test_a_filter_that_does_not_work_names_the_columns(index: Index, where: str)
     assert repr(where) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_chain_of_operators_that_would_overflow_the_stack_is_refused_and_a_long_list_is_not(index: Index) -> None:
+    with pytest.raises(SearchError, match=r"has 23,999 words and signs, more than the 2,000 .* write .* IN \(...\)"):
+        index.search(make_vectors(1), 3, where=" OR ".join(["age > 5"] * 6000))
+    listed = ", ".join(f"'c{row}'" for row in range(3000))
+    assert index.search(make_vectors(1), 40, where=f"case_id IN ({listed})").height == 40
+    assert index.search(make_vectors(1), 40, where="site = '" + "a b + " * 2000 + "'").is_empty()
+
+
 def test_excluded_cases_never_come_back(index: Index) -> None:
     found = index.search(make_vectors(1), 40, exclude_case_ids=["c0", "c1", "unheard of"], where="age < 6")
     assert set(found["case_id"]) == {"c2", "c3"}

@@ -56,6 +56,11 @@ def test_a_vector_of_the_index_finds_its_own_case_first(explored: Explored, tmp_
     assert "matches" not in found[0]
 
 
+def test_a_vector_that_is_not_there_is_named(explored: Explored, tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match=r"none.npy is not there; give the .npy file of the query vector"):
+        call("search", explored.index, "--vector", tmp_path / "none.npy")
+
+
 def test_a_search_for_nothing_says_what_can_be_searched_for(explored: Explored) -> None:
     assert "--case, --volume, --vector, --manifest or --text" in refused(explored.index, "-k", 2)
 
@@ -123,6 +128,14 @@ def test_a_view_that_the_index_does_not_know_is_named(explored: Explored, asked:
     asked.with_columns(view=pl.lit("mr")).write_csv(tmp_path / "new.csv")
     with pytest.raises(SearchError, match=r"the manifest has view mr, but index .* knows ct; name the views in its"):
         embedkit.search_manifest(explored.index, tmp_path / "new.csv")
+
+
+def test_a_manifest_of_which_no_case_can_be_read_says_why_of_each(explored: Explored, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text("case_id,path,view\na,none.nii.gz,ct\nb,neither.nii.gz,ct\n")
+    printed, told = call("search", explored.index, "--manifest", tmp_path / "new.csv", "--json", code=1)
+    assert json.loads(printed) == []
+    assert [line[:9] for line in told.splitlines() if line.startswith("failed")] == ["failed a:", "failed b:"]
+    assert "none.nii.gz" in told and "embedding" not in told
 
 
 def test_a_manifest_without_views_is_of_the_one_view_of_the_index(
