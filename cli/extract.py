@@ -69,6 +69,14 @@ def extract_command(
         bool, typer.Option("--compile", help="Compile the transformer's blocks: for long runs on a GPU.")
     ] = False,
     preview: Annotated[int, typer.Option(help="Side in pixels of the preview kept per slice; 0 keeps none.")] = 64,
+    augment: Annotated[
+        int,
+        typer.Option(help="Keep so many altered copies of each case in its place, for train --copies; 0 keeps cases."),
+    ] = 0,
+    augment_flip: Annotated[
+        bool,
+        typer.Option("--augment-flip", help="Mirror half of the copies: not for a target that asks for a side."),
+    ] = False,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1, mps; cuda:all or cuda:0,cuda:1 takes one process each.")
     ] = "auto",
@@ -109,6 +117,8 @@ def extract_command(
         "precision": precision,
         "compiled": compiled,
         "preview": preview,
+        "augment": augment,
+        "augment_flip": augment_flip,
         "device": device,
         "batch_size": batch_size,
         "workers": workers,

@@ -26,7 +26,7 @@ def info_command(
     summary = describe_cache(cache)
     if json:
         fields = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
-        fields["recipe"] = dataclasses.asdict(summary.recipe)
+        fields["recipe"] = summary.recipe.to_fields()
         fields["choices"] = [dataclasses.asdict(choice) for choice in summary.choices]
         fields["token_sets"] = {name: dataclasses.asdict(kept) for name, kept in summary.token_sets.items()}
         fields["failures"] = [dataclasses.asdict(failure) for failure in summary.failures]
@@ -53,6 +53,11 @@ def _print_summary(summary: CacheSummary) -> None:
         f" {summary.slices} slices ({summary.blank_slices} blank)\n"
         f"views     {', '.join(f'{view} ({count})' for view, count in summary.views.items())}"
     )
+    if recipe.copies:
+        mirrored = ", half of them mirrored" if recipe.flips else ""
+        typer.echo(
+            f"copies    these cases are {recipe.copies} altered copies of each{mirrored}, for train --copies alone"
+        )
     rows = [
         (name, " x ".join(map(str, kept.shape)), kept.dtype, str(kept.bytes), f"{summary.token_bytes[name] / 1e6:.1f}")
         for name, kept in summary.token_sets.items()

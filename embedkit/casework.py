@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from embedkit.alteration import Alteration, draw_alteration
 from embedkit.cache import StackTokens, check_stack
 from embedkit.errors import BackboneError, VolumeError
 from embedkit.features import BackboneInfo
@@ -25,7 +26,7 @@ from embedkit.spill import allocate
 from embedkit.tokens import token_shape
 from embedkit.volumes import Volume
 
-__all__ = ["SPILL_BYTES", "CaseWork", "FailedCase", "SameCase"]
+__all__ = ["SPILL_BYTES", "CaseWork", "FailedCase", "SameCase", "list_kept"]
 
 SPILL_BYTES = 256 << 20
 """Bytes of tokens of one case that are kept in memory; each of its arrays may take its share, or goes to a file."""
@@ -92,13 +93,29 @@ class SameCase:
 
 @dataclass(frozen=True, eq=False)
 class StackWork:
-    """One stack in progress: what is known before it is rendered, and the arrays that rendering and backbone fill."""
+    """One stack in progress: what is known before it is rendered, and the arrays that rendering and backbone fill.
 
+    ``case_id`` is that of the copy where it is one, and ``alteration`` what makes it differ from its case.
+    """
+
+    case_id: str
+    alteration: Alteration | None
     stack: Stack
     facts: Mapping[str, Any]
     blank: NDArray[np.bool_]
     tokens: dict[str, NDArray[np.float16]]
     preview: NDArray[np.uint8] | None
+
+
+def list_kept(case_id: str, stack: Stack, recipe: Recipe) -> list[tuple[str, Alteration | None]]:
+    """Of a planned stack of a case, the id of each that a recipe keeps and what alters it: itself, or its copies."""
+    if not recipe.copies:
+        return [(case_id, None)]
+    plane, sources, flips = stack.plane, stack.sources, recipe.flips
+    return [
+        (own, draw_alteration(case_id, number, plane=plane, sources=sources, flips=flips))
+        for number, own in enumerate(recipe.stored_ids(case_id), start=1)
+    ]
 
 
 class CaseWork:
@@ -107,7 +124,7 @@ class CaseWork:
     Attributes:
         case: Whose tokens these are.
         volumes: Its views, until `release_volumes`.
-        stacks: One per view and plane.
+        stacks: One per view and plane; where copies are kept, one per copy of each, those of a view and plane together.
         slices: In all stacks.
         problem: Why its tokens cannot be kept; empty where they can.
     """
@@ -131,9 +148,10 @@ class CaseWork:
         self.volumes: Mapping[str, Volume] = images.volumes
         self._recipe = recipe
         planned = plan_stacks(images.volumes, recipe)
-        most_bytes = SPILL_BYTES // max(1, len(planned) * len(shapes))
+        kept = [(own, each) for each in planned for own in list_kept(case.case_id, each, recipe)]
+        most_bytes = SPILL_BYTES // max(1, len(kept) * len(shapes))
         self.stacks = [
-            _start_stack(stack, images, recipe, shapes, spill=spill, most_bytes=most_bytes) for stack in planned
+            _start_stack(own, stack, images, recipe, shapes, spill=spill, most_bytes=most_bytes) for own, stack in kept
         ]
         self.slices = sum(len(work.blank) for work in self.stacks)
         self.problem = ""
@@ -143,6 +161,11 @@ class CaseWork:
     def blank_slices(self) -> int:
         """Slices found blank so far."""
         return sum(int(work.blank.sum()) for work in self.stacks)
+
+    def list_renderings(self, recipe: Recipe) -> list[range]:
+        """Numbers of the stacks that the same slices are rendered for, once: one stack, or that of every copy."""
+        step = max(1, recipe.copies)
+        return [range(first, first + step) for first in range(0, len(self.stacks), step)]
 
     def release_volumes(self) -> None:
         """Lets go of the images, once all slices are rendered."""
@@ -177,7 +200,7 @@ class CaseWork:
                 view=stack.view,
             )
         return StackTokens(
-            case_id=self.case.case_id,
+            case_id=work.case_id,
             patient_id=self.case.patient_id,
             view=stack.view,
             plane=stack.plane,
@@ -194,6 +217,7 @@ class CaseWork:
 
 
 def _start_stack(
+    kept: tuple[str, Alteration | None],
     stack: Stack,
     images: CaseImages,
     recipe: Recipe,
@@ -205,7 +229,10 @@ def _start_stack(
     count, views = len(stack.indices), list(dict.fromkeys(stack.sources))
     sources = [images.volumes[view] for view in views]
     source_bytes, source_modified_ns = combine_stats([images.stats[view] for view in views])
+    case_id, alteration = kept
     return StackWork(
+        case_id=case_id,
+        alteration=alteration,
         stack=stack,
         facts={
             "source_shape": sources[0].source_shape,

@@ -14,7 +14,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from embedkit.alteration import alter_slices
 from embedkit.cache import open_cache
+from embedkit.casework import list_kept
 from embedkit.confirmations import read_confirmations
 from embedkit.dicomfolders import SeriesFolders
 from embedkit.errors import CacheError, OptionError, VolumeError
@@ -56,7 +58,7 @@ class ExtractionEstimate:
         bytes_per_slice: Of the recipe's token sets and preview together.
         seconds: Expected wall time, the loading of the backbone left out.
         read_seconds_per_case: Reading and decoding.
-        render_ms_per_slice: Window, resize, preview.
+        render_ms_per_slice: Window, resize, preview; of copies a share of it, and the alteration.
         forward_ms_per_slice: Backbone, in full batches.
         choices: What each token set would take in bytes for the same slices, by token set, then dtype.
     """
@@ -97,6 +99,8 @@ class EstimateOptions(TypedDict, total=False):
     precision: str
     compiled: bool
     preview: int
+    augment: int
+    augment_flip: bool
     device: str
     batch_size: int
     workers: int
@@ -285,20 +289,27 @@ def _sample_case(
         images = read_case(case, spill=Path(tempfile.gettempdir()), folders=folders)
         stacks = plan_stacks(images.volumes, recipe)
         took = time.perf_counter() - started
-        _render_some(stacks, images, recipe, sample, device=device, most=most)
+        _render_some(case, stacks, images, recipe, sample, device=device, most=most)
     except (CacheError, OptionError):
         raise
     except Exception as error:  # told, as an extraction tells it, and no other case suffers
         sample.unreadable.append(f"{case.case_id}: {fail_case(case, error).told}")
         return
     sample.read_seconds.append(took)
-    sample.slices.append(sum(len(stack.indices) for stack in stacks))
+    sample.slices.append(max(1, recipe.copies) * sum(len(stack.indices) for stack in stacks))
 
 
 def _render_some(
-    stacks: Sequence[Stack], images: CaseImages, recipe: Recipe, sample: _Sample, *, device: torch.device, most: int
+    case: Case,
+    stacks: Sequence[Stack],
+    images: CaseImages,
+    recipe: Recipe,
+    sample: _Sample,
+    *,
+    device: torch.device,
+    most: int,
 ) -> None:
-    """Renders about ``most`` slices of a case, in pieces spread over its stacks."""
+    """Renders about ``most`` slices of a case, in pieces spread over its stacks, and alters them for its copies."""
     each = max(1, round(most / (len(stacks) * _PIECES)))
     for stack in stacks:
         count = len(stack.indices)
@@ -306,11 +317,13 @@ def _render_some(
             stop = min(start + each, count)
             started = time.perf_counter()
             rendered, blank = render_slices(stack, images.volumes, recipe, start, stop, device=device)
-            if recipe.preview:
-                render_previews(rendered, recipe.preview).cpu()
+            for _, alteration in list_kept(case.case_id, stack, recipe):
+                shown = rendered if alteration is None else alter_slices(rendered, alteration)
+                if recipe.preview:
+                    render_previews(shown, recipe.preview).cpu()
+                sample.rendered += stop - start
+                sample.images.append(shown[~blank])
             sample.render_seconds += time.perf_counter() - started
-            sample.rendered += stop - start
-            sample.images.append(rendered[~blank])
 
 
 def _time_forward(images: Sequence[Tensor], backbone: Backbone, recipe: Recipe, batch_size: int) -> float:

@@ -55,6 +55,8 @@ def extract(
     precision: str = "auto",
     compiled: bool = False,
     preview: int = 64,
+    augment: int = 0,
+    augment_flip: bool = False,
     device: str = "auto",
     batch_size: int = 32,
     workers: int = 2,
@@ -95,6 +97,10 @@ def extract(
         precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: the fastest that the device computes natively.
         compiled: Compile the blocks of a transformer with torch.compile: pays in long runs on a GPU, hardly on a CPU.
         preview: Side in pixels of the grey preview kept per slice; 0 keeps none.
+        augment: Keep so many altered copies ``CASE#1``, ``CASE#2``, ... of each case in its place, of the same patient:
+            turned, scaled, moved and in another contrast (`embedkit.alteration`), to train on beside the cases
+            (``copies`` of `embedkit.train`). The case is read and rendered once for all of them.
+        augment_flip: Mirror half of the copies left-right; not for a target that asks for a side.
         device: ``auto`` or a torch device. Several with commas between them (``cuda:0,cuda:1``) or ``cuda:all`` take
             one spawned process each, so that a script needs ``if __name__ == "__main__":`` around the call.
         batch_size: Slices per forward pass.
@@ -148,6 +154,8 @@ def extract(
             "resize": resize,
             "dtype": dtype,
             "preview": preview,
+            "augment": augment,
+            "augment_flip": augment_flip,
         },
         batch_size=batch_size,
         workers=workers,

@@ -186,7 +186,7 @@ class Work:
 
     def _describe_stored(self, cache: Cache, case: Case) -> Done:
         """What a worker would have told of a case that it wrote, had it not been lost before."""
-        rows = cache.stacks.filter(cache.stacks["case_id"] == case.case_id)
+        rows = cache.stacks.filter(cache.stacks["case_id"].is_in(cache.recipe.stored_ids(case.case_id)))
         blank = sum(int(cache.slices(stack).blank.sum()) for stack in rows["stack"])
         digests = {
             (view, plane): digest for view, plane, digest in rows.select("view", "plane", "source_digest").iter_rows()

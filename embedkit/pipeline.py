@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embedkit.alteration import alter_slices
 from embedkit.casework import CaseWork, FailedCase, SameCase
 from embedkit.errors import CacheError, EmbedkitError, VolumeError
 from embedkit.features import Backbone
@@ -109,8 +110,8 @@ def render_cases(
                     raise images
                 work = CaseWork(case, images, recipe, backbone.info, spill=spill)
                 del images
-                for number in range(len(work.stacks)):
-                    yield from _render_stack(work, number, recipe, batch_size, device)
+                for numbers in work.list_renderings(recipe):
+                    yield from _render_stacks(work, numbers, recipe, batch_size, device)
                 work.release_volumes()
             except CacheError:  # no room, or no right, to write: that is of the cache, and would fail every case
                 raise
@@ -160,21 +161,26 @@ def explain_failure(error: Exception) -> str:
     return f"unforeseen {type(error).__name__}{where}; please report it, and leave the case out meanwhile"
 
 
-def _render_stack(
-    work: CaseWork, number: int, recipe: Recipe, batch_size: int, device: torch.device
+def _render_stacks(
+    work: CaseWork, numbers: Sequence[int], recipe: Recipe, batch_size: int, device: torch.device
 ) -> Iterator[Rendered]:
-    target = work.stacks[number]
-    count = len(target.blank)
-    step = min(batch_size, max(1, _PIXELS // math.prod(target.stack.box[2:])))
+    """Renders slices once for all stacks of these numbers, which are of one plan; what is blank is so in each."""
+    stack = work.stacks[numbers[0]].stack
+    count = len(stack.indices)
+    step = min(batch_size, max(1, _PIXELS // math.prod(stack.box[2:])))
     for start in range(0, count, step):
         stop = min(start + step, count)
-        images, blank = render_slices(target.stack, work.volumes, recipe, start, stop, device=device)
-        if target.preview is not None:
-            target.preview[start:stop] = render_previews(images, recipe.preview).cpu().numpy()
-        target.blank[start:stop] = blank.cpu().numpy()
-        rows = start + np.flatnonzero(~target.blank[start:stop])
-        shown = images if len(rows) == stop - start else images[~blank]
-        yield Rendered(work, number, rows, shown, stop - start)
+        rendered, blank = render_slices(stack, work.volumes, recipe, start, stop, device=device)
+        flags = blank.cpu().numpy()
+        rows = start + np.flatnonzero(~flags)
+        for number in numbers:
+            target = work.stacks[number]
+            images = rendered if target.alteration is None else alter_slices(rendered, target.alteration)
+            if target.preview is not None:
+                target.preview[start:stop] = render_previews(images, recipe.preview).cpu().numpy()
+            target.blank[start:stop] = flags
+            shown = images if len(rows) == stop - start else images[~blank]
+            yield Rendered(work, number, rows, shown, stop - start)
 
 
 def compute_cases(

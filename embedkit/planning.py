@@ -85,6 +85,8 @@ def make_recipe(
     dtype: str = "float16",
     precision: str = "fp32",
     preview: int = 64,
+    augment: int = 0,
+    augment_flip: bool = False,
 ) -> Recipe:
     """The recipe that these options mean for a backbone; the options are those of `extract`.
 
@@ -100,6 +102,10 @@ def make_recipe(
         raise OptionError(f"fill {fill!r} names a stand-in for absent channels, but no channels are given")
     if not 0 <= preview <= 512:
         raise OptionError(f"preview is {preview} pixels, expected 0 (none) to 512")
+    if not 0 <= augment < 100:
+        raise OptionError(f"augment is {augment} copies of each case, expected 0 (none) to 99")
+    if augment_flip and not augment:
+        raise OptionError("augment_flip mirrors altered copies, but none were asked for; say how many with augment")
     token_sets = resolve_token_sets(tokens, layers=layers, cut=cut, info=info)
     return Recipe(
         backbone=info.name,
@@ -118,6 +124,7 @@ def make_recipe(
         dtype=dtype,
         precision=precision,
         preview=preview,
+        augment=f"{augment}{':flip' if augment_flip else ''}" if augment else "",
     )
 
 

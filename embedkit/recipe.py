@@ -15,6 +15,7 @@ __all__ = ["Recipe", "TokenKind", "TokenSet", "require_same_recipe"]
 
 TokenKind = Literal["cls", "patch", "attention", "cut"]
 
+_AUGMENT = re.compile(r"(?P<copies>[1-9]\d?)(?P<flip>:flip)?")
 _TOKEN_SET = re.compile(r"(?P<kind>cls|patch|attention|cut)(?:@(?P<grid>[1-9]\d{0,2}))?:(?P<layer>\d{1,3})")
 
 
@@ -82,6 +83,8 @@ class Recipe:
         dtype: How tokens are stored: ``float16`` or ``int8`` (half the bytes, a scale per token and channel).
         precision: How the backbone computes: ``fp32``, ``bf16`` or ``fp16``, with ``+compile`` behind it if compiled.
         preview: Side in pixels of the grey preview kept per slice; 0 keeps none.
+        augment: ``N``, or ``N:flip`` where half of them are mirrored: in the place of each case so many altered copies
+            of it are kept, for training alone; empty for the cases themselves.
         version: Raised when the code changes what the numbers are.
     """
 
@@ -101,11 +104,19 @@ class Recipe:
     dtype: str = "float16"
     precision: str = "fp32"
     preview: int = 64
+    augment: str = ""
     version: int = 1
+
+    def to_fields(self) -> dict[str, Any]:
+        """The fields as JSON holds them; ``augment`` only where there are copies, as older recipes lack it."""
+        fields = dataclasses.asdict(self)
+        if not self.augment:
+            del fields["augment"]
+        return fields
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, ASCII. Equal recipes give equal text."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return json.dumps(self.to_fields(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -121,16 +132,35 @@ class Recipe:
         if not isinstance(fields, dict):
             raise RecipeError(f"recipe is a JSON {type(fields).__name__}, expected an object")
         known = {field.name: field for field in dataclasses.fields(cls)}
-        if missing := sorted(known.keys() - fields.keys()):
+        if missing := sorted(known.keys() - fields.keys() - {"augment"}):
             raise RecipeError(f"recipe lacks {', '.join(missing)}; it was written by another version of embedkit")
         if unknown := sorted(fields.keys() - known.keys()):
             raise RecipeError(f"recipe has unknown {', '.join(unknown)}; a newer embedkit wrote it: upgrade embedkit")
+        if fields.get("augment") and _AUGMENT.fullmatch(str(fields["augment"])) is None:
+            raise RecipeError(
+                f"recipe field augment is {fields['augment']!r}, expected N or N:flip with N from 1 to 99"
+            )
         return cls(**{name: _checked(name, str(known[name].type), value) for name, value in fields.items()})
 
     @property
     def fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    @property
+    def copies(self) -> int:
+        """How many altered copies a cache holds of each case; 0 where it holds the case itself."""
+        match = _AUGMENT.fullmatch(self.augment)
+        return int(match["copies"]) if match else 0
+
+    @property
+    def flips(self) -> bool:
+        """Whether half of the copies are mirrored."""
+        return self.augment.endswith(":flip")
+
+    def stored_ids(self, case_id: str) -> tuple[str, ...]:
+        """Under which ids a cache holds a case: its own, or ``CASE#1``, ``CASE#2``, ... of its copies."""
+        return tuple(f"{case_id}#{number + 1}" for number in range(self.copies)) or (case_id,)
 
     def parsed_token_sets(self) -> tuple[TokenSet, ...]:
         """The token sets as values, in the order of ``token_sets``."""

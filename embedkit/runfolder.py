@@ -287,6 +287,7 @@ def _to_json(record: RunRecord, digests: dict[str, str]) -> str:
     fields = dataclasses.asdict(record) | {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
+        "recipe": record.recipe.to_fields(),
         "fingerprint": record.recipe.fingerprint,
         "sha256": digests,
     }

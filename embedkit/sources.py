@@ -201,7 +201,7 @@ class CachedSources:
             ManifestError: names the case, both patients and the way out.
         """
         for case in cases:
-            for known in self._known.get(case.case_id, {}).values():
+            for known in (each for stored in self._stored(case) for each in stored.values()):
                 if known.patient_id != case.patient_id:
                     raise ManifestError(
                         f"case {case.case_id} is of patient {case.patient_id} in the manifest but of"
@@ -215,7 +215,7 @@ class CachedSources:
             ManifestError: names the case, the view and the way out.
         """
         for case in cases:
-            if extra := self._known.get(case.case_id, {}).keys() - self._expected(case).keys():
+            if extra := {key for stored in self._stored(case) for key in stored} - self._expected(case).keys():
                 views = ", ".join(sorted({view for view, _ in extra}))
                 raise ManifestError(
                     f"the cache holds {views} of case {case.case_id}, which the manifest does not have;"
@@ -236,16 +236,20 @@ class CachedSources:
 
         Once ``stop`` is set no folder is looked through to its end, and a case in it counts as not held.
         """
-        known = self._known.get(case.case_id)
-        return known is not None and all(
-            self._holds_view(known, view, sources, case, stop) for view, sources in self._views(case).items()
+        stored = self._stored(case)
+        return all(stored) and all(
+            self._holds_view(
+                [each.get((view, plane)) for each in stored for plane in self._recipe.planes], view, case, stop
+            )
+            for view in self._views(case)
         )
 
-    def _holds_view(
-        self, known: Mapping[tuple[str, str], _CachedStack], view: str, sources: tuple[str, ...], case: Case, stop: Stop
-    ) -> bool:
-        cached = {known[view, plane].stat if (view, plane) in known else None for plane in self._recipe.planes}
-        if None in cached or any(source not in case.images for source in sources):
+    def _holds_view(self, known: Sequence[_CachedStack | None], view: str, case: Case, stop: Stop) -> bool:
+        """Whether the stacks of a view, of all planes and copies, are there and up to date."""
+        sources = self._views(case)[view]
+        there = [each for each in known if each is not None]
+        cached = {each.stat for each in there}
+        if len(there) < len(known) or any(source not in case.images for source in sources):
             return False
         try:
             now = combine_stats([stat_source(case.images[source], self.folders, stop=stop) for source in sources])
@@ -253,17 +257,17 @@ class CachedSources:
             return False  # the reader will say what is wrong with it, and the case goes on record
         if cached == {now}:
             return True
-        digests = {known[view, plane].digest for plane in self._recipe.planes}
+        digests = {each.digest for each in there}
         size, changed_ns, digest = self._confirmed.get((case.case_id, view), (0, 0, ""))
         return now == SourceStat(size, changed_ns) and digests == {digest}
 
     def holds_same_bytes(self, case: Case, images: CaseImages) -> bool:
         """True where every stack of the case is cached from files of the very same bytes."""
-        known = self._known.get(case.case_id, {})
         return all(
             key in known
             and all(view in images.volumes for view in views)
             and known[key].digest == combine_digests([images.volumes[view] for view in views])
+            for known in self._stored(case)
             for key, views in self._expected(case).items()
         )
 
@@ -289,8 +293,15 @@ class CachedSources:
             case: Of the manifest.
             digests: (view, plane) of each stack computed to the digest of its sources (`combine_digests`).
         """
-        known = self._known.get(case.case_id, {})
-        return any(key in known and known[key].digest != digest for key, digest in digests.items())
+        return any(
+            key in known and known[key].digest != digest
+            for known in self._stored(case)
+            for key, digest in digests.items()
+        )
+
+    def _stored(self, case: Case) -> list[Mapping[tuple[str, str], _CachedStack]]:
+        """What is cached of the case, or of each of its copies where the recipe makes some."""
+        return [self._known.get(case_id, {}) for case_id in self._recipe.stored_ids(case.case_id)]
 
     def _expected(self, case: Case) -> dict[tuple[str, str], tuple[str, ...]]:
         """Each (view, plane) that the recipe makes of the case, and the views behind it."""
