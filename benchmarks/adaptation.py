@@ -14,7 +14,7 @@ the mean of the three, that did best on the inner split of its training cases: n
 with masks learn those of the training cases beside the label, and see none at prediction; as the references have
 none, they are chosen from in a row of their own, which no goal is about. Heads that adapt
 blocks, cached or from pixels, run --epochs in batches of --batch-size: as many steps as so few cases allow; the others
-have the library's defaults; with altered copies (see `augmentation.py`) epochs are fewer by as much as there is more
+have the library's defaults; with altered copies (`extract --augment 4`) epochs are fewer by as much as there is more
 to see. Everything done stays in --work: a second call goes on. With the references it takes some
 hours; they are trained by this script.
 
@@ -31,9 +31,7 @@ epoch of the tail over those of the reference.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,6 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from anymc3d_reference import PixelSource, train_reference
-from augmentation import COPY, MARK, alter_training, copy_cases
 from embedkit.backbones import load_backbone
 from embedkit.bootstrap import bootstrap_values
 from embedkit.extraction import extract
@@ -86,7 +83,7 @@ TASKS = (
 class Method:
     """A row of the table: a head on cached tokens, or, where ``grid`` is given, the reference with that read-out.
 
-    With ``copies``, so many altered ones of each case are in the cache as well, to train on alone.
+    With ``copies``, so many altered ones of each case are trained on beside it.
     """
 
     name: str
@@ -114,9 +111,13 @@ METHODS = (
     Method("layersmasks", "grid head on blocks 4, 8 and 12, masks beside the label", "grid", LAYERS, masks=True),
     Method("segmentmasks", "head segment on block 8, masks beside the label", "segment", ("patch:8",), masks=True),
     Method("tail4masks", "LoRA in the last 4, class token and places, masks beside the label", masks=True),
-    Method(
-        "tail4copies", "LoRA in the last 4, class token, 4 altered copies of each case", options={"grid": 0}, copies=4
-    ),
+    Method("querycopies", "query pooling, 4 altered copies of each case", "query", ("cls:12",), copies=4),
+    Method("gridcopies", "grid head on block 8, 4 copies", "grid", ("patch:8",), copies=4),
+    Method("segmentcopies", "head segment on block 8, 4 copies", "segment", ("patch:8",), copies=4),
+    Method("tail4copies", "LoRA in the last 4, class token, 4 copies", options={"grid": 0}, copies=4),
+    Method("tail4placescopies", "LoRA in the last 4, class token and places, 4 copies", copies=4),
+    Method("segmentmaskscopies", "segment on block 8, masks, 4 copies", "segment", ("patch:8",), masks=True, copies=4),
+    Method("tail4maskscopies", "LoRA in the last 4, class token and places, masks, 4 copies", masks=True, copies=4),
     Method("reference", "LoRA in all blocks from pixels, class token", grid=0),
     Method("reference4", "LoRA in all blocks from pixels, class token and places", grid=4),
 )
@@ -154,7 +155,7 @@ class Bench:
         self.cache = self.extract(self.manifest, "cache", ["cls:12", *LAYERS])
         self._pixels: PixelSource | None = None
 
-    def extract(self, manifest: Path | pl.DataFrame, name: str, tokens: list[str]) -> Path:
+    def extract(self, manifest: Path | pl.DataFrame, name: str, tokens: list[str], **how: Any) -> Path:
         """A cache in the work folder."""
         cache = self.work / name
         extract(
@@ -168,17 +169,16 @@ class Bench:
             channels=self.channels,
             fill="flair" if self.channels else "",
             crop=self.crop,
+            **how,
         )
         return cache
 
-    def copy(self, task: Task, copies: int) -> tuple[Path, pl.DataFrame]:
-        """Cache and labels of a task's cases and of altered copies; what asks for a side is not flipped."""
+    def copy(self, task: Task, copies: int) -> Path:
+        """A cache of altered copies of a task's cases; what asks for a side is not flipped."""
         labels = self.labels.drop_nulls(task.target)
         manifest = read_manifest(self.manifest).filter(pl.col("case_id").is_in(labels["case_id"].implode()))
-        images = self.work / f"images-{task.name}-{copies}"
-        more = copy_cases(manifest, images, copies, flip=task.target != "side")
-        named = [labels.with_columns(case_id=pl.col("case_id") + f"{MARK}{copy}") for copy in range(1, copies + 1)]
-        return self.extract(more, f"cache-{task.name}-{copies}", ["cls:12"]), pl.concat([labels, *named])
+        how = {"augment": copies, "augment_flip": task.target != "side", "preview": 0}
+        return self.extract(manifest, f"copies-{task.name}-{copies}", ["cls:12", "patch:8"], **how)
 
     def has_masks(self) -> bool:
         return "mask" in read_manifest(self.manifest).columns
@@ -200,29 +200,27 @@ class Bench:
             return Scores(pl.read_parquet(path), None)
         path = folder / f"{task.target}.{method.head}"
         run = open_run(path) if (path / "run.json").is_file() else self.fit_cached(method, task, seed, folder)
-        originals = run.predictions.filter(~pl.col("case_id").str.contains(MARK, literal=True))
-        return Scores(originals.select("case_id", "patient_id", "fold", "target", "score"), run.inner)
+        return Scores(run.predictions.select("case_id", "patient_id", "fold", "target", "score"), run.inner)
 
     def fit_cached(self, method: Method, task: Task, seed: int, folder: Path, **changed: Any) -> Run:
-        steps = {"epochs": math.ceil(self.options.epochs / (1 + method.copies)), "batch_size": self.options.batch_size}
-        cache, labels = self.copy(task, method.copies) if method.copies else (self.cache, self.labels)
-        with alter_training(COPY) if method.copies else nullcontext():
-            train(
-                cache,
-                labels,
-                targets=[task.target],
-                classes=task.classes,
-                masks=self.manifest if method.masks else None,
-                heads=[method.head],
-                token_sets={method.head: list(method.tokens)},
-                head_options={method.head: method.options} if method.options else None,
-                fit_options=(steps if method.head == "tail" else {}) | changed,
-                split=self.split,
-                seed=seed,
-                out=folder,
-                overwrite=True,
-                resamples=0,
-            )
+        steps = {"epochs": self.options.epochs, "batch_size": self.options.batch_size}
+        train(
+            self.cache,
+            self.labels,
+            targets=[task.target],
+            classes=task.classes,
+            masks=self.manifest if method.masks else None,
+            copies=self.copy(task, method.copies) if method.copies else None,
+            heads=[method.head],
+            token_sets={method.head: list(method.tokens)},
+            head_options={method.head: method.options} if method.options else None,
+            fit_options=(steps if method.head == "tail" else {}) | changed,
+            split=self.split,
+            seed=seed,
+            out=folder,
+            overwrite=True,
+            resamples=0,
+        )
         return open_run(folder / f"{task.target}.{method.head}")
 
     def fit_reference(self, method: Method, task: Task, seed: int, epochs: int) -> tuple[pl.DataFrame, float]:

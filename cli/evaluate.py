@@ -43,7 +43,8 @@ def evaluate_command(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Judge a trained run out of fold or on other cases, with patient-level intervals."""
-    from embedkit import evaluate, open_cache, write_evaluation
+    from embedkit import evaluate, write_evaluation
+    from embedkit.cache import open_originals
 
     if training_cache is not None and (cache is not None or report is None):
         raise typer.BadParameter("goes with --report and without a cache of new cases", param_hint="--training-cache")
@@ -60,7 +61,7 @@ def evaluate_command(
     )
     shown = cache or training_cache
     if report is not None:
-        write_evaluation(report, found, cache=None if shown is None else open_cache(shown), seed=seed)
+        write_evaluation(report, found, cache=None if shown is None else open_originals(shown), seed=seed)
     if json:
         print_json(found.to_dict())
         return

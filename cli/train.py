@@ -39,6 +39,13 @@ def train_command(
         Path | None,
         typer.Option(help="Manifest with a column mask of some cases, for heads that learn it (grid, tail, segment)."),
     ] = None,
+    copies: Annotated[
+        Path | None,
+        typer.Option(
+            help="Cache of altered copies (extract --augment), which heads trained by gradient see beside the cases;"
+            " flipped ones not for a target that asks for a side."
+        ),
+    ] = None,
     mask_weight: Annotated[float, typer.Option(help="What the mask's loss counts beside the label's.")] = 1.0,
     head: Annotated[list[str] | None, typer.Option(help="Head to train; again for more. See `embedkit heads`.")] = None,
     head_option: Annotated[
@@ -135,6 +142,7 @@ def train_command(
                 targets=target or (),
                 out=out,
                 masks=masks,
+                copies=copies,
                 heads=head or None,
                 head_options=parse_head_options(head_option or ()),
                 token_sets=split_list(tokens) or None,

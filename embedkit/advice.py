@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from embedkit.answers import score_array
 from embedkit.bootstrap import Interval
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.crossfitting import CrossFit, cross_fit
 from embedkit.errors import CacheError, OptionError
 from embedkit.foldjobs import FoldedTask
@@ -164,7 +164,7 @@ def advise(
     if not budget_s > 0:
         raise OptionError(f"the budget is {budget_s:g} s, expected above 0")
     started = clock()
-    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    source = open_originals(cache)
     if not source.token_sets:
         raise CacheError(f"cache {source.path} holds no stack yet; extract some cases first")
     table = read_labels(labels)

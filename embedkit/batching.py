@@ -22,16 +22,26 @@ _Ints = NDArray[np.int64]
 
 
 class Deck:
-    """Deals the cases of a task anew in every epoch.
+    """Deals the cases of a task anew in every epoch, and their altered copies with them where there are some.
+
+    What is dealt are items: the cases in their order, then the copies. Item numbers of cases are their numbers in the
+    task.
 
     Attributes:
         blocks: Parts of a pass.
+        owners: int64 [items], the number of the case that each item shows.
     """
 
-    def __init__(self, places: _Ints, lengths: _Ints, *, longest: int, blocks: int, seed: int) -> None:
-        """Takes places in a token store and numbers of slices of the cases, both [cases], and the most that any has."""
+    def __init__(
+        self, places: _Ints, lengths: _Ints, *, longest: int, blocks: int, seed: int, owners: _Ints | None = None
+    ) -> None:
+        """Takes places in a token store and numbers of slices of the items, both [items], and the most that any has.
+
+        Without ``owners`` the items are the cases.
+        """
         self.places = places
         self.lengths = lengths
+        self.owners = np.arange(len(places)) if owners is None else owners
         self.longest = longest
         self.blocks = min(blocks, len(places))
         self.seed = seed
@@ -48,8 +58,12 @@ class Deck:
         step = 1 << max(0, most.bit_length() - 3)
         return min(self.longest, -(-most // step) * step)
 
+    def leave_copies(self, cases: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """bool [items] of bool [cases]: no copy is among them."""
+        return np.concatenate([cases, np.zeros(len(self.owners) - len(cases), bool)])
+
     def deal(self, epoch: int) -> list[_Ints]:
-        """The cases of each block, as numbers in the task, in the order of this epoch."""
+        """The items of each block, as numbers, in the order of this epoch."""
         if self._blocks[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.places))
             self._blocks = (epoch, [np.asarray(part, np.int64) for part in np.array_split(order, self.blocks)])
@@ -69,14 +83,14 @@ class Deck:
 
         Args:
             key: Names the training set; what was last dealt for it is remembered.
-            training: bool [cases].
+            training: bool [items].
             epoch: From 0.
             block: From 0.
             count: Number of batches, from `steps`.
-            classes: Class of each case, [cases], where the batches are to hold each alike; None for every case once.
+            classes: Class of each item, [items], where the batches are to hold each alike; None for every case once.
 
         Returns:
-            ``count`` arrays of case numbers. Cases are sorted by length among every eight batches; then the batches
+            ``count`` arrays of item numbers. Items are sorted by length among every eight batches; then the batches
             are shuffled, alike for all training sets of as many, so that long ones meet long ones.
         """
         asked = (key, epoch, block, count)

@@ -46,6 +46,7 @@ __all__ = [
     "clear_failures",
     "create_cache",
     "open_cache",
+    "open_originals",
     "read_failures",
     "record_failure",
     "write_shard",
@@ -335,6 +336,22 @@ def open_cache(path: Path | str) -> Cache:
         shards = [load_shard(path)]
         recipe = parse_recipe(shards[0].recipe_json, path)
     return Cache(path, recipe, shards)
+
+
+def open_originals(cache: Cache | Path | str) -> Cache:
+    """Opens a cache of cases, if it is not open yet.
+
+    Raises:
+        CacheError: as `open_cache`; or it holds altered copies, which are there to train on beside their cases.
+    """
+    opened = cache if isinstance(cache, Cache) else open_cache(cache)
+    if opened.recipe.copies:
+        raise CacheError(
+            f"cache {opened.path} holds {opened.recipe.copies} altered copies of each case, which serve to train on"
+            " beside the cases and for nothing else; give the cache of the cases themselves, and this one to train"
+            " --copies"
+        )
+    return opened
 
 
 def _require_one_recipe(shards: Sequence[Shard], recipe: Recipe, path: Path) -> None:

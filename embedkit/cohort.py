@@ -17,7 +17,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.answers import choose_class, stated_times, word_answer
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.errors import OptionError, RecipeError, RequestError, RunError, SearchError
 from embedkit.index import Index, open_index
 from embedkit.indexlabels import join_labels
@@ -286,7 +286,7 @@ def open_cohort(
         RecipeError: they are not of one recipe.
         OptionError: a run is given twice.
     """
-    source, opened = open_cache(cache), open_index(index)
+    source, opened = open_originals(cache), open_index(index)
     if opened.level != "case":
         raise SearchError(
             f"index {opened.path} holds vectors of each {opened.level}, but a page shows cases; build one of level case"

@@ -16,7 +16,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.bootstrap import Interval
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.calibration import (
     CalibrationMethod,
     Reliability,
@@ -150,7 +150,7 @@ def evaluate(
     if table is None and (cache is not None or subgroups):
         raise OptionError("new cases and subgroups take a label table; give one (--labels)")
     judged = opened if calibrate is None else opened.calibrated(calibrate)
-    source = open_cache(cache) if isinstance(cache, Path | str) else cache
+    source = None if cache is None else open_originals(cache)
 
     def read(which: Run) -> Outcomes:
         if source is None or table is None:

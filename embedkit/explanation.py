@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from embedkit.attribution import SIGNED, Method
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.catalogue import canonical_shape
 from embedkit.errors import RunError
 from embedkit.files import explain_os_error, safe_name
@@ -116,7 +116,7 @@ def explain(
         OptionError: no such method.
     """
     opened = run if isinstance(run, Run) else open_run(run)
-    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    source = open_originals(cache)
     evidence = opened.find_evidence(source, case_id, method=method, class_name=class_name, held_out=held_out)
     stacks = source.find_stacks(case_id, evidence.scores)
     folder = Path(out)

@@ -158,6 +158,7 @@ class GradientFitter:
         epochs: int,
         number: int = 0,
     ) -> Fit:
+        deck = self._deck(job, candidate)
         return Fit(
             name=job.plan.head,
             head=self._build_head(job, candidate, number),
@@ -165,13 +166,13 @@ class GradientFitter:
             store=self.preparation.store(job.plan, candidate),
             standardiser=self._standardiser(job, candidate),
             loss=job.loss,
-            deck=self._deck(job, candidate),
+            deck=deck,
             key=self._name_training_set(job, candidate, held_out),
-            training=job.training & ~held_out,
-            held_out=held_out,
+            training=(job.training & ~held_out)[deck.owners],
+            held_out=deck.leave_copies(held_out),
             noise=self.seed + number,
             epochs=epochs,
-            classes=job.task.targets if candidate.fit.sampling == "balanced" else None,
+            classes=job.task.targets[deck.owners] if candidate.fit.sampling == "balanced" else None,
         )
 
     def _build_head(self, job: FoldJob, candidate: Candidate, number: int) -> nn.Module:
@@ -208,7 +209,7 @@ class GradientFitter:
             return start.standardiser(job.fold)
         key = (job.task.case_ids, job.training.tobytes(), candidate.token_sets)
         if key not in self._standardisers:
-            places = self._deck(job, candidate).places[job.training]
+            places = self.preparation.places(job.task)[job.training]
             self._standardisers[key] = self.preparation.standardiser(candidate, places)
         return self._standardisers[key]
 

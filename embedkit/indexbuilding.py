@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from embedkit.bags import list_views
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.casevectors import join_embeddings
 from embedkit.embeddings import Embedding, name_layer, parse_embeddings
 from embedkit.errors import OptionError, SearchError
@@ -131,7 +131,7 @@ def build_index(
 
 def _open_filled(path: str | Path, case_ids: Sequence[str] | None) -> Cache:
     """A cache that holds something: all of it, or some of its cases."""
-    cache = open_cache(path)
+    cache = open_originals(path)
     if not len(cache):
         raise SearchError(f"cache {cache.path} holds no stack yet; extract some cases first")
     if case_ids is None:

@@ -43,11 +43,14 @@ __all__ = ["Keeper", "require_keepable"]
 OnFold = Callable[[HeadPlan, FoldedTask, int], None]
 
 
-def require_keepable(exemplars: int, weight: float, *, starts: bool, targets: Sequence[str], masks: bool) -> None:
+def require_keepable(
+    exemplars: int, weight: float, *, starts: bool, targets: Sequence[str], masks: bool, copies: bool
+) -> None:
     """Stops where old answers are to be kept in a way that means nothing.
 
     Raises:
-        OptionError: there is no old run, not one target, no exemplar, a weight below 0, or masks are learned too.
+        OptionError: there is no old run, not one target, no exemplar, a weight below 0, or masks or copies
+            are learned from too.
     """
     problem = ""
     if not starts:
@@ -60,6 +63,8 @@ def require_keepable(exemplars: int, weight: float, *, starts: bool, targets: Se
         problem = f"keeping is weighed by {weight:g}, expected 0 or above"
     elif masks:
         problem = "masks are learned too: leave them out"
+    elif copies:
+        problem = "altered copies are learned from too: leave them out"
     if problem:
         raise OptionError(f"old answers cannot be kept: {problem}")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from embedkit.answers import score_array
 from embedkit.bootstrap import Floats, Interval
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.casemap import choose_embedding
 from embedkit.embeddings import CaseVectors, Embedding, embed_cases
 from embedkit.manifest import read_labels
@@ -92,7 +92,7 @@ def probe_neighbours(
         OptionError: an option means nothing.
         SearchError: the cache lacks the token set.
     """
-    source = open_cache(cache) if isinstance(cache, Path | str) else cache
+    source = open_originals(cache)
     table = read_labels(labels) if isinstance(labels, Path | str) else labels
     chosen = choose_embedding(list(source.token_sets)) if embedding is None else Embedding.parse(embedding)
     usable = source.stacks.filter(pl.col("count") > pl.col("blank_count")).select("case_id", "patient_id").unique()

@@ -59,10 +59,12 @@ class Preparation:
         storage: Storage = "auto",
         block_bytes: int = BLOCK_BYTES,
         covers: Mapping[tuple[int, int], Covers] | None = None,
+        copies: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         """Reads all tokens that the plans need once, and loads those that are to be read every epoch.
 
-        Heads that learn masks are shown those of ``covers``, by the grid that they read.
+        Heads that learn masks are shown those of ``covers``, by the grid that they read. Heads by gradient are shown,
+        in training, the ``copies`` of a case beside it, which are in ``source`` too; nothing else is made of them.
 
         Raises:
             CacheError: a token is NaN or infinite, or a token set is absent.
@@ -73,6 +75,9 @@ class Preparation:
         self.case_ids = sorted(case_ids)
         self.device = device
         self.block_bytes = block_bytes
+        self._copies = {case: tuple((copies or {}).get(case, ())) for case in self.case_ids}
+        self._shown = [*self.case_ids, *(copy for each in self._copies.values() for copy in each)]
+        self._places = {case: place for place, case in enumerate(self._shown)}
         self._counts = dict(source.stacks.group_by("case_id").agg(pl.col("count").max()).iter_rows())
         pairs = [(plan, candidate) for plan in plans for candidate in plan.candidates]
         with torch.random.fork_rng(devices=[]):
@@ -80,11 +85,13 @@ class Preparation:
             self._heads = {_key(*pair): _build_head(source, *pair) for pair in pairs}
         self._shapes: dict[tuple[str, ...], BagShape] = {}
         self._features: dict[_Key, Tensor] = {}
-        self._reduced: dict[_Key, ResidentStore] = {}
+        self._parts: dict[_Key, list[Bag]] = {}
         self._read_once(pairs)
+        self._read_copies([pair for pair in pairs if pair[0].by_gradient])
+        self._reduced = {key: self._gather(key[1], parts) for key, parts in self._parts.items()}
         unreduced = [pair for pair in pairs if pair[0].by_gradient and _key(*pair) not in self._reduced]
         names = list(dict.fromkeys(name for _, candidate in unreduced for name in candidate.token_sets))
-        self._store = open_store(source, self.case_ids, names, device, storage) if names else None
+        self._store = open_store(source, self._shown, names, device, storage) if names else None
         self._covers = covers or {}
         self._covered: dict[tuple[int, int], TokenStore] = {}
 
@@ -112,13 +119,17 @@ class Preparation:
         return np.searchsorted(np.asarray(self.case_ids), np.asarray(task.case_ids)).astype(np.int64)
 
     def deck(self, plan: HeadPlan, candidate: Candidate, task: Task, *, seed: int) -> Deck:
-        """Deals the cases of a task, in blocks of bounded size."""
-        places = self.places(task)
+        """Deals the cases of a task and their copies, in blocks of bounded size."""
+        pairs = [(copy, case) for case, each in enumerate(task.case_ids) for copy in self._copies[each]]
+        items = [*task.case_ids, *(copy for copy, _ in pairs)]
+        owners = np.array([*range(len(task.case_ids)), *(case for _, case in pairs)], np.int64)
+        places = np.array([self._places[item] for item in items], np.int64)
         reduced = _key(plan, candidate) in self._reduced
-        lengths = np.array([1 if reduced else self._counts.get(case, 1) for case in task.case_ids])
-        size = 0 if reduced else count_bytes(self.source, task.case_ids, candidate.token_sets)
+        lengths = np.array([1 if reduced else self._counts.get(item, 1) for item in items])
+        size = 0 if reduced else count_bytes(self.source, items, candidate.token_sets)
         longest = 1 if reduced else max(self._counts.values())
-        return Deck(places, lengths, longest=longest, blocks=max(1, -(-size // self.block_bytes)), seed=seed)
+        blocks = max(1, -(-size // self.block_bytes))
+        return Deck(places, lengths, longest=longest, blocks=blocks, seed=seed, owners=owners)
 
     def shape(self, candidate: Candidate) -> BagShape:
         """Of the bags that a candidate reads."""
@@ -146,7 +157,6 @@ class Preparation:
         gradient = {name for plan, candidate in pairs if plan.by_gradient for name in candidate.token_sets}
         sums = MomentSums(shape, [name for name in names if name in gradient])
         features: dict[_Key, list[Tensor]] = {}
-        reduced: dict[_Key, list[Bag]] = {}
         heads = {_key(*pair): (pair, self._heads[_key(*pair)]) for pair in pairs}
         with torch.no_grad():
             for bag in stream_bags(self.source, self.case_ids, names, chunk_bytes=self.block_bytes // 4):
@@ -155,15 +165,34 @@ class Preparation:
                     if not plan.by_gradient:
                         own = bag.to(dtype=torch.float32)
                         features.setdefault(key, []).append(cast(Any, head).features(own))
-                    elif hasattr(head, "reduce"):
-                        own = Bag({name: bag.tokens[name] for name in key[1]}, bag.mask, bag.positions, bag.case_ids)
-                        reduced.setdefault(key, []).append(cast(_Reducing, head).reduce(own))
+                    else:
+                        self._reduce(key, head, bag)
         self._moments = sums.total()
         self._features = {key: torch.cat(parts) for key, parts in features.items()}
-        self._reduced = {
-            key: ResidentStore(_gather(shape.select(key[1]), parts).to(self.device), self.device)
-            for key, parts in reduced.items()
-        }
+
+    def _read_copies(self, pairs: Sequence[tuple[HeadPlan, Candidate]]) -> None:
+        """Checks the tokens of the copies, and reduces them for heads that pool first."""
+        names = list(dict.fromkeys(name for _, candidate in pairs for name in candidate.token_sets))
+        heads = {_key(*pair): self._heads[_key(*pair)] for pair in pairs}
+        copies = self._shown[len(self.case_ids) :]
+        if not copies or not names:
+            return
+        with torch.no_grad():
+            for bag in stream_bags(self.source, copies, names, chunk_bytes=self.block_bytes // 4):
+                MomentSums(bag_shape(self.source, names), names).add(bag)
+                for key, head in heads.items():
+                    self._reduce(key, head, bag)
+
+    def _reduce(self, key: _Key, head: nn.Module, bag: Bag) -> None:
+        """Keeps what a head makes of the next bag without parameters, if it begins so."""
+        if hasattr(head, "reduce"):
+            own = Bag({name: bag.tokens[name] for name in key[1]}, bag.mask, bag.positions, bag.case_ids)
+            self._parts.setdefault(key, []).append(cast(_Reducing, head).reduce(own))
+
+    def _gather(self, token_sets: Sequence[str], parts: Sequence[Bag]) -> ResidentStore:
+        """The store of what `_reduce` kept."""
+        bags = _gather(bag_shape(self.source, token_sets), parts)
+        return ResidentStore(bags.to(self.device), self.device)
 
 
 def _build_head(source: TokenSource, plan: HeadPlan, candidate: Candidate) -> nn.Module:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from embedkit.bags import TokenSource
 from embedkit.cache import Cache
+from embedkit.copies import Copies
 from embedkit.crossfitting import CrossFit
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import HeadPlan
@@ -40,6 +42,7 @@ class Work:
         folders: Target and head -> where its run is written.
         begun: The old run that the head of its name starts from, if any.
         keeper: What keeps that run's answers, if they are kept.
+        copies: Altered copies to train on beside the cases, if any.
         device, storage: As `embedkit.training.train` takes them.
     """
 
@@ -49,6 +52,7 @@ class Work:
     folders: Mapping[tuple[str, str], Path]
     begun: WarmStart | None = field(kw_only=True)
     keeper: Keeper | None = field(kw_only=True)
+    copies: Copies | None = field(kw_only=True)
     device: torch.device = field(kw_only=True)
     storage: Storage = field(kw_only=True)
 
@@ -76,7 +80,10 @@ class Work:
             return
         plans = list(dict.fromkeys(plan for plan, _ in pending))
         shared: dict[str, Any] = {"seed": told["seed"], "storage": self.storage, "covers": self.supervision.covers}
-        preparation = Preparation(self.source, plans, case_ids, self.device, **shared)
+        source: TokenSource = self.source
+        if self.copies is not None:
+            source, shared["copies"] = self.copies.source, self.copies.by_case
+        preparation = Preparation(source, plans, case_ids, self.device, **shared)
         how: dict[str, Any] = {"seed": told["seed"], "seeds": seeds, "on_fold": on_fold}
         for together in preparation.rounds(plans):
             started = time.perf_counter()
@@ -106,6 +113,7 @@ class Work:
         place = self.joint.place(plan, target.task)
         record = make_record(self.source, place, target, fitted, seconds=seconds, more=more, **told)
         record = self.supervision.tell(record, plan, target.folded, fitted, resamples=told["resamples"])
+        record = record if self.copies is None else self.copies.tell(record, plan, target.task)
         scored, inner = tabulate_scores(target, fitted.scores), tabulate_inner(target.task, fitted.inner)
         write_run(self.folders[target.task.name, plan.head], record, fitted.members, scored, inner, overwrite=overwrite)
         if self.keeper is not None and fitted.kept:

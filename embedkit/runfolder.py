@@ -71,6 +71,8 @@ class RunRecord:
             best first); None without a sweep.
         notes: What the user should know, in sentences.
         masks: Number of cases whose mask the head learned from; 0 for a head that learned none.
+        copies: Of the altered copies that the head was shown in training beside its cases: ``fingerprint`` and
+            ``augment`` of their recipe, and how many (``shown``); None where it was shown none.
         folded_with: Other targets that its folds and inner splits are those of as well.
         sha256: Of the other files, in hex; known once it is written.
     """
@@ -99,6 +101,7 @@ class RunRecord:
     sweep: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     masks: int = 0
+    copies: dict[str, Any] | None = None
     folded_with: tuple[str, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from embedkit.answers import choose_class, name_classes, score_array, word_answer
 from embedkit.attribution import SIGNED, Method, mean_scores, require_method, score_tokens
 from embedkit.bags import Bag, list_views, stream_bags
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.calibration import CalibrationMethod, Calibrator, fit_calibrator
 from embedkit.errors import RunError
 from embedkit.members import Member
@@ -274,7 +274,7 @@ def predict(
     """
     opened = run if isinstance(run, Run) else open_run(run)
     opened = opened if calibrate is None else opened.calibrated(calibrate)
-    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    source = open_originals(cache)
     patients = dict(source.stacks.select("case_id", "patient_id").unique().iter_rows())
     wanted = _all_cases(source) if case_ids is None else list(case_ids)
     if unknown := [case for case in wanted if case not in patients]:

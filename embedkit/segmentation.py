@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedkit.bags import Bag, stream_bags
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.catalogue import canonical_shape
 from embedkit.errors import OptionError, RunError
 from embedkit.files import explain_os_error, safe_name
@@ -81,7 +81,7 @@ def segment(
     if not 0 < threshold < 1:
         raise OptionError(f"threshold is {threshold:g}, expected a share above 0 and below 1")
     opened = run if isinstance(run, Run) else open_run(run)
-    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    source = open_originals(cache)
     known = sorted(set(source.stacks["case_id"]))
     wanted = known if case_ids is None else list(case_ids)
     if unknown := [case for case in wanted if case not in known]:

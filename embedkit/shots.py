@@ -20,7 +20,7 @@ from torch import Tensor
 from embedkit.answers import score_array
 from embedkit.bags import bag_shape, stream_bags
 from embedkit.bootstrap import Floats, Interval, Statistic, bootstrap_values, form_interval
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
 from embedkit.errors import HeadError, OptionError
 from embedkit.manifest import read_labels
 from embedkit.members import Member, build_member, complete_options
@@ -116,7 +116,7 @@ def few_shot(
         )
     if draws < 1 or not heads:
         raise OptionError(f"{draws} draws and {len(heads)} heads were asked for, expected one or more of each")
-    source = open_cache(cache) if isinstance(cache, Path | str) else cache
+    source = open_originals(cache)
     table = read_labels(labels) if isinstance(labels, Path | str) else labels
     cases = source.stacks.filter(pl.col("count") > pl.col("blank_count")).select("case_id", "patient_id").unique()
     task, _ = make_task(table, target, cases.sort("case_id"), classes=classes)

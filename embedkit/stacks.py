@@ -59,11 +59,11 @@ class Fit:
         deck: Deals the task's cases.
         key: Names the training set; fits of equal keys have the cases of one deck in common, those to train on, those
             to be judged by, and the standardiser.
-        training: bool [cases], what to descend on.
-        held_out: bool [cases], what to judge by; none where ``epochs`` is to be run without judging.
+        training: bool [items of the deck], what to descend on.
+        held_out: bool [items], what to judge by, never a copy; none where ``epochs`` is to be run without judging.
         noise: Seed of the dropout.
         epochs: How many of the schedule to run at most.
-        classes: int64 [cases], where batches are to hold each class alike.
+        classes: int64 [items], where batches are to hold each class alike.
     """
 
     name: str
@@ -259,7 +259,8 @@ class Stack:
         """The gradients [rows ...] of one run, by the place of their numbers in a row of the stack."""
         leaves = {name: leaf.requires_grad_() for name, leaf in self._leaves(call.rows).items()}
         answers = self._answer(call, leaves)
-        cases = torch.from_numpy(call.cases.repeat(call.sharing, axis=0)).to(self.store.device)
+        owners = [self.fits[row].deck.owners[items] for row, items in zip(call.firsts, call.cases, strict=True)]
+        cases = torch.from_numpy(np.stack(owners).repeat(call.sharing, axis=0)).to(self.store.device)
         of_masks = answers.pop("mask_losses", None)
         losses = [self._loss.total(answer.float(), cases, call.rows, self.head, leaves) for answer in answers.values()]
         loss = torch.stack(losses).mean()

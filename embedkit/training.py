@@ -15,7 +15,8 @@ import polars as pl
 
 from embedkit.answers import score_columns
 from embedkit.bags import list_views
-from embedkit.cache import Cache, open_cache
+from embedkit.cache import Cache, open_originals
+from embedkit.copies import Copies
 from embedkit.errors import OptionError
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import BASELINES, DEFAULT_HEADS, HeadPlan, TokenChoice, match_heads, plan_heads
@@ -78,6 +79,7 @@ def train(
     targets: Sequence[str] | str = (),
     out: Path | str,
     masks: pl.DataFrame | Path | str | None = None,
+    copies: Cache | Path | str | None = None,
     heads: Sequence[str] | None = None,
     token_sets: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     views: Sequence[str] | None = None,
@@ -119,6 +121,11 @@ def train(
         masks: Manifest with a column ``mask``, as read_manifest takes it. Heads that learn masks (``grid``, ``tail``,
             ``segment``) learn them beside the label, from the cases that have one; ``mask_weight`` of ``fit_options``
             says how much that counts. Their metrics then have ``dice``, out of fold, on the grid of tokens.
+        copies: A cache of altered copies of the cases, made by `embedkit.extract` with ``augment`` and the options of
+            ``cache``; of token sets it need hold those alone that heads trained by gradient read. Such heads are shown
+            the copies of a fold's training cases beside these, in fewer epochs, so that there are about as many steps.
+            Baselines see no copy; and no copy is held out, tested, standardised on or scored, nor seen while a case of
+            its patient is. Nobody's mask is learned from a copy.
         heads: Names; None for `DEFAULT_HEADS` (those that can read this cache). `BASELINES` are always trained too.
         token_sets: What all heads read (each those that it can), or per head; None for what each head prefers.
         views: What heads see, each as ``flair`` or ``flair/axial``; None for all. Cases without any are left aside.
@@ -161,10 +168,11 @@ def train(
         TaskError: a target cannot be learned (before anything is trained).
         HeadError: unknown head, or one that cannot read the cache or breaks its contract.
         RunError: a run folder exists, or cannot be written.
-        CacheError: the cache is damaged, holds no stack or lacks a token set or view.
+        CacheError: the cache is damaged, holds no stack or lacks a token set or view, or holds copies.
+        RecipeError, ManifestError: the copies are not of this cache, as `embedkit.copies.Copies`.
         OptionError: an option means nothing.
     """
-    source = cache if isinstance(cache, Cache) else open_cache(cache)
+    source = open_originals(cache)
     source = source if views is None else source.only_views(views)
     supervision = Supervision(source, masks)
     labels, targets, heads = supervision.stand_in(labels, targets, heads)
@@ -178,11 +186,26 @@ def train(
     _check_folds(repeats=repeats, split=split, group_by=group_by, same=same_folds, starts=start is not None)
     keeps = keep_old is not None
     if keep_old is not None:
-        require_keepable(keep_old, keep_weight, starts=start is not None, targets=names, masks=masks is not None)
-    fresh = {"sweep": sweep, "repeats": repeats, "resume": resume}
+        require_keepable(
+            keep_old,
+            keep_weight,
+            starts=start is not None,
+            targets=names,
+            masks=masks is not None,
+            copies=copies is not None,
+        )
     asked: dict[str, Any] = {"heads": heads, "token_sets": token_sets, "head_options": head_options or {}}
-    begun, heads, token_sets, head_options = _begin(start, source, supervision, **asked, fresh=fresh, keeps=keeps)
+    begun, heads, token_sets, head_options = _begin(
+        start,
+        source,
+        supervision,
+        **asked,
+        fresh={"sweep": sweep, "repeats": repeats, "resume": resume},
+        keeps=keeps,
+    )
     plans = plan_heads(source, heads, token_sets, head_options, fit_options or {}, sweep=sweep, seed=seed)
+    shown = None if copies is None else Copies(source, copies)
+    plans = plans if shown is None else shown.plan(plans)
     folders = _plan_folders(Path(out), names, plans, kept=begun if keeps else None, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
     made = [
@@ -211,7 +234,9 @@ def train(
     supervision.measure(plans, case_ids)
     given: dict[str, Any] = {"folds": split or group_by or folds, "repeats": repeats, "sweep": sweep, "seed": seed}
     wanted = [(plan, target) for plan in plans for target in prepared if plan in matched[target.task.name]]
-    work = Work(source, joint, supervision, folders, begun=begun, keeper=keeper, device=chosen, storage=storage)
+    work = Work(
+        source, joint, supervision, folders, begun=begun, keeper=keeper, copies=shown, device=chosen, storage=storage
+    )
     pending = [pair for pair in wanted if not resume or not _is_done(work, *pair, given=given, seeds=seeds)]
     account = _Account(wanted, pending, on_progress)
     how: dict[str, Any] = {"sweep": sweep, "seed": seed, "seeds": seeds, "resamples": resamples}
@@ -313,6 +338,7 @@ def _is_done(work: Work, plan: HeadPlan, target: TrainedTarget, *, given: Mappin
         "times": task.times,
         "member_count": members,
         "masks": masks,
+        "copies": None if work.copies is None else work.copies.describe(plan, task),
         "folded_with": target.folded_with,
     }
     if given["sweep"] is None:
