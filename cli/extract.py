@@ -142,7 +142,7 @@ def extract_command(
         ray_workers=ray_workers,
         shard_bytes=shard_bytes,
     )
-    _print_summary(summary, json=json)
+    _print_summary(summary, copies=augment, json=json)
     if part is not None and not summary.cases:
         typer.echo(f"part {part} holds no case: the manifest has fewer cases than parts", err=True)
     if summary.interrupted:
@@ -237,14 +237,16 @@ def _show(meter: Meter, progress: ExtractionProgress) -> None:
     meter(done, progress.cases, f"{counts}, {rate:.1f} slices/s{left}")
 
 
-def _print_summary(summary: ExtractionSummary, *, json: bool) -> None:
+def _print_summary(summary: ExtractionSummary, *, copies: int, json: bool) -> None:
     if json:
         print_json(dataclasses.asdict(summary))
         return
     rate = summary.slices / summary.seconds if summary.seconds else 0.0
+    each = f" as {copies} copies each" if copies else ""
     typer.echo(
-        f"{summary.cache}: {summary.cases_done} cases extracted ({summary.slices} slices, {summary.blank_slices} blank,"
-        f" {rate:.1f} slices/s), {summary.cases_before} there before, {len(summary.failures)} failed"
+        f"{summary.cache}: {summary.cases_done} cases extracted{each} ({summary.slices} slices,"
+        f" {summary.blank_slices} blank, {rate:.1f} slices/s), {summary.cases_before} there before,"
+        f" {len(summary.failures)} failed"
         f"{f', {len(summary.strays)} stray files' if summary.strays else ''}"
     )
     for case_id in summary.changed:

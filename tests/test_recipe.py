@@ -38,6 +38,22 @@ def test_every_field_changes_the_fingerprint() -> None:
         assert list(RECIPE.differences(other)) == [field.name]
 
 
+def test_recipes_without_copies_are_what_they_were_before_there_were_any() -> None:
+    assert RECIPE.fingerprint == "fec75fe0e4edca90"
+    assert "augment" not in RECIPE.to_json()
+    assert Recipe.from_json(RECIPE.to_json()).augment == ""
+    assert (RECIPE.copies, RECIPE.flips, RECIPE.stored_ids("a")) == (0, False, ("a",))
+
+
+def test_a_recipe_of_copies_says_how_many_and_what_they_are_called() -> None:
+    copies = Recipe.from_json(dataclasses.replace(RECIPE, augment="2:flip").to_json())
+    assert (copies.copies, copies.flips, copies.stored_ids("a#1")) == (2, True, ("a#1#1", "a#1#2"))
+    for wrong in ("0", "2:mirror", "100", "two"):
+        text = dataclasses.replace(RECIPE, augment=wrong).to_json()
+        with pytest.raises(RecipeError, match=f"augment is '{wrong}', expected N or N:flip"):
+            Recipe.from_json(text)
+
+
 def test_another_recipe_is_refused_with_field_both_values_and_the_ways_out() -> None:
     other = dataclasses.replace(RECIPE, image_size=448)
     with pytest.raises(RecipeError) as caught:
