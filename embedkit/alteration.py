@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Alteration", "alter_slices", "draw_alteration", "move_slices"]
+from embedkit.recipe import Recipe
+
+__all__ = ["Alteration", "alter_slices", "draw_alteration", "draw_copies", "move_slices"]
 
 _MOST_DEGREES, _MOST_SCALING, _MOST_SHIFT, _MOST_BENDING = 10.0, 0.1, 0.1, 0.25
 _ACROSS = ("sagittal",)
@@ -64,6 +66,21 @@ def draw_alteration(case_id: str, number: int, *, plane: str, sources: Sequence[
         shift=(_MOST_SHIFT * draw("down"), _MOST_SHIFT * draw("right")),
         powers=tuple(math.exp(_MOST_BENDING * draw(f"power {view}")) for view in sources),
     )
+
+
+def draw_copies(case_id: str, *, plane: str, sources: Sequence[str], recipe: Recipe) -> list[tuple[str, Alteration]]:
+    """The id of each copy of a case that a recipe makes, and what it differs by; none where it keeps the case itself.
+
+    Args:
+        case_id, plane, sources: As in `draw_alteration`.
+        recipe: Of the copies.
+    """
+    if not recipe.copies:
+        return []
+    return [
+        (own, draw_alteration(case_id, number, plane=plane, sources=sources, flips=recipe.flips))
+        for number, own in enumerate(recipe.stored_ids(case_id), start=1)
+    ]
 
 
 def alter_slices(images: Tensor, alteration: Alteration) -> Tensor:

@@ -6,7 +6,7 @@ takes no more memory than many small ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedkit.alteration import Alteration, draw_alteration
+from embedkit.alteration import Alteration, draw_copies
 from embedkit.cache import StackTokens, check_stack
 from embedkit.errors import BackboneError, VolumeError
 from embedkit.features import BackboneInfo
@@ -107,15 +107,9 @@ class StackWork:
     preview: NDArray[np.uint8] | None
 
 
-def list_kept(case_id: str, stack: Stack, recipe: Recipe) -> list[tuple[str, Alteration | None]]:
+def list_kept(case_id: str, stack: Stack, recipe: Recipe) -> Sequence[tuple[str, Alteration | None]]:
     """Of a planned stack of a case, the id of each that a recipe keeps and what alters it: itself, or its copies."""
-    if not recipe.copies:
-        return [(case_id, None)]
-    plane, sources, flips = stack.plane, stack.sources, recipe.flips
-    return [
-        (own, draw_alteration(case_id, number, plane=plane, sources=sources, flips=flips))
-        for number, own in enumerate(recipe.stored_ids(case_id), start=1)
-    ]
+    return draw_copies(case_id, plane=stack.plane, sources=stack.sources, recipe=recipe) or [(case_id, None)]
 
 
 class CaseWork:

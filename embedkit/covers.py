@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embedkit.alteration import draw_copies, move_slices
 from embedkit.bags import Bag, BagShape, list_views
 from embedkit.cache import Cache, StackRecord
 from embedkit.errors import ManifestError, VolumeError
 from embedkit.manifest import read_manifest
 from embedkit.orientation import measure_spacing, to_canonical
 from embedkit.patches import measure_patch_cover
+from embedkit.recipe import Recipe
 from embedkit.storage import TokenStore
 from embedkit.targets import list_some
 from embedkit.volumes import Volume, read_mask
@@ -30,6 +33,9 @@ from embedkit.volumes import Volume, read_mask
 __all__ = ["CoveredStore", "Covers", "Masks", "read_stack_mask"]
 
 Grid = tuple[int, int]
+
+_PARTS = 8
+"""Of a patch's side, in which a mask is moved for a copy."""
 
 
 class Masks:
@@ -86,8 +92,15 @@ class Masks:
                 found[record.case_id] = float((read_stack_mask(path, record) > 0).sum()) * voxel_mm3 / 1000
         return pl.DataFrame({"case_id": list(found), "mask_ml": list(found.values())})
 
-    def measure(self, case_ids: Sequence[str], grids: Sequence[Grid]) -> dict[Grid, Covers]:
+    def measure(
+        self, case_ids: Sequence[str], grids: Sequence[Grid], *, copies: Recipe | None = None
+    ) -> dict[Grid, Covers]:
         """Reads the masks of some cases once and measures them on these grids.
+
+        Args:
+            case_ids: Of the cases.
+            grids: In patches.
+            copies: Recipe of altered copies of the cases, whose masks are those of the cases moved as they are.
 
         Raises:
             VolumeError: a mask cannot be read, or does not belong to its image.
@@ -98,13 +111,27 @@ class Masks:
             mask = read_stack_mask(path, record) > 0
             table = self.cache.slices(stack)
             for grid in grids:
-                cover = measure_patch_cover(
-                    mask, indices=table.indices, box=record.box, plane=record.plane, grid=grid
-                ).reshape(len(table.indices), -1)
-                cover[table.blank] = np.nan
                 place = views.index(f"{record.view}/{record.plane}")
-                parts[grid][record.case_id, place] = torch.from_numpy(cover).half()
+                for case_id, cover in _measure_covers(mask, table.indices, record, grid, copies):
+                    flat = cover.reshape(len(cover), -1)
+                    flat[table.blank] = np.nan
+                    parts[grid][case_id, place] = torch.from_numpy(flat).half()
         return {grid: Covers(grid, views, found) for grid, found in parts.items()}
+
+
+def _measure_covers(
+    mask: NDArray[np.bool_], indices: NDArray[np.int32], record: StackRecord, grid: Grid, copies: Recipe | None
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """The share of each patch [slices height width] that a mask covers: of a stack, and of its copies if any."""
+    measure = partial(measure_patch_cover, mask, indices=indices, box=record.box, plane=record.plane)
+    yield record.case_id, measure(grid=grid)
+    if copies is None:
+        return
+    height, width = grid
+    fine = measure(grid=(_PARTS * height, _PARTS * width))
+    for case_id, alteration in draw_copies(record.case_id, plane=record.plane, sources=record.sources, recipe=copies):
+        moved = move_slices(torch.from_numpy(fine)[:, None], alteration)
+        yield case_id, moved.view(len(fine), height, _PARTS, width, _PARTS).mean((2, 4)).numpy()
 
 
 @dataclass(frozen=True, eq=False)

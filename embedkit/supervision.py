@@ -21,6 +21,7 @@ from embedkit.maskscores import mean_interval, score_masks
 from embedkit.members import Member
 from embedkit.plugins import MASK_OPTION, learns_masks, list_heads, list_options
 from embedkit.pooling import joined_grid
+from embedkit.recipe import Recipe
 from embedkit.runfolder import RunRecord
 from embedkit.targets import count_noun
 from embedkit.tasks import Task
@@ -84,8 +85,10 @@ class Supervision:
             asked[name] = {**asked.get(name, {}), MASK_OPTION: self._masks is not None}
         return asked
 
-    def measure(self, plans: Sequence[HeadPlan], case_ids: Sequence[str]) -> None:
+    def measure(self, plans: Sequence[HeadPlan], case_ids: Sequence[str], *, copies: Recipe | None = None) -> None:
         """Reads the masks of some cases, for every grid that a head which learns masks reads.
+
+        Those of altered copies, if their recipe is given, are the masks of the cases moved alike.
 
         Raises:
             OptionError: masks were given that no head learns, of none of the cases, or that are all empty.
@@ -101,7 +104,7 @@ class Supervision:
                 f" that does ({', '.join(able)}), or leave the masks away"
             )
         grids = {joined_grid(bag_shape(self.source, token_sets), token_sets) for token_sets in readings}
-        self.covers = self._masks.measure(case_ids, sorted(grids))
+        self.covers = self._masks.measure(case_ids, sorted(grids), copies=copies)
         if not any(covers.case_ids for covers in self.covers.values()):
             raise OptionError(
                 "masks were given, but of none of the labelled cases; give those of some that have a label, or leave"
@@ -109,16 +112,18 @@ class Supervision:
             )
         if not any((part > 0).any() for covers in self.covers.values() for part in covers.parts.values()):
             raise OptionError(
-                f"the masks of {count_noun(len(next(iter(self.covers.values())).case_ids), 'labelled case')} were read,"
+                f"the masks of {count_noun(self._count(case_ids), 'labelled case')} were read,"
                 " but none covers anything of what the backbone saw: they are empty, or lie outside the crop; give"
                 " masks that mark something (voxels above 0), or leave them away"
             )
 
     def count(self, plan: HeadPlan, task: Task) -> int:
         """Cases of a task whose mask a head learns from."""
-        if not (self.covers and learns_masks(plan.head)):
-            return 0
-        return len(next(iter(self.covers.values())).case_ids & set(task.case_ids))
+        return self._count(task.case_ids) if self.covers and learns_masks(plan.head) else 0
+
+    def _count(self, case_ids: Sequence[str]) -> int:
+        """How many of some cases have a mask."""
+        return len(next(iter(self.covers.values())).case_ids & set(case_ids))
 
     def tell(
         self,

@@ -125,7 +125,7 @@ def train(
             ``cache``; of token sets it need hold those alone that heads trained by gradient read. Such heads are shown
             the copies of a fold's training cases beside these, in fewer epochs, so that there are about as many steps.
             Baselines see no copy; and no copy is held out, tested, standardised on or scored, nor seen while a case of
-            its patient is. Nobody's mask is learned from a copy.
+            its patient is. A mask is moved as its copy is.
         heads: Names; None for `DEFAULT_HEADS` (those that can read this cache). `BASELINES` are always trained too.
         token_sets: What all heads read (each those that it can), or per head; None for what each head prefers.
         views: What heads see, each as ``flair`` or ``flair/axial``; None for all. Cases without any are left aside.
@@ -231,7 +231,7 @@ def train(
         keeper = Keeper(begun, source, plan, dealt[0], usable=usable, count=keep_old, weight=keep_weight)
     exemplars = () if keeper is None else keeper.case_ids
     case_ids = sorted({*exemplars, *(case for task in tasks for case in task.case_ids)})
-    supervision.measure(plans, case_ids)
+    supervision.measure(plans, case_ids, copies=None if shown is None else shown.cache.recipe)
     given: dict[str, Any] = {"folds": split or group_by or folds, "repeats": repeats, "sweep": sweep, "seed": seed}
     wanted = [(plan, target) for plan in plans for target in prepared if plan in matched[target.task.name]]
     work = Work(

@@ -15,9 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 import embedkit
+from embedkit.alteration import draw_copies, move_slices
 from embedkit.bags import BagShape, bag_shape
 from embedkit.cache import open_cache
-from embedkit.covers import Masks, read_stack_mask
+from embedkit.covers import Covers, Masks, read_stack_mask
 from embedkit.errors import HeadError, ManifestError, OptionError, RunError, VolumeError
 from embedkit.masklosses import dice_overlap, mask_losses
 from embedkit.patches import find_patch, measure_patch_cover
@@ -25,6 +26,7 @@ from embedkit.plugins import create_head
 from embedkit.prompts import Click, place_clicks
 from embedkit.runs import Run, open_run
 from embedkit.segmentation import predict_mask, segment
+from embedkit.slices import plan_stacks, render_slices
 from embedkit.volumes import read_volume, write_volume
 
 SHAPE = (12, 20, 24)
@@ -458,3 +460,52 @@ def test_practice_clicks_lie_on_the_mask_alone_and_never_more_than_asked_for() -
         assert ((cover.nan_to_num() > 0) & mask[..., None])[clicks > 0].all()
     assert counts == {0, 1, 2}
     assert head.eval()._practise(cover, mask).sum() == 0
+
+
+def test_the_mask_of_a_copy_lies_where_its_image_was_moved_to(work: Path) -> None:
+    cache = open_cache(work / "cache")
+    recipe = dataclasses.replace(cache.recipe, augment="2:flip", windows=("range:0:1",))
+    covers = Masks(cache, work / "cases.csv").measure(["c01"], [(6, 6)], copies=recipe)[6, 6]
+    image = read_volume(work / "c01.nii.gz")
+    volumes = {"image": dataclasses.replace(image, array=(image.array > 160).astype(np.float32))}
+    (stack,) = plan_stacks(volumes, recipe)
+    pictures, _ = render_slices(stack, volumes, recipe, 0, len(stack.indices))
+    drawn = draw_copies("c01", plane="axial", sources=("image",), recipe=recipe)
+    for case_id, alteration in [("c01", None), *drawn]:
+        moved = pictures if alteration is None else move_slices(pictures, alteration)
+        expected = torch.nn.functional.avg_pool2d(moved[:, 0], 16).flatten(1)
+        found = covers.batch([case_id], len(stack.indices))[0, 0]
+        real = ~found.isnan()
+        assert real.any(1).sum() > 4
+        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=0.06)
+        assert expected.max() > 0.5
+    assert covers.case_ids == {"c01", "c01#1", "c01#2"}
+
+
+def test_copies_are_learned_with_their_masks(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = pl.read_csv(work / "cases.csv")[:12].with_columns(pl.format(f"{work}/{{}}", "path").alias("path"))
+    how: dict[str, Any] = {"backbone": "embedkit/scattering", "image_size": 96, "window": "range:60:260"}
+    embedkit.extract(some.drop("mask"), tmp_path / "copies", tokens=["patch"], augment=1, **how)
+    known, batch = dict[str, bool](), Covers.batch
+
+    def watch(covers: Covers, case_ids: Any, slices: int) -> torch.Tensor:
+        found = batch(covers, case_ids, slices)
+        known.update(zip(case_ids, (~found.isnan()).flatten(1).any(1).tolist(), strict=True))
+        return found
+
+    monkeypatch.setattr(Covers, "batch", watch)
+    trained = embedkit.train(
+        work / "cache",
+        pl.read_csv(work / "labels.csv").filter(pl.col("case_id").is_in(some["case_id"].implode())),
+        targets=["bright"],
+        masks=work / "cases.csv",
+        copies=tmp_path / "copies",
+        heads=["segment"],
+        fit_options={"epochs": 2},
+        folds=2,
+        out=tmp_path / "runs",
+        resamples=2,
+    )
+    assert {f"c{number:02}#1" for number in range(12)} <= known.keys()
+    assert all(known.values())
+    assert trained.runs[-1].record.masks == 12
