@@ -286,11 +286,14 @@ class ScriptedTransport:
     def close(self) -> None:
         self.events.clear()
 
+    def write_all(self, cases: list[Case], cache: Path, *, batch_size: int) -> ExtractionSummary:
+        """Extracts cases to disk."""
+        cpu = torch.device("cpu")
+        return extract_cases(cases, cache, self.backbone, self.recipe, device=cpu, batch_size=batch_size)
+
     def write(self, case: Case, begin: Begin) -> Done:
         """Extracts a case to disk, as a worker does."""
-        summary = extract_cases(
-            [case], begin.cache, self.backbone, begin.recipe, device=torch.device("cpu"), batch_size=4
-        )
+        summary = self.write_all([case], begin.cache, batch_size=4)
         return Done(case.case_id, summary.slices, summary.blank_slices, changed=False)
 
 
@@ -371,6 +374,25 @@ def test_only_what_is_not_on_disk_is_done_again(manifest: Path, single: Path, tm
     assert (summary.cases_done, summary.slices, summary.blank_slices) == (CASES - 1, good_slices(), CASES - 1)
     assert not summary.interrupted
     require_equal(tmp_path / "cache", single)
+
+
+def test_copies_that_a_lost_worker_wrote_are_known_as_those_of_their_case(manifest: Path, tmp_path: Path) -> None:
+    """The first worker writes the two copies of `case_00` untold, and is gone."""
+
+    def behave(number: int, case: Case, begin: Begin) -> list[Event]:
+        done = transport.write(case, begin)
+        return [Lost("killed in a test")] if transport.starts == [0] else [done, Wanted()]
+
+    transport = ScriptedTransport(1, behave)
+    transport.recipe = replace(transport.recipe, augment="2")
+    cases = good_cases(manifest)[:3]
+    summary = dispatch_cases(cases, tmp_path / "cache", transport)
+    assert [case_id for _, case_id in transport.given] == ["case_00", "case_01", "case_02"]
+    assert (summary.cases_done, summary.slices, summary.blank_slices) == (3, 2 * (3 + 4 + 5), 2 * 3)
+    create_cache(tmp_path / "alone", transport.recipe)
+    transport.write_all(cases, tmp_path / "alone", batch_size=32)
+    require_equal(tmp_path / "cache", tmp_path / "alone")
+    assert open_cache(tmp_path / "cache").stacks["case_id"].to_list()[:3] == ["case_00#1", "case_00#2", "case_01#1"]
 
 
 def test_a_case_that_takes_two_workers_down_is_put_on_record_and_the_others_land(
