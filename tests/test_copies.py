@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from embedkit import gradientfits
 from embedkit.advice import advise
+from embedkit.bags import Bag
 from embedkit.cache import Cache, StackTokens, open_cache
 from embedkit.copies import Copies
 from embedkit.crossfitting import CrossFit, cross_fit
@@ -29,6 +30,7 @@ from embedkit.folder import create_cache, write_shard
 from embedkit.foldjobs import FoldedTask
 from embedkit.headplans import HeadPlan, plan_heads
 from embedkit.indexbuilding import build_index
+from embedkit.losses import StackedLoss
 from embedkit.members import complete_options
 from embedkit.neighbours import probe_neighbours
 from embedkit.preparation import Preparation
@@ -38,7 +40,7 @@ from embedkit.segmentation import segment
 from embedkit.serving import serve
 from embedkit.shots import few_shot
 from embedkit.stacks import Fit
-from embedkit.storage import Storage
+from embedkit.storage import ResidentStore, Storage
 from embedkit.sweeps import Candidate
 from embedkit.tasks import make_task, repeat_folds
 from embedkit.training import Training, train
@@ -219,11 +221,27 @@ def test_a_head_that_knows_patients_again_is_at_chance(tmp_path: Path) -> None:
         assert ((each.scores[:, 0] > 0.5) == ILL[each.cases]).mean() < 0.95
 
 
-def test_a_copy_is_learned_with_the_label_of_its_case(cache: Cache, tmp_path: Path) -> None:
-    """There are three copies of a case: were they another's, three labels of four would be those of a stranger."""
-    shuffled = dict(sorted(copy_all(tell_illness()).items(), key=lambda item: item[0][::-1]))
-    copies = build(tmp_path / "copies", shuffled, augment="3")
-    assert score(fit_head(cache, copies)) > 0.95
+def test_a_copy_is_learned_with_the_label_of_its_case(
+    cache: Cache, copies: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, total = ResidentStore.batch, StackedLoss.total
+    last, learned = list[str](), set[tuple[str, str]]()
+
+    def read(store: ResidentStore, places: Any, *others: Any, **how: Any) -> Bag:
+        found = batch(store, places, *others, **how)
+        last[:] = found.case_ids
+        return found
+
+    def lose(loss: StackedLoss, logits: torch.Tensor, cases: torch.Tensor, *others: Any) -> torch.Tensor:
+        learned.update(zip(last, (CASES[case] for case in cases.flatten()), strict=True))
+        return total(loss, logits, cases, *others)
+
+    monkeypatch.setattr(ResidentStore, "batch", read)
+    monkeypatch.setattr(StackedLoss, "total", lose)
+    assert score(fit_head(cache, copies, epochs=2)) > 0.9
+    assert learned == {(case, case) for case in CASES} | {
+        (f"{case}#{number}", case) for case in CASES for number in range(1, COPIES + 1)
+    }
 
 
 def test_baselines_and_standardisation_are_of_the_cases_alone(plain: dict[str, Run], shown: dict[str, Run]) -> None:
