@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from embedkit.storage import ResidentStore, Storage
 from embedkit.sweeps import Candidate
 from embedkit.tasks import make_task, repeat_folds
 from embedkit.training import Training, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECIPE = Recipe("tiny", "builtin:1", ("cls:2",), 32, (0.5,), (0.5,), preview=0)
 CASES = [f"c{case:02}" for case in range(36)]
@@ -94,14 +96,6 @@ def copy_all(tokens: dict[str, np.ndarray], *, spread: float = 0.1) -> dict[str,
         for case, values in tokens.items()
         for number in range(1, COPIES + 1)
     }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,12 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-import torch
 
 from embedkit import files, runfolder
 from embedkit.cache import Cache, StackTokens, open_cache
@@ -24,6 +22,8 @@ from embedkit.folder import create_cache, write_shard
 from embedkit.recipe import Recipe
 from embedkit.runs import Run, open_run, predict
 from embedkit.training import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIM = 5
 RECIPE = Recipe("tiny", "builtin:1", ("cls:2", "patch@2:1"), 32, (0.5,), (0.5,), preview=0)
@@ -66,15 +66,6 @@ def build_labels(prefix: str, cases: int = 24) -> pl.DataFrame:
             "volume": [float(100 + 50 * (case % 2) + case / 10) for case in range(cases)],
         }
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on several threads, far slower on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,11 @@ from embedkit.stopping import Watch
 from embedkit.storage import ResidentStore, TokenStore
 from embedkit.targets import TaskKind
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIM, CASES = 6, 30
 SHAPE = BagShape({"cls:2": (1, DIM)}, {}, ("t1/axial", "t2/axial"))
 HOW = FitOptions(epochs=4, batch_size=6, learning_rate=2e-2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build_bags() -> BagStore:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from embedkit.cli.main import app
 from typer.testing import CliRunner
 
@@ -28,6 +26,8 @@ from embedkit.runs import open_run, predict
 from embedkit.survivalsection import survival_section
 from embedkit.training import Training, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from lifelines import KaplanMeierFitter
@@ -39,14 +39,6 @@ with warnings.catch_warnings():
 CASES = 150
 QUICK = {"epochs": 25, "learning_rate": 1e-2}
 TIMES = (10.0, 25.0, 45.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build_cache(folder: Path, table: Any, first: int = 0) -> Cache:

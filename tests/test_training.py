@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from embedkit.recipe import Recipe
 from embedkit.runs import open_run, predict
 from embedkit.standardisation import Moments, compute_moments, fit_standardiser
 from embedkit.training import BASELINES, TrainingProgress, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DIM = 6
 QUICK = {"epochs": 15, "batch_size": 8, "learning_rate": 5e-2}
@@ -77,15 +78,6 @@ def build_labels(cases: int = 40) -> pl.DataFrame:
             "constant": ["x"] * cases,
         }
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on several threads, far slower on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
