@@ -32,6 +32,7 @@ from embedkit.storage import Storage
 from embedkit.supervision import Supervision
 from embedkit.targets import TaskKind
 from embedkit.tasks import Task, folds_from_column, folds_from_groups, make_task, repeat_folds
+from embedkit.trainingoptions import check_events, check_folds, check_imbalance, check_runs, part_task_options
 from embedkit.trainingrecords import (
     TrainedTarget,
     describe_sweep,
@@ -180,10 +181,10 @@ def train(
     names = [targets] if isinstance(targets, str) else list(dict.fromkeys(targets))
     if not names:
         raise OptionError("no target was given, expected one or more columns of the label table")
-    _check_events(names, event)
+    check_events(names, event)
     chosen = choose_device(device)
-    _check_runs(resume=resume, overwrite=overwrite, seeds=seeds)
-    _check_folds(repeats=repeats, split=split, group_by=group_by, same=same_folds, starts=start is not None)
+    check_runs(resume=resume, overwrite=overwrite, seeds=seeds)
+    check_folds(repeats=repeats, split=split, group_by=group_by, same=same_folds, starts=start is not None)
     keeps = keep_old is not None
     if keep_old is not None:
         require_keepable(
@@ -209,11 +210,11 @@ def train(
     folders = _plan_folders(Path(out), names, plans, kept=begun if keeps else None, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
     made = [
-        make_task(table, name, usable, **_task_options(name, kind=kind, classes=classes, event=event, times=times))
+        make_task(table, name, usable, **part_task_options(name, kind=kind, classes=classes, event=event, times=times))
         for name in names
     ]
     tasks = [task for task, _ in made]
-    _check_imbalance(plans, tasks)
+    check_imbalance(plans, tasks)
     matched = match_heads(plans, tasks, heads)
     deal = partial(
         _deal, table=table, begun=begun, split=split, group_by=group_by, folds=folds, repeats=repeats, seed=seed
@@ -368,60 +369,6 @@ def _plan_folders(
         require_absent(path, overwrite=overwrite)
         folders[target, head] = path
     return folders
-
-
-def _check_runs(*, resume: bool, overwrite: bool, seeds: int) -> None:
-    if resume and overwrite:
-        raise OptionError("resume keeps the runs that exist and overwrite replaces them; choose one of the two")
-    if seeds < 1:
-        raise OptionError(f"seeds is {seeds}, expected 1 or more members per fold")
-
-
-def _check_folds(*, repeats: int, split: str | None, group_by: str | None, same: bool, starts: bool) -> None:
-    if same and starts:
-        raise OptionError("a head that starts from a run keeps its folds; leave the same folds for all targets away")
-    if split is not None and group_by is not None:
-        raise OptionError(
-            f"folds from both split {split} and group_by {group_by} were asked for; choose one of the two"
-        )
-    if repeats > 1 and (column := split or group_by) is not None:
-        raise OptionError(
-            f"{repeats} repeats were asked for with the folds of column {column}, which are the same every time;"
-            " leave one of the two away"
-        )
-
-
-def _check_imbalance(plans: Sequence[HeadPlan], tasks: Sequence[Task]) -> None:
-    for fit in (plan.fit for plan in plans if plan.by_gradient):
-        for task in tasks:
-            if fit.loss == "focal" and not task.classes:
-                raise OptionError(f"focal loss belongs to classes, but target {task.name} is a {task.kind} task")
-            if fit.sampling == "balanced" and task.kind not in ("binary", "multiclass"):
-                raise OptionError(
-                    f"balanced sampling belongs to a binary or multiclass task, but target {task.name} is {task.kind};"
-                    " train it in a call of its own, with sampling shuffled"
-                )
-
-
-def _check_events(targets: Sequence[str], event: str | Mapping[str, str] | None) -> None:
-    if isinstance(event, Mapping) and (strangers := sorted(set(event) - set(targets))):
-        raise OptionError(f"event columns were given for {', '.join(strangers)}, but targets are {', '.join(targets)}")
-
-
-def _task_options(
-    target: str,
-    *,
-    kind: TaskKind | None,
-    classes: Sequence[str] | None,
-    event: str | Mapping[str, str] | None,
-    times: Sequence[float] | None,
-) -> dict[str, Any]:
-    """The options of `make_task` for one of several targets: a mapping of events parts them into two sorts."""
-    if not isinstance(event, Mapping):
-        return {"kind": kind, "classes": classes, "event": event, "times": times}
-    if target in event:
-        return {"event": event[target], "times": times}
-    return {"kind": kind, "classes": classes}
 
 
 def _split_usable(source: Cache) -> tuple[pl.DataFrame, tuple[str, ...]]:
