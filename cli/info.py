@@ -77,7 +77,7 @@ def _print_summary(summary: CacheSummary) -> None:
             " it mended or gone; delete the file to forget cases that no manifest has any more"
         )
     if len(summary.duplicates):
-        typer.echo(f"note      {len(summary.duplicates)} stacks are stored twice; embedkit pack drops the copies")
+        typer.echo(f"note      {len(summary.duplicates)} stacks are stored twice; embedkit pack drops the duplicates")
     if summary.unreadable_failures:
         typer.echo(f"note      {len(summary.unreadable_failures)} lines of the failure record cannot be read")
 

@@ -28,7 +28,7 @@ def pack_command(
         packed = pack_cache(cache, out, shard_bytes=shard_bytes, progress=meter)
     typer.echo(
         f"{packed.path}: {packed.stacks} stacks in {packed.shards} shards, {packed.bytes / 1e6:.1f} MB,"
-        f" {packed.duplicates} copies dropped"
+        f" {packed.duplicates} duplicates dropped"
     )
     untold = [f"{packed.failures} cases are on record as failed"] if packed.failures else []
     untold += [f"{packed.strays} damaged DICOM files are on record as strays"] if packed.strays else []

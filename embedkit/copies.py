@@ -7,6 +7,7 @@ are shown to heads in training and are nothing else: knows no split and fits not
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import polars as pl
 
 from embedkit.cache import Cache, SliceTable, TokenSetInfo, open_cache
 from embedkit.errors import CacheError, HeadError, ManifestError, OptionError
+from embedkit.fitting import FitOptions
 from embedkit.headplans import HeadPlan
 from embedkit.recipe import require_same_recipe
 from embedkit.runfolder import RunRecord
@@ -44,8 +46,8 @@ class Copies:
             CacheError: as `open_cache`.
             OptionError: what is given holds no copies, or copies of none of the cases.
             RecipeError: it was made by another recipe, but for the token sets, which may be fewer, and the previews.
-            ManifestError: copies are of another patient or other files than their case, or a case bears the name of
-                a copy.
+            ManifestError: copies are of another patient or other files than their case, or lack a view of it, or a
+                case bears the name of a copy.
         """
         self.cache = copies if isinstance(copies, Cache) else open_cache(copies)
         _require_copies(self.cache, cases)
@@ -59,9 +61,11 @@ class Copies:
                 f"{list_some(self.strangers)}, none of which is in cache {cases.path}; give the copies of its cases"
             )
         _require_same_origin(matched, cases, self.cache)
+        _require_same_views(matched, known, self.cache)
         named = matched.select("case", "case_id").unique(maintain_order=True).group_by("case", maintain_order=True)
         self.by_case: Mapping[str, tuple[str, ...]] = {case: tuple(ids) for case, ids in named.agg("case_id").rows()}
         self.source = _JoinedSource(cases, self.cache, matched.select(self.cache.stacks.columns))
+        self._cases = known["case"].n_unique()
 
     def plan(self, plans: Sequence[HeadPlan]) -> tuple[HeadPlan, ...]:
         """The plans for cases and copies: an epoch is longer, so that as many fewer of them make as many steps.
@@ -82,8 +86,9 @@ class Copies:
         if not plan.by_gradient:
             return None
         recipe = self.cache.recipe
-        shown = sum(len(self.by_case.get(case, ())) for case in task.case_ids)
-        return {"fingerprint": recipe.fingerprint, "augment": recipe.augment, "shown": shown}
+        shown = sorted(copy for case in task.case_ids for copy in self.by_case.get(case, ()))
+        digest = hashlib.sha256("\n".join(shown).encode()).hexdigest()[:16]
+        return {"fingerprint": recipe.fingerprint, "augment": recipe.augment, "shown": len(shown), "names": digest}
 
     def tell(self, record: RunRecord, plan: HeadPlan, task: Task) -> RunRecord:
         """The record of a run with the copies that its head was shown, and the cases that have none."""
@@ -105,12 +110,19 @@ class Copies:
                 f" {', '.join(self.cache.recipe.token_sets)}; extract copies with these tokens too, or name others with"
                 " --tokens"
             )
-        share = 1 + self.cache.recipe.copies
         candidates = (
-            dataclasses.replace(each, fit=each.fit.replace(epochs=math.ceil(each.fit.epochs / share)))
+            dataclasses.replace(each, fit=each.fit.replace(epochs=self._count_epochs(each.fit)))
             for each in plan.candidates
         )
         return dataclasses.replace(plan, candidates=tuple(candidates))
+
+    def _count_epochs(self, fit: FitOptions) -> int:
+        """How many epochs over all cases and copies take as many steps as those asked for take over the cases alone."""
+        alone, together = (
+            math.ceil(count / fit.batch_size)
+            for count in (self._cases, self._cases + sum(map(len, self.by_case.values())))
+        )
+        return math.ceil(fit.epochs * alone / together)
 
 
 class _JoinedSource:
@@ -181,3 +193,17 @@ def _require_same_origin(matched: pl.DataFrame, cases: Cache, copies: Cache) -> 
                 f"the copies of {count_noun(len(differing), 'case')}{list_some(differing)} in {copies.path} were made"
                 f" of {what} than in {cases.path}; run both extract commands again, from one manifest"
             )
+
+
+def _require_same_views(matched: pl.DataFrame, known: pl.DataFrame, copies: Cache) -> None:
+    """Stops where copies lack a view or plane of their case: half of what heads see would then be without it."""
+    wanted = matched.select("case", "case_id").unique().join(known.select("case", "view", "plane"), on="case")
+    lacking = wanted.join(matched, on=("case_id", "view", "plane"), how="anti")
+    if not lacking.is_empty():
+        cases = lacking["case"].unique().sort().to_list()
+        views = lacking.select(pl.concat_str("view", "plane", separator="/")).to_series().unique().sort()
+        raise ManifestError(
+            f"the copies of {count_noun(len(cases), 'case')}{list_some(cases)} in {copies.path} lack"
+            f" {', '.join(views)}, which the cases have; extract the copies from the manifest of the cases, or train on"
+            " the --views that both have"
+        )

@@ -72,7 +72,8 @@ class RunRecord:
         notes: What the user should know, in sentences.
         masks: Number of cases whose mask the head learned from; 0 for a head that learned none.
         copies: Of the altered copies that the head was shown in training beside its cases: ``fingerprint`` and
-            ``augment`` of their recipe, and how many (``shown``); None where it was shown none.
+            ``augment`` of their recipe, how many (``shown``) and a digest of their ids (``names``); None where it was
+            shown none.
         folded_with: Other targets that its folds and inner splits are those of as well.
         sha256: Of the other files, in hex; known once it is written.
     """

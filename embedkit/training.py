@@ -328,6 +328,7 @@ def _is_done(work: Work, plan: HeadPlan, target: TrainedTarget, *, given: Mappin
         "classes": task.classes,
         "head": plan.head,
         "head_options": plan.options,
+        "copies": None if work.copies is None else work.copies.describe(plan, task),
         "fit_options": list_fit_options(plan, plan.candidates[0]),
         "folds": given["folds"],
         "repeats": given["repeats"],
@@ -339,7 +340,6 @@ def _is_done(work: Work, plan: HeadPlan, target: TrainedTarget, *, given: Mappin
         "times": task.times,
         "member_count": members,
         "masks": masks,
-        "copies": None if work.copies is None else work.copies.describe(plan, task),
         "folded_with": target.folded_with,
     }
     if given["sweep"] is None:

@@ -51,6 +51,7 @@ def test_nothing_drawn_leaves_slices_as_they_are() -> None:
         ({"shift": (0.25, -0.125)}, (26, 12)),  # a quarter of the side down, an eighth to the left
         ({"mirrored": True, "degrees": 90.0}, (43, 53)),  # mirrored first, then turned
         ({"degrees": 90.0, "shift": (0.0, 0.125)}, (20, 61)),  # turned first, then moved
+        ({"mirrored": True, "shift": (0.0, 0.125)}, (10, 51)),  # mirrored first, then moved to the right
     ],
 )
 def test_a_pixel_goes_where_it_was_sent(changes: dict[str, object], place: tuple[int, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -254,7 +255,8 @@ def test_there_are_as_many_steps_in_fewer_epochs_and_the_run_names_its_copies(
     record = shown["abmil"].record
     assert record.fit_options["epochs"] == 3  # 10 / 4, rounded up
     assert max(member["epochs"] for member in record.members) <= 3
-    assert record.copies == {"fingerprint": copies.fingerprint, "augment": "3", "shown": 108}
+    names = hashlib.sha256("\n".join(sorted(copies.stacks["case_id"])).encode()).hexdigest()[:16]
+    assert record.copies == {"fingerprint": copies.fingerprint, "augment": "3", "shown": 108, "names": names}
     fields = json.loads((shown["abmil"].path / "run.json").read_text())
     assert fields["copies"] == record.copies and "augment" not in fields["recipe"]
     assert set(shown["abmil"].predictions["case_id"]) == set(CASES)
@@ -268,10 +270,8 @@ def test_resuming_keeps_what_was_trained_on_the_same_copies_and_refuses_others(
     before = (shown["abmil"].path / "weights.safetensors").stat()
     run_training(cache, out, copies=copies, resume=True)
     assert (shown["abmil"].path / "weights.safetensors").stat() == before
-    with pytest.raises(RunError, match=r"was trained with fit_options .*\"epochs\": 3.*, but .*\"epochs\": 10"):
-        run_training(cache, out, resume=True)
     with pytest.raises(RunError, match=r"was trained with copies .*, but this training asks for null"):
-        run_training(cache, out, resume=True, fit_options=QUICK | {"epochs": 3})
+        run_training(cache, out, resume=True)
 
 
 def test_it_makes_no_difference_where_tokens_lie(cache: Cache, copies: Cache) -> None:
@@ -356,12 +356,56 @@ def test_copies_of_other_files_of_no_case_or_with_a_name_that_is_taken_are_refus
         Copies(named, copies)
 
 
+@pytest.mark.parametrize(
+    ("copied", "batch_size", "epochs"),
+    [
+        (2, 16, 30),  # 36 cases in 3 batches, with 2 x 3 copies in 3: as many
+        (12, 16, 18),  # with 12 x 3 copies 72 in 5
+        (36, 16, 10),  # 144 in 9
+        (36, 1024, 30),  # one step either way
+    ],
+)
+def test_fewer_epochs_take_as_many_steps_however_many_cases_have_copies(
+    cache: Cache, tmp_path: Path, copied: int, batch_size: int, epochs: int
+) -> None:
+    some = {name: values for name, values in copy_all(tell_illness()).items() if name[:3] in CASES[:copied]}
+    plans = plan_heads(cache, ["mlp"], None, {}, {"batch_size": batch_size, "epochs": 30})
+    planned = Copies(cache, build(tmp_path / "copies", some, augment="3")).plan(plans)
+    assert [plan.fit.epochs for plan in planned if plan.by_gradient] == [epochs]
+
+
+def test_copies_that_lack_a_view_of_their_case_are_refused(cache: Cache, copies: Cache) -> None:
+    more = open_cache(cache.path)
+    second = cache.stacks.filter(pl.col("case_id").is_in(["c03", "c07"])).with_columns(view=pl.lit("t2"))
+    more.stacks = pl.concat([cache.stacks, second])
+    with pytest.raises(
+        ManifestError, match=r"copies of 2 cases \(c03, c07\) in .* lack t2/axial, which the cases have"
+    ):
+        Copies(more, copies)
+
+
+def test_copies_of_other_cases_by_the_same_recipe_are_not_taken_for_those_of_a_run(
+    cache: Cache, tmp_path: Path
+) -> None:
+    every = copy_all(tell_illness())
+    halves = [
+        build(
+            tmp_path / f"{first}", {name: every[name] for name in every if name[:3] in CASES[first:][:18]}, augment="3"
+        )
+        for first in (0, 18)
+    ]
+    run_training(cache, tmp_path / "runs", copies=halves[0], heads=["linear"])
+    with pytest.raises(RunError, match=r"was trained with copies .*names"):
+        run_training(cache, tmp_path / "runs", copies=halves[1], heads=["linear"], resume=True)
+
+
 def test_heads_must_be_able_to_learn_from_copies(cache: Cache, copies: Cache, tmp_path: Path) -> None:
     more = build(tmp_path / "cache", tell_illness(), token_sets=("cls:1", "cls:2"))
     with pytest.raises(CacheError, match=r"head 'abmil' reads cls:1, but the copies in .* hold cls:2"):
         run_training(more, tmp_path / "runs", copies=copies, token_sets={"abmil": ["cls:1"]})
     plans = plan_heads(more, ["abmil"], {"abmil": ["cls:2"], "logistic": ["cls:1"]}, {}, {})
-    assert [plan.fit.epochs for plan in Copies(more, copies).plan(plans) if plan.by_gradient] == [8]  # 30 / 4
+    plans = Copies(more, copies).plan(plans)
+    assert [plan.fit.epochs for plan in plans if plan.by_gradient] == [10]  # 30 of 3 steps, where all take 9
     with pytest.raises(HeadError, match="all of the heads logistic, raptor are fitted in closed form"):
         run_training(cache, tmp_path / "runs", copies=copies, heads=[])
 
