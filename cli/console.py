@@ -6,12 +6,14 @@ import json
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import typer
 
+from embedkit.errors import StrayWarning
 from embedkit.sizes import format_bytes
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "print_table",
     "show_progress",
     "split_list",
+    "tell_strays",
 ]
 
 _PLAIN_EVERY_S = 10.0
@@ -115,6 +118,32 @@ def show_progress(title: str, unit: str) -> Iterator[Meter]:
             yield meter
     else:
         yield _lines(title, unit)
+
+
+@contextmanager
+def tell_strays() -> Iterator[None]:
+    """Says on stderr, once each, what damaged files lie beside a DICOM series as it is read; see `StrayWarning`."""
+    told: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, StrayWarning):
+                show(message, category, filename, lineno, file, line)
+            elif str(message) not in told:
+                told.add(str(message))
+                typer.echo(f"stray {message}", err=True)
+
+        warnings.simplefilter("always", StrayWarning)
+        warnings.showwarning = tell
+        yield
 
 
 @contextmanager

@@ -241,13 +241,15 @@ def _print_summary(summary: ExtractionSummary, *, copies: int, json: bool) -> No
     if json:
         print_json(dataclasses.asdict(summary))
         return
+    from embedkit.targets import count_noun
+
     rate = summary.slices / summary.seconds if summary.seconds else 0.0
     each = f" as {copies} copies each" if copies else ""
     typer.echo(
         f"{summary.cache}: {summary.cases_done} cases extracted{each} ({summary.slices} slices,"
         f" {summary.blank_slices} blank, {rate:.1f} slices/s), {summary.cases_before} there before,"
         f" {len(summary.failures)} failed"
-        f"{f', {len(summary.strays)} stray files' if summary.strays else ''}"
+        f"{', ' + count_noun(len(summary.strays), 'stray file') if summary.strays else ''}"
     )
     for case_id in summary.changed:
         typer.echo(f"  {case_id}: its files changed since they were cached; extracted anew")

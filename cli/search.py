@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from embedkit.cli.console import print_json, print_table
-
-from embedkit.errors import StrayWarning
+from embedkit.cli.console import print_json, print_table, tell_strays
 
 if TYPE_CHECKING:
     import polars as pl
@@ -115,23 +110,24 @@ def search_command(
         _search_texts(opened, text or [], {**towers, **vouched, "k": k, "where": where}, json=json)
     else:
         excluding = _parse_exclusion(opened, exclude_same, case)
-        asked = _read_query(opened, case, volume, vector, view=view, region=part, **reading)
-        _search_one(
-            opened,
-            asked,
-            {**ranking, **excluding},
-            cache=cache,
-            montage=montage,
-            pairs=pairs,
-            json=json,
-        )
+        with tell_strays():
+            asked = _read_query(opened, case, volume, vector, view=view, region=part, **reading)
+            _search_one(
+                opened,
+                asked,
+                {**ranking, **excluding},
+                cache=cache,
+                montage=montage,
+                pairs=pairs,
+                json=json,
+            )
 
 
 def _search_manifest(index: Index, manifest: Path, options: dict[str, Any], *, json: bool) -> None:
     from embedkit.retrieval import search_manifest
 
     failed: list[str] = []
-    with _tell_strays():
+    with tell_strays():
         found = search_manifest(
             index, manifest, on_failure=lambda name, reason: failed.append(f"{name}: {reason}"), **options
         )
@@ -177,21 +173,7 @@ def _read_query(
         return {"case_id": case, "volume": volume, "vector": read, "region": region}
     from embedkit.imagequeries import read_volume_query
 
-    with _tell_strays():
-        return {"query": read_volume_query(index, volume, region=region, **reading)}
-
-
-@contextmanager
-def _tell_strays() -> Iterator[None]:
-    """Says on stderr what damaged files lie beside a DICOM series that was read."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", StrayWarning)
-        yield
-    for each in caught:
-        if issubclass(each.category, StrayWarning):
-            typer.echo(f"stray {each.message}", err=True)
-        else:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return {"query": read_volume_query(index, volume, region=region, **reading)}
 
 
 def _search_one(

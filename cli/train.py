@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from embedkit.cli.console import parse_number, print_json, print_table, show_progress, split_list
+from embedkit.cli.console import parse_number, print_json, print_table, show_progress, split_list, tell_strays
 
 if TYPE_CHECKING:
     import polars as pl
@@ -135,7 +135,7 @@ def train_command(
 
     keep_freed_memory()
     try:
-        with show_progress("train", "fits") as meter:
+        with tell_strays(), show_progress("train", "fits") as meter:
             trained = train(
                 cache,
                 labels,

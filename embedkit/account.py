@@ -99,7 +99,7 @@ class Account:
     settled: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    looks: dict[Path, Sequence[Stray]] = field(default_factory=dict)
+    looks: dict[Path, Sequence[Sequence[Stray]]] = field(default_factory=dict)
     cases_same: int = 0
     slices: int = 0
     blank_slices: int = 0

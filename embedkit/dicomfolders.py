@@ -14,7 +14,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from embedkit.dicomheaders import DicomSeries, UnreadFile
-from embedkit.dicomlisting import find_dicom_series
+from embedkit.dicomlisting import find_dicom_series, leads_nowhere, list_files
 from embedkit.errors import VolumeError
 from embedkit.failures import Stray
 from embedkit.files import changed_ns
@@ -42,14 +42,17 @@ class _Listing:
     states: dict[str, _State]
 
     def holds(self, file: Path) -> bool:
-        """Whether what was found of a file in the folder still holds."""
-        if file.parent.stat().st_mtime_ns != self.listed_ns:
-            return False
+        """Whether what was found of a file in the folder still holds; not where that cannot be told any more."""
         series = self.series.get(file.name)
         if series is None and file.name not in self.strays:
             return False
         of_series = series.files if series else ()
-        return all(_state(each) == self.states[each.name] for each in (*of_series, *self._stray_files()))
+        try:
+            return file.parent.stat().st_mtime_ns == self.listed_ns and all(
+                _state(each) == self.states[each.name] for each in (*of_series, *self._stray_files())
+            )
+        except OSError:
+            return False
 
     def _stray_files(self) -> list[Path]:
         return [each.file for each in self.strays.values()]
@@ -64,7 +67,7 @@ class SeriesFolders:
     def __init__(self) -> None:
         """Begins with none."""
         self._listings: dict[Path, _Listing] = {}
-        self._looks: dict[Path, tuple[Stray, ...]] = {}
+        self._looks: dict[Path, tuple[tuple[Stray, ...], ...]] = {}
         self._in_work: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
         self._lock = threading.Lock()
 
@@ -92,7 +95,7 @@ class SeriesFolders:
                 listing = self._look(path.parent, stop)
             self._remember(path.parent, listing)
         if path.name in listing.strays:
-            raise VolumeError(listing.strays[path.name].problem, file=path)
+            raise listing.strays[path.name].error()
         if path.name not in listing.series:
             raise VolumeError("no DICOM image; give an image file of the series, or its folder", file=path)
         return listing.series[path.name]
@@ -105,9 +108,10 @@ class SeriesFolders:
         """
         self._look(folder, stop)
 
-    def take_looks(self) -> dict[Path, tuple[Stray, ...]]:
+    def take_looks(self) -> dict[Path, tuple[tuple[Stray, ...], ...]]:
         """The folders looked through since the last call, and what strays lie beside the series in each.
 
+        Strays whose headers tell the same series, of which no sound file is there, come together, all others alone.
         A folder without one sound series has none, for there is nothing beside them: who asks for it is told.
         """
         with self._lock:
@@ -116,10 +120,11 @@ class SeriesFolders:
 
     def _look(self, folder: Path, stop: Stop) -> _Listing:
         listing = _look_through(folder, stop)
-        strays = listing.strays.items() if listing.series else ()
-        described = tuple(_describe(each, listing.states[name]) for name, each in strays)
+        described: dict[tuple[str, str], list[Stray]] = {}
+        for name, each in listing.strays.items() if listing.series else ():
+            described.setdefault((each.uid, "" if each.uid else name), []).append(_describe(each, listing.states[name]))
         with self._lock:
-            self._looks[folder] = described
+            self._looks[folder] = tuple(map(tuple, described.values()))
         return listing
 
     def _remember(self, folder: Path, listing: _Listing) -> None:
@@ -132,10 +137,10 @@ class SeriesFolders:
 def _look_through(folder: Path, stop: Stop) -> _Listing:
     try:
         listed_ns = folder.stat().st_mtime_ns
-        files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
+        files = list_files(folder)
+        states = {file.name: _state(file) for file in files}  # before any header is read
     except OSError as error:
         raise VolumeError(f"cannot be read ({error.strerror}); check the folder and its rights", file=folder) from error
-    states = {file.name: _state(file) for file in files}  # before any header is read
     found, others = find_dicom_series(folder, files=files, stop=stop)
     series = {file.name: one for one in found for file in one.files}
     strays = {each.file.name: each for each in others if each.is_damage}
@@ -143,10 +148,20 @@ def _look_through(folder: Path, stop: Stop) -> _Listing:
 
 
 def _state(file: Path) -> _State:
+    """Of the link itself where it leads nowhere.
+
+    Raises:
+        OSError: the file cannot be asked.
+    """
     try:
         found = file.stat()
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if leads_nowhere(file):
+            found = file.lstat()
+        elif isinstance(error, FileNotFoundError):
+            return None
+        else:
+            raise
     return found.st_size, changed_ns(found)
 
 
@@ -160,7 +175,7 @@ def _only_series(folder: Path, listing: _Listing) -> DicomSeries:
     series = list({one.uid: one for one in listing.series.values()}.values())
     if not series:
         for stray in listing.strays.values():
-            raise VolumeError(stray.problem, file=stray.file)
+            raise stray.error()
         raise VolumeError(
             "holds no DICOM image directly; give the folder in which the series' files lie",
             file=folder,

@@ -16,6 +16,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from embedkit.dicomelements import find_value
+from embedkit.errors import VolumeError
 
 __all__ = [
     "DicomSeries",
@@ -75,12 +76,18 @@ class UnreadFile(NamedTuple):
         problem: Why, and what to do.
         is_damage: False for an object that has no pixels, such as an RTSTRUCT.
         uid: SeriesInstanceUID; empty where the header no longer tells it, or nobody asked.
+        found: In words, what the file itself says, which is never put on record: of `VolumeError`.
     """
 
     file: Path
     problem: str
     is_damage: bool
     uid: str = ""
+    found: str = ""
+
+    def error(self, more: str = "") -> VolumeError:
+        """As an error; ``more`` is added to the problem."""
+        return VolumeError(self.problem + more, file=self.file, found=self.found)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ class DicomSeries:
         modality: The header's Modality, such as CT, MR or PT.
         slices: What the headers of its sound files say.
         damaged: Those of its files that cannot be read.
-        strays: Damaged files in the folder that could be of any series, so of this one too.
+        strays: Damaged files in the folder that could be of any series, so of this one too: their headers tell none, or
+            one that no other file there tells.
     """
 
     folder: Path
@@ -180,6 +188,5 @@ def explain_no_pixels(file: Path, head: bytes, damage: str = "") -> UnreadFile:
     for prefix, name in _PIXELLESS_CLASSES.items():
         if storage_class.startswith(prefix):
             return UnreadFile(file, f"a DICOM {name}, not an image", False)
-    more = f" ({damage})" if damage else ""
-    problem = f"damaged, truncated or not DICOM{more}; copy the file again or remove it"
-    return UnreadFile(file, problem, True, find_series_uid(file))
+    problem = "damaged, truncated or not DICOM; copy the file again or remove it"
+    return UnreadFile(file, problem, True, find_series_uid(file), damage)

@@ -6,10 +6,13 @@ folder: it is a stray.
 
 from __future__ import annotations
 
+import errno
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import SimpleITK as sitk
 
@@ -28,7 +31,11 @@ from embedkit.formats import format_by_name
 from embedkit.itk import quiet_itk
 from embedkit.sourceimage import Stop, require_going
 
-__all__ = ["find_dicom_series", "list_dicom_series"]
+__all__ = ["find_dicom_series", "leads_nowhere", "list_dicom_series", "list_files"]
+
+_NUMBERS = re.compile(r"[0-9A-Fa-f]{8,}(?:-[0-9A-Fa-f]{4,})*|\d+")
+"""What names of the files of one series differ in: numbers, hashes and UUIDs."""
+_PIECE_BYTES = 2**20
 
 
 def list_dicom_series(folder: Path | str) -> list[DicomSeries]:
@@ -42,8 +49,22 @@ def list_dicom_series(folder: Path | str) -> list[DicomSeries]:
     series, others = find_dicom_series(folder)
     for unread in [*others, *(each for one in series for each in one.damaged)]:
         if unread.is_damage:
-            raise VolumeError(unread.problem, file=unread.file)
+            raise unread.error()
     return series
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` that are not hidden, and the links in it that lead nowhere, for each lacks a file.
+
+    Raises:
+        VolumeError: the folder cannot be listed.
+    """
+    try:
+        shown = [each for each in folder.iterdir() if not each.name.startswith(".")]
+        return [each for each in shown if each.is_file() or leads_nowhere(each)]
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}); check the folder and its rights"
+        raise VolumeError(problem, file=folder) from error
 
 
 def find_dicom_series(
@@ -57,19 +78,16 @@ def find_dicom_series(
         stop: Once set, the search ends with an error.
 
     Returns:
-        The series, each with those of its files that are damaged; and all other DICOM files without an image. What is
-        no DICOM passes for a damaged file where its name differs from that of a DICOM image in digits alone.
+        The series, each with those of its files that are damaged; and all other DICOM files without an image. What
+        shows no DICOM passes for a damaged file where its name differs from that of a DICOM image in numbers alone
+        (hexadecimal ones from 8 digits on) or, beside DICOM images, where it holds nothing, or zeros only.
 
     Raises:
         VolumeError: the folder cannot be listed, or ``stop`` is set.
     """
     folder = Path(folder)
     if files is None:
-        try:
-            files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")]
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror}); check the folder and its rights"
-            raise VolumeError(problem, file=folder) from error
+        files = list_files(folder)
     search = _Search()
     with quiet_itk():
         for file in sorted(files):
@@ -86,6 +104,7 @@ class _Search:
     modalities: dict[str, str] = field(default_factory=dict)
     unread: list[UnreadFile] = field(default_factory=list)
     passed_over: list[UnreadFile] = field(default_factory=list)
+    blank: set[Path] = field(default_factory=set)
     reader: sitk.ImageFileReader = field(default_factory=sitk.ImageFileReader)
 
     def __post_init__(self) -> None:
@@ -95,16 +114,22 @@ class _Search:
         """Looks at one file; one that is gone by now is passed over."""
         try:
             self._read(file)
-        except FileNotFoundError:
-            return
         except OSError as error:
-            self._pass_over(file, f"cannot be read ({error.strerror}); check its rights")
+            if leads_nowhere(file):
+                self._pass_over(file, "is a link that leads nowhere; fetch the file that it stands for or remove it")
+            elif not isinstance(error, FileNotFoundError):
+                self._pass_over(file, f"cannot be read ({error.strerror}); check its rights")
 
     def _read(self, file: Path) -> None:
         with file.open("rb") as stream:
             head = stream.read(1024)
-        if not looks_like_dicom(file, head):
-            what = "holds no DICOM though it is named like the images beside it" if head else "is empty (0 bytes)"
+            blank = not head.strip(b"\0") and _is_blank(stream)
+        if blank or not looks_like_dicom(file, head):
+            if blank:
+                self.blank.add(file)
+                what = "holds zeros only" if head else "is empty (0 bytes)"
+            else:
+                what = "holds no DICOM though it is named like the images beside it"
             self._pass_over(file, f"{what}; copy the file again or remove it")
             return
         if damage := find_damage(file):
@@ -127,26 +152,31 @@ class _Search:
 
     def finish(self, folder: Path) -> tuple[list[DicomSeries], list[UnreadFile]]:
         """The series, and all unread files that are of none of them, by name."""
-        patterns = {_without_digits(item.file) for slices in self.slices.values() for item in slices}
-        alike = [
-            each
-            for each in self.passed_over
-            if looks_like_dicom(each.file, b"") or _without_digits(each.file) in patterns
-        ]
-        unread = sorted([*self.unread, *alike])
-        others = [each for each in unread if not each.is_damage or each.uid not in self.slices]
-        strays = tuple(each for each in others if each.is_damage and not each.uid)
+        unread = sorted([*self.unread, *self._list_lost()])
+        known = {uid for uid in self.slices if uid}
+        others = [each for each in unread if not each.is_damage or each.uid not in known]
+        strays = tuple(_without_own_series([each for each in others if each.is_damage]))
         series = [
             _join(
                 folder,
                 uid,
                 slices,
                 self.modalities[uid],
-                [each for each in unread if each.is_damage and each.uid == uid],
+                [each for each in unread if each.is_damage and each.uid == uid and uid in known],
             )
             for uid, slices in self.slices.items()
         ]
         return [replace(one, strays=strays) for one in series], others
+
+    def _list_lost(self) -> list[UnreadFile]:
+        """Those passed over that were DICOM images, by their names, or may have been, having no content any more."""
+        patterns = {_without_numbers(item.file) for slices in self.slices.values() for item in slices}
+        blank = self.blank if self.slices else set()
+        return [
+            each
+            for each in self.passed_over
+            if each.file in blank or looks_like_dicom(each.file, b"") or _without_numbers(each.file) in patterns
+        ]
 
 
 def _join(
@@ -156,5 +186,27 @@ def _join(
     return DicomSeries(folder, tuple(files), modality, uid, tuple(slices), tuple(damaged))
 
 
-def _without_digits(file: Path) -> str:
-    return re.sub(r"\d+", "#", file.name)
+def _without_own_series(damaged: Sequence[UnreadFile]) -> list[UnreadFile]:
+    """Leaves out damaged files that tell one series together: a UID that one file alone tells may be damaged itself."""
+    told = Counter(each.uid for each in damaged if each.uid)
+    return [each for each in damaged if told[each.uid] < 2]
+
+
+def leads_nowhere(file: Path) -> bool:
+    """Whether a file is a link without a target, or one that leads in circles."""
+    if not file.is_symlink():
+        return False
+    try:
+        file.stat()
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+    return False
+
+
+def _is_blank(stream: BinaryIO) -> bool:
+    """Whether what is left of a file is zeros, or nothing."""
+    return all(not piece.strip(b"\0") for piece in iter(lambda: stream.read(_PIECE_BYTES), b""))
+
+
+def _without_numbers(file: Path) -> str:
+    return _NUMBERS.sub("#", file.name)

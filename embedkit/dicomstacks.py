@@ -51,8 +51,8 @@ def _check_damage(series: DicomSeries) -> None:
     """Refuses a series of which a file cannot be read: its place in the stack is not known for sure."""
     if series.damaged:
         first, *rest = series.damaged
-        more = f"; so are {len(rest)} more files of this series" if rest else ""
-        raise VolumeError(first.problem + more, file=first.file)
+        more = "is 1 more file" if len(rest) == 1 else f"are {len(rest)} more files"
+        raise first.error(f"; so {more} of this series" if rest else "")
 
 
 def _check_formats(series: DicomSeries) -> None:
@@ -129,9 +129,10 @@ def _check_spacing(series: DicomSeries, slices: Sequence[DicomSlice], places: Ar
     usual = float(np.median(steps))
     widest = int(np.argmax(steps))
     if steps[widest] > 1.5 * usual:
+        missing = round(steps[widest] / usual) - 1
         raise _lacking(
             series,
-            f"about {round(steps[widest] / usual) - 1} slices are missing between"
+            f"about {missing} {'slice is' if missing == 1 else 'slices are'} missing between"
             f" {places[widest]:.2f} and {places[widest + 1]:.2f} mm (usual spacing {usual:.2f} mm)",
             neighbours=slices[widest : widest + 2],
         )

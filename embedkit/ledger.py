@@ -53,7 +53,7 @@ class Ledger:
     on_progress: Callable[[ExtractionProgress], None] | None
     started: float
     outcomes: dict[str, Settled] = field(default_factory=dict)
-    looks: dict[Path, Sequence[Stray]] = field(default_factory=dict)
+    looks: dict[Path, Sequence[Sequence[Stray]]] = field(default_factory=dict)
     _counts: Counter[type[Settled]] = field(default_factory=Counter)
     _slices: int = 0
     _blank_slices: int = 0

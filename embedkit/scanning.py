@@ -100,7 +100,7 @@ def _find_images(root: Path, skipped: list[tuple[Path, str]]) -> list[_Image]:
         parts = folder.relative_to(root).parts
         here, others = find_dicom_series(folder, files=files)
         unread = [*others, *(each for one in here for each in one.damaged)]
-        skipped.extend((each.file, f"{each.file}: {each.problem}") for each in unread)
+        skipped.extend((each.file, str(each.error())) for each in unread)
         series.extend((one, folder if len(here) == 1 else one.slices[0].file) for one in here)
         dicom = {file for one in here for file in one.files} | {each.file for each in unread}
         for file in sorted(set(files) - dicom):
@@ -130,7 +130,7 @@ def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[tuple[Path, l
             skipped.append((link, f"{link}: a link to a folder, which is not followed; scan the folder itself"))
         files = []
         for file in (folder / one for one in sorted(names) if not one.startswith(".")):
-            if not file.resolve().is_relative_to(inside):
+            if not _resolve(file).is_relative_to(inside):
                 skipped.append((file, f"{file}: a link that leads out of the scanned folder; copy the file into it"))
             elif not file.is_file():
                 skipped.append((file, f"{file}: no regular file, or a link that leads nowhere"))
@@ -139,6 +139,14 @@ def _walk(root: Path, skipped: list[tuple[Path, str]]) -> Iterator[tuple[Path, l
             else:
                 files.append(file)
         yield folder, files
+
+
+def _resolve(file: Path) -> Path:
+    """Where a link leads; the link itself where it leads in circles."""
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError):  # the latter before Python 3.13
+        return file
 
 
 def _is_detached(file: Path, files: Sequence[Path]) -> bool:

@@ -20,8 +20,8 @@ from embedkit.sources import Case
 
 __all__ = ["Looks", "account_strays", "find_strays", "look_again"]
 
-Looks = Mapping[Path, Sequence[Stray]]
-"""By folder that was looked through, the strays in it; of `SeriesFolders.take_looks`."""
+Looks = Mapping[Path, Sequence[Sequence[Stray]]]
+"""By folder that was looked through, the strays in it, those of one series together: of `SeriesFolders.take_looks`."""
 
 _MOST_BESIDE = 100
 """Cases that are named of those a stray lies beside: the first ones by id."""
@@ -30,7 +30,7 @@ _MOST_BESIDE = 100
 def find_strays(cases: Sequence[Case], looks: Looks) -> tuple[Stray, ...]:
     """The strays of folders that were looked through, each with the cases whose series lie there, by path.
 
-    A stray that a case names as its image is left out: that case has failed.
+    A stray that a case names as its image is left out, and with it those of the same series: that case has failed.
     """
     if not any(looks.values()):
         return ()
@@ -44,8 +44,9 @@ def find_strays(cases: Sequence[Case], looks: Looks) -> tuple[Stray, ...]:
     found = [
         replace(stray, beside=tuple(sorted(case_ids)[:_MOST_BESIDE]))
         for folder, case_ids in beside.items()
-        for stray in looks[folder]
-        if stray.path not in named
+        for together in looks[folder]
+        if not any(stray.path in named for stray in together)
+        for stray in together
     ]
     return tuple(sorted(found, key=lambda stray: stray.path))
 
@@ -58,6 +59,8 @@ def look_again(cache: Path, cases: Sequence[Case], folders: SeriesFolders, *, st
     known = {case_id for stray in read_failures(cache).strays for case_id in stray.beside}
     for case in cases:
         for path in case.images.values() if case.case_id in known else ():
+            if stop is not None and stop.is_set():
+                return
             if path.is_dir():
                 with suppress(VolumeError):
                     folders.look(path, stop=stop)
@@ -65,6 +68,8 @@ def look_again(cache: Path, cases: Sequence[Case], folders: SeriesFolders, *, st
 
 def account_strays(cache: Path, cases: Sequence[Case], looks: Looks) -> tuple[Stray, ...]:
     """Puts strays on record that are not, and settles those that are there no more.
+
+    That one is there no more is known once the folders of all cases that it lay beside were looked through.
 
     Args:
         cache: Its folder.
@@ -81,11 +86,11 @@ def account_strays(cache: Path, cases: Sequence[Case], looks: Looks) -> tuple[St
     here = {stray.stray for stray in found}
     known = {stray.stray: stray for stray in read_failures(cache).strays}
     by_id = {case.case_id: case for case in cases}
-    gone = [
-        stray
-        for stray in known.values()
-        if stray.stray not in here and any(_looked_at(by_id[each], looks) for each in stray.beside if each in by_id)
-    ]
+    gone = []
+    for stray in known.values():
+        beside = [by_id[each] for each in stray.beside if each in by_id]
+        if stray.stray not in here and beside and all(_looked_at(case, looks) for case in beside):
+            gone.append(stray)
     settle_strays(cache, gone)
     record_strays(cache, [stray for stray in found if replace(stray, path="") != known.get(stray.stray)])
     return found

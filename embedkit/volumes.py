@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def _read_source(
 
 def _warn_of_strays(path: Path, folders: SeriesFolders) -> None:
     for strays in folders.take_looks().values():
-        for stray in strays:
+        for stray in chain.from_iterable(strays):
             warnings.warn(f"{stray.path}, which lies beside {path}: {stray.reason}", StrayWarning, stacklevel=3)
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import typer
 from embedkit.cli import console
-from embedkit.cli.console import format_bytes, format_seconds, parse_size, print_table, show_progress
+from embedkit.cli.console import format_bytes, format_seconds, parse_size, print_table, show_progress, tell_strays
+from embedkit.cli.main import app
+from typer.testing import CliRunner
+
+import embedkit
+from embedkit.errors import RecallWarning, StrayWarning, VolumeError
 
 
 @pytest.mark.parametrize(
@@ -62,3 +70,33 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds_and_one_at_the_
 def test_columns_of_numbers_are_set_right(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("token set", "size"), [("cls", "834 B"), ("patch@4:2", "13.3 kB")])
     assert capsys.readouterr().out == "token set     size\ncls          834 B\npatch@4:2  13.3 kB\n"
+
+
+def test_a_stray_is_told_once_as_it_is_met_also_where_the_command_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    def read() -> None:
+        for file in ("a.dcm", "b.dcm", "a.dcm"):
+            warnings.warn(f"{file}, which lies beside c: damaged", StrayWarning, stacklevel=1)
+
+    with pytest.raises(VolumeError), pytest.warns(RecallWarning, match="few"), tell_strays():
+        read()
+        assert capsys.readouterr().err.splitlines() == [
+            "stray a.dcm, which lies beside c: damaged",
+            "stray b.dcm, which lies beside c: damaged",
+        ]
+        warnings.warn("few", RecallWarning, stacklevel=1)
+        read()
+        raise VolumeError("is no image")
+    assert capsys.readouterr() == ("", "")
+    with pytest.warns(StrayWarning):
+        read()
+
+
+def test_train_tells_of_strays_beside_the_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reading(*_: object, **__: object) -> None:
+        warnings.warn("a.dcm, which lies beside mask: damaged", StrayWarning, stacklevel=1)
+        raise VolumeError("mask of case c: is no image")
+
+    monkeypatch.setattr(embedkit, "train", reading)
+    done = CliRunner().invoke(app, ["train", str(tmp_path), "--masks", "m.csv", "-o", str(tmp_path / "runs")])
+    assert done.stderr.splitlines()[0] == "stray a.dcm, which lies beside mask: damaged"
+    assert (done.exit_code, "mask of case c: is no image" in done.stderr) == (2, True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -144,6 +146,29 @@ def test_looking_through_a_folder_ends_once_it_is_told_to(flat: Path, headers_re
     assert len(headers_read) <= 1
 
 
+def test_a_remembered_folder_that_is_gone_or_cannot_be_asked_is_named(
+    flat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, real = SeriesFolders(), Path.stat
+    folders.find(flat / "0-0.dcm")
+
+    def failing(path: Path, **options: Any) -> os.stat_result:
+        if path.name == "0-3.dcm":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, **options)
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(VolumeError, match=r"flat: cannot be read \(Input/output error"),
+    ):
+        patched.setattr(Path, "stat", failing)
+        folders.find(flat / "0-0.dcm")
+    folders.find(flat / "0-0.dcm")
+    shutil.rmtree(flat)
+    with pytest.raises(VolumeError, match=r"flat: cannot be read \(No such file or directory\); check the folder"):
+        folders.find(flat / "0-0.dcm")
+
+
 def test_few_folders_are_remembered(flat: Path, headers_read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     other = flat.parent / "other"
     other.mkdir()
@@ -165,7 +190,7 @@ def test_few_folders_are_remembered(flat: Path, headers_read: list[str], monkeyp
             r"flat: holds 4 DICOM series, expected one; give one file of it instead \(0-0.dcm \(CT, 5",
         ),
         ("", lambda flat: [file.unlink() for file in flat.glob("*.dcm")], "holds no DICOM image directly"),
-        ("9.dcm", lambda flat: (flat / "9.dcm").write_bytes(bytes(999)), r"9.dcm: damaged, truncated or not DICOM"),
+        ("9.dcm", lambda flat: (flat / "9.dcm").write_bytes(b"a" * 999), r"9.dcm: damaged, truncated or not DICOM"),
         ("gone/1.dcm", lambda _: None, r"gone: cannot be read \(No such file or directory\); check the folder"),
     ],
 )

@@ -399,6 +399,15 @@ def test_the_voxels_beside_a_header_are_no_image_of_their_own(tmp_path: Path) ->
     assert skipped.keys() == {"b.raw"}
 
 
+def test_a_link_in_circles_is_listed_with_what_was_left_out(tmp_path: Path) -> None:
+    make_phantoms(tmp_path / "scans", cases=4, seed=0)
+    (tmp_path / "scans" / "round.dcm").symlink_to("again.dcm")
+    (tmp_path / "scans" / "again.dcm").symlink_to("round.dcm")
+    skipped = dict(scan_folder(tmp_path / "scans").skipped)
+    for name in ("round.dcm", "again.dcm"):
+        assert skipped[str(tmp_path / "scans" / name)] == "no regular file, or a link that leads nowhere"
+
+
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     put(tmp_path, "outside/secret.nii", "scans/here.nii")
     (tmp_path / "scans" / "file.nii").symlink_to(tmp_path / "outside" / "secret.nii")

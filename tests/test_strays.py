@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,12 @@ from embedkit.estimate import estimate_extraction
 from embedkit.extraction import ExtractionSummary, extract
 from embedkit.failures import FailureLog, Stray, read_failures, record_strays, settle_strays
 from embedkit.inspection import describe_cache
+from embedkit.manifest import read_manifest
 from embedkit.packing import pack_cache
 from embedkit.scanning import scan_folder
-from embedkit.volumes import read_volume
+from embedkit.sources import Case, group_cases
+from embedkit.strays import account_strays, look_again
+from embedkit.volumes import Volume, read_volume
 
 SERIES, SLICES = 4, 5
 UID = (0x0020, 0x000E)
@@ -108,7 +113,7 @@ def test_a_damaged_file_whose_header_tells_its_series_fails_that_series_alone(fl
     assert (summary.cases_done, summary.strays) == (SERIES - 1, ())
     (failure,) = summary.failures
     assert failure.case_id == "s2" and f"view image: {flat}/DOE-2-1.dcm: damaged, truncated" in failure.reason
-    assert failure.reason.endswith("; so are 1 more files of this series")
+    assert failure.reason.endswith("; so is 1 more file of this series")
     (kept,) = on_record(flat).failures
     assert kept.reason.startswith("view image: one of its files: damaged, truncated or not DICOM; copy the file again")
     assert b"DOE-2-1" not in record_bytes(flat)
@@ -126,7 +131,11 @@ def test_files_of_which_no_series_can_be_told_fail_none_and_are_recorded_by_them
     assert (summary.cases_done, summary.failures) == (SERIES, ())
     assert names(summary.strays) == ["DOE-3-4.dcm", "DOE-9-0.dcm", "scan.DCM"]
     assert {each.beside for each in summary.strays} == {("s0", "s1", "s2", "s3")}
-    assert all("damaged, truncated or not DICOM; copy the file again" in each.reason for each in summary.strays)
+    assert [each.reason.split(";")[0] for each in summary.strays] == [
+        "damaged, truncated or not DICOM",
+        "is empty (0 bytes)",
+        "damaged, truncated or not DICOM",
+    ]
     kept = on_record(flat)
     assert kept.failures == () and [each.stray for each in kept.strays] == [each.stray for each in summary.strays]
     assert len({each.stray for each in kept.strays}) == 3
@@ -239,6 +248,130 @@ def test_a_file_that_may_not_be_read_is_a_stray_and_one_that_is_gone_is_none(
     ]
 
 
+@pytest.mark.parametrize("target", ["gone.dcm", "DOE-0-4.dcm", "DOE-0-0.dcm/below"])
+def test_a_link_that_leads_nowhere_is_a_stray_until_its_file_is_there(flat: Path, target: str) -> None:
+    link = flat / "DOE-0-4.dcm"
+    link.unlink()
+    link.symlink_to(target)
+    (flat / "notes").symlink_to("gone")
+    (stray,) = run(flat).strays
+    assert stray.path == str(link)
+    assert stray.reason == "is a link that leads nowhere; fetch the file that it stands for or remove it"
+    guessed = hashlib.sha256(f"{link}\0None".encode()).hexdigest()[:16]
+    assert on_record(flat).strays[0].stray == stray.stray != guessed
+    (flat / "DOE-0-1.dcm").unlink()
+    with pytest.raises(VolumeError, match=r"slices may be missing, and a file that cannot be read lies beside it"):
+        read_volume(flat / "DOE-0-0.dcm")
+    link.unlink()
+    write_slice(flat.parent / "there", 0, 4)
+    write_slice(flat / "DOE-0-1.dcm", 0, 1)
+    link.symlink_to(flat.parent / "there")
+    assert (run(flat).changed, on_record(flat)) == (("s0",), FailureLog((), ()))
+
+
+def test_a_link_whose_file_comes_later_has_its_folder_looked_through_again(flat: Path) -> None:
+    (flat / "DOE-0-5.dcm").symlink_to(flat.parent / "there")
+    folders = SeriesFolders()
+    assert len(folders.find(flat / "DOE-0-0.dcm").files) == SLICES
+    write_slice(flat.parent / "there", 0, 5)  # no file came to the folder or left it
+    assert len(folders.find(flat / "DOE-0-0.dcm").files) == SLICES + 1
+
+
+HASHES = [hashlib.md5(bytes([number]), usedforsecurity=False).hexdigest() for number in range(6)]
+
+
+@pytest.mark.parametrize("hyphens", [False, True])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (bytes(3 << 20), "holds zeros only"),
+        (bytes(3 << 20) + b"1", "holds no DICOM though it is named like the images beside it"),
+    ],
+)
+def test_an_image_under_a_hash_that_lost_its_content_is_a_stray(
+    tmp_path: Path, content: bytes, problem: str, hyphens: bool
+) -> None:
+    told = [str(uuid.UUID(each)) if hyphens else each for each in HASHES]
+    for height in range(5):
+        write_slice(tmp_path / told[height], 0, height)
+    (tmp_path / told[5]).write_bytes(content)
+    _, others = find_dicom_series(tmp_path)
+    assert [(each.file.name, each.problem) for each in others] == [
+        (told[5], f"{problem}; copy the file again or remove it")
+    ]
+
+
+def test_a_file_without_content_is_a_stray_beside_dicom_whatever_its_name(tmp_path: Path) -> None:
+    for name, content in (("a", b""), ("b", bytes(99)), ("c", bytes(2000) + b"1"), ("d.nii", b"")):
+        (tmp_path / name).write_bytes(content)
+    assert find_dicom_series(tmp_path) == ([], [])
+    write_slice(tmp_path / "z.dcm", 0, 0)
+    assert [each.file.name for each in find_dicom_series(tmp_path)[1]] == ["a", "b"]
+
+
+def test_a_series_without_an_identifier_takes_no_stray_for_its_own(flat: Path) -> None:
+    for height in range(4):
+        write_slice(flat / f"U-{height}.dcm", 7, height, SeriesInstanceUID="")
+    (flat / "scan.dcm").write_bytes(GARBAGE)
+    series, others = find_dicom_series(flat)
+    assert [(one.uid, len(one.files), one.damaged) for one in series if not one.uid] == [("", 4, ())]
+    assert [each.file.name for each in others] == ["scan.dcm"]
+    assert (len(read_volume_quietly(flat / "U-0.dcm").array), names(run(flat).strays)) == (4, ["scan.dcm"])
+
+
+def read_volume_quietly(path: Path) -> Volume:
+    with pytest.warns(StrayWarning):
+        return read_volume(path)
+
+
+def test_a_damaged_file_whose_series_no_other_tells_may_be_of_any(flat: Path) -> None:
+    for height in range(SLICES):
+        write_slice(flat / f"DOE-0-{height}.dcm", 0, height, ImagesInAcquisition=SLICES)
+    lost = flat / "DOE-0-4.dcm"
+    lost.write_bytes(lost.read_bytes().replace(b"1.2.3.0", b"1.2.7.0")[:-9])
+    summary = run(flat)
+    assert [(each.case_id, "tell of 1 more" in each.reason) for each in summary.failures] == [("s0", True)]
+    assert names(summary.strays) == ["DOE-0-4.dcm"]
+    for height in range(SLICES):  # all of one series, which is not that of the slice which is lost
+        cut(flat / f"DOE-2-{height}.dcm", -9)
+    lost.unlink()
+    assert {one.uid: len(one.strays) for one in find_dicom_series(flat)[0]} == {
+        "1.2.3.0": 0,
+        "1.2.3.1": 0,
+        "1.2.3.3": 0,
+    }
+
+
+def test_the_files_of_a_series_that_failed_whole_are_no_strays_where_a_case_is_of_it(flat: Path) -> None:
+    for series in (1, 2):
+        for height in range(SLICES):
+            cut(flat / f"DOE-{series}-{height}.dcm", -30)
+    (flat / "scan.dcm").write_bytes(GARBAGE)
+    text = (flat.parent / "cases.csv").read_text()
+    (flat.parent / "cases.csv").write_text(text.replace("s1,flat/DOE-1-0.dcm\n", ""))
+    summary = run(flat)
+    assert [each.case_id for each in summary.failures] == ["s2"]
+    assert names(summary.strays) == [f"DOE-1-{height}.dcm" for height in range(SLICES)] + ["scan.dcm"]
+
+
+def test_what_a_damaged_file_says_is_told_and_not_recorded(flat: Path) -> None:
+    for name, at in (("DOE-2-1.dcm", b"\xe0\x7f\x10\x00OW"), ("DOE-3-4.dcm", b"\x08\x00\x60\x00CS")):
+        content = (flat / name).read_bytes()
+        (flat / name).write_bytes(content.replace(at, at[:4] + b"UT\0\0JOHN" if b"CS" in at else at + b"\0\0JOHN", 1))
+    (failure,) = (summary := run(flat)).failures
+    assert failure.reason.endswith(
+        "or remove it (element (7fe0,0010) promises 1313361738 bytes but the file has 134 left)"
+    )
+    assert names(summary.strays) == ["DOE-3-4.dcm"] and len(on_record(flat).strays) == 1
+    assert b"promises" not in record_bytes(flat) and b"1313361738" not in record_bytes(flat)
+    (flat / "alone").mkdir()
+    (flat / "DOE-3-4.dcm").rename(flat / "alone" / "a.dcm")
+    with pytest.raises(VolumeError, match=r"a\.dcm: damaged.* \(element \(0008,0060\) promises 1313361738 bytes"):
+        read_volume(flat / "alone")
+    assert "promises 1313361738 bytes" in dict(scan_folder(flat).skipped)[str(flat / "DOE-2-1.dcm")]
+
+
 # ---- slices that a stray may have been ----
 
 
@@ -301,7 +434,7 @@ def test_a_gap_with_a_stray_beside_it_is_refused_in_words_that_name_both(flat: P
     summary = run(flat)
     (failure,) = summary.failures
     assert (failure.case_id, summary.cases_done, names(summary.strays)) == ("s1", SERIES - 1, ["DOE-1-2.dcm"])
-    told = "about 1 slices are missing between 2.00 and 6.00 mm (usual spacing 2.00 mm), and a file that cannot be read"
+    told = "about 1 slice is missing between 2.00 and 6.00 mm (usual spacing 2.00 mm), and a file that cannot be read"
     assert f"view image: {flat}: {told} lies beside it; fetch the whole series again" in failure.reason
     assert "(DOE-1-1.dcm and DOE-1-3.dcm, beside DOE-1-2.dcm)" in failure.reason
     assert f"its folder: {told} lies" in on_record(flat).failures[0].reason and b"DOE-" not in record_bytes(
@@ -376,7 +509,7 @@ def test_strays_are_told_by_every_command(flat: Path) -> None:
     estimate = json.loads(call("extract", manifest, "-o", cache, *options, "--dry-run", "--json", code=1)[0])
     assert [Path(each["path"]).name for each in estimate["strays"]] == ["scan.dcm"] and not cache.exists()
     out, err = call("extract", manifest, "-o", cache, *options, code=1)
-    assert "4 cases extracted" in out and "0 failed, 1 stray files" in out
+    assert "4 cases extracted" in out and "0 failed, 1 stray file\n" in out
     assert f"  stray {flat}/scan.dcm, beside s0, s1, s2, s3: damaged" in err
     for dry in ([], ["--dry-run"]):
         summary = json.loads(call("extract", manifest, "-o", cache, *options, "--json", *dry, code=1)[0])
@@ -415,7 +548,39 @@ def test_strays_on_record_are_read_to_the_end_and_lines_that_are_none_are_counte
     assert (after.strays, len(after.unreadable_lines)) == (before.strays, len(wrong))
 
 
+def test_a_stray_stays_on_record_until_the_folders_of_all_cases_beside_it_were_looked_through(flat: Path) -> None:
+    (flat / "scan.dcm").write_bytes(GARBAGE)
+    run(flat)
+    other = flat.parent / "other"
+    other.mkdir()
+    for height in range(SLICES):
+        write_slice(other / f"{height}.dcm", 0, height)
+    text = (flat.parent / "cases.csv").read_text()
+    (flat.parent / "cases.csv").write_text(text.replace("flat/DOE-0-0.dcm", "other/0.dcm"))
+    cases = group_cases(read_manifest(flat.parent / "cases.csv"))
+    account_strays(flat.parent / "cache", cases, {other: ()})
+    assert len(on_record(flat).strays) == 1
+    account_strays(flat.parent / "cache", cases, {flat: ()})
+    assert len(on_record(flat).strays) == 1
+    account_strays(flat.parent / "cache", cases, {other: (), flat: ()})
+    assert on_record(flat).strays == ()
+
+
 # ---- looking through folders ----
+
+
+def test_no_folder_is_looked_through_for_strays_after_a_stop(flat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_strays(flat.parent, [Stray("1" * 16, "damaged", ("a", "b"))])
+    cases = [Case(name, name, {"image": flat}) for name in ("a", "b")]
+    stop, looked = threading.Event(), list[Path]()
+
+    def stopping(_: SeriesFolders, folder: Path, *, stop: threading.Event) -> None:
+        looked.append(folder)
+        stop.set()
+
+    monkeypatch.setattr(SeriesFolders, "look", stopping)
+    look_again(flat.parent, cases, SeriesFolders(), stop=stop)
+    assert looked == [flat]
 
 
 def test_folders_are_looked_through_side_by_side_and_each_by_one_thread(
@@ -475,9 +640,9 @@ def test_a_stray_that_changed_has_its_folder_looked_through_again(flat: Path, ch
     (flat / "scan.dcm").write_bytes(GARBAGE)
     folders = SeriesFolders()
     folders.find(flat / "DOE-0-0.dcm")
-    (before,) = folders.take_looks()[flat]
+    ((before,),) = folders.take_looks()[flat]
     folders.find(flat / "DOE-1-0.dcm")
     assert folders.take_looks() == {}
     change(flat / "scan.dcm")
     folders.find(flat / "DOE-1-0.dcm")
-    assert before.stray not in {each.stray for each in folders.take_looks()[flat]}
+    assert before.stray not in {each.stray for (each,) in folders.take_looks()[flat]}
