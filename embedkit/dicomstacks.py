@@ -119,9 +119,9 @@ def _check_spacing(series: DicomSeries, slices: Sequence[DicomSlice], places: Ar
     steps = np.diff(places)
     apart = steps > _SAME_POSITION_MM
     if not apart.all():
-        first = int(np.argmin(apart))
+        first, copies = int(np.argmin(apart)), int((~apart).sum())
         raise VolumeError(
-            f"{int((~apart).sum())} slices lie where another one does, for example at"
+            f"{copies} {'slice lies' if copies == 1 else 'slices lie'} where another one does, for example at"
             f" {places[first]:.2f} mm; remove the copies, or give each phase or echo a folder of its own",
             file=series.folder,
             found=f"{slices[first].file.name} and {slices[first + 1].file.name}",

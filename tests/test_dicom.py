@@ -362,7 +362,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         remove_a_slice,
         r"1 slice is missing between 104\.00 and 112\.00 mm \(usual spacing 4\.00 mm\); .* \(\d\.dcm and \d\.dcm\)",
     ),
-    "copy": (copy_a_slice, r"1 slices lie where another one does, for example at 108\.00 mm; remove the copies"),
+    "copy": (copy_a_slice, r"1 slice lies where another one does, for example at 108\.00 mm; remove the copies"),
     "phases": (add_a_phase, "5 slices lie where another one does, .* or give each phase or echo a folder of its own"),
     "uneven": (move_a_slice, r"slices are unevenly spaced \(3\.00 to 5\.00 mm\), expected one spacing"),
     "sideways": (shift_a_slice, "slices are shifted sideways by up to 6.0 mm against each other"),

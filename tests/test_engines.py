@@ -470,8 +470,8 @@ def test_strays_that_workers_saw_are_told_once_beside_all_cases_of_their_folder(
     strays = {name: Stray(name * 16, "damaged", path=str(manifest.parent / name)) for name in ("a", "b")}
 
     def behave(number: int, case: Case, begin: Begin) -> list[Event]:
-        seen = [strays["a"]] if case.case_id == "case_00" else [strays["a"], strays["b"]]
-        looked = Looked({manifest.parent: seen, tmp_path: [strays["b"]]})
+        seen = [[strays["a"]]] if case.case_id == "case_00" else [[strays["a"]], [strays["b"]]]
+        looked = Looked({manifest.parent: seen, tmp_path: [[strays["b"]]]})
         return [looked, transport.write(case, begin), Wanted()]
 
     transport = ScriptedTransport(1, behave)

@@ -498,7 +498,7 @@ def test_dicom_series_are_named_by_folder_or_else_by_modality(tmp_path: Path) ->
     next((root / "P3").glob("MR-01*.dcm")).unlink()
     rows, skipped = scan(root)
     assert ("P3", "CT") in [row[:2] for row in rows]
-    assert "slices are missing between" in skipped["P3/MR-000.dcm"]
+    assert "1 slice is missing between" in skipped["P3/MR-000.dcm"]
     assert "DOE" not in str((rows, skipped))
 
 
