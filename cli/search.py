@@ -59,8 +59,8 @@ def search_command(
     rerank: Annotated[
         str | None,
         typer.Option(
-            help="Rank again by slices: none, free, ordered, or both, with the vectors; default: ordered, of a run"
-            " none."
+            help="Rank again by slices: none, free, ordered, or both, with the vectors; default: ordered, of a vector"
+            " or a run none."
         ),
     ] = None,
     by_patch: Annotated[bool, typer.Option("--by-patch", help="Compare slices patch by patch, in any place.")] = False,
@@ -99,15 +99,18 @@ def search_command(
     reading: dict[str, Any] = {"weights": weights, "device": device}
     if manifest is not None:
         single = {"case": case, "volume": volume, "vector": vector, "text": text or None}
-        _require_alone("a manifest", **single, region=region, montage=montage)
+        towers = {"text_model": text_model, "text_weights": text_weights, "text_vectors": text_vectors}
+        _require_alone(
+            "a manifest", **single, **towers, shared_space=shared_space or None, region=region, montage=montage
+        )
         reading["exclude_same"] = exclude_same
         _search_manifest(opened, manifest, {**ranking, **reading, "cache": cache}, json=json)
-    elif text or text_vectors is not None or text_model is not None or text_weights is not None:
+    elif text or text_vectors is not None or text_model is not None or text_weights is not None or shared_space:
         others = {"case": case, "volume": volume, "vector": vector, "rerank": rerank, "montage": montage}
         _require_alone("a text", **others, region=region, exclude_same=exclude_same, by_patch=by_patch or None)
-        towers: dict[str, Any] = {"model": text_model, "weights": text_weights}
+        paired: dict[str, Any] = {"model": text_model, "weights": text_weights}
         vouched: dict[str, Any] = {"vectors": text_vectors, "shared_space": shared_space}
-        _search_texts(opened, text or [], {**towers, **vouched, "k": k, "where": where}, json=json)
+        _search_texts(opened, text or [], {**paired, **vouched, "k": k, "where": where}, json=json)
     else:
         excluding = _parse_exclusion(opened, exclude_same, case)
         with tell_strays():

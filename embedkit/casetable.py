@@ -18,8 +18,11 @@ __all__ = ["CaseTable"]
 RowArray = NDArray[np.int64]
 
 _SHOWN = 300
-_MOST_WORDS = 2000  # polars walks a chain of operators by recursion, and one of some 6,000 words overflows its stack
-_TEXT, _LISTED, _WORD = re.compile(r"'[^']*'|\"[^\"]*\""), re.compile(r",\s*[-+]?[\w.]+"), re.compile(r"\w+|[^\w\s]")
+_MOST_WORDS = 500  # polars walks a chain of operators by recursion: one of `||` with 1,440 words overflowed its stack
+_QUOTED = re.compile(r"('(?:[^']|'')*')|\"(?:[^\"]|\"\")*\"")
+_LISTED = re.compile(r",\s*(?:'|[-+]?\d+(?:\.\d+)?\b)")
+_WORD = re.compile(r"\w+|[^\w\s]")
+_UNTAKEN = re.compile(r"--|/\*|[$`]|\b(?:[benqrx]|nq|u&)'", re.IGNORECASE)
 
 
 class CaseTable:
@@ -76,11 +79,17 @@ class CaseTable:
         Raises:
             SearchError: the filter does not work; the message tells the columns.
         """
-        if (words := _count_words(where)) > _MOST_WORDS:
+        plain = _blank_texts(where)
+        if untaken := _UNTAKEN.search(plain):
+            raise SearchError(
+                f"filter {_shorten(repr(where))} has {untaken[0]} outside of texts; comments, $, backticks and a letter"
+                " right before a text are not taken: write texts in single quotes and names in double ones"
+            )
+        if (words := _count_words(plain)) > _MOST_WORDS:
             raise SearchError(
                 f"filter {_shorten(repr(where))} has {words:,} words and signs, more than the {_MOST_WORDS:,} that are"
-                " taken, items of lists apart; write a list as COLUMN IN (...), or make a column of the condition"
-                " (--labels)"
+                " taken, numbers and texts in lists apart; write a list as COLUMN IN (...), or make a column of the"
+                " condition (--labels)"
             )
         numbers = pl.select(pl.int_range(len(self.frame)).alias("#row"))
         try:
@@ -96,9 +105,17 @@ class CaseTable:
         return allowed
 
 
-def _count_words(where: str) -> int:
-    """Words and signs of an SQL condition; a text is one, and the items of a list are none but the first."""
-    return len(_WORD.findall(_LISTED.sub("", _TEXT.sub("t", where))))
+def _blank_texts(where: str) -> str:
+    """An SQL condition with a lone ' in the place of each text and n in that of each quoted name.
+
+    Quotes are read as polars reads them up to the first of `_UNTAKEN`, which may hide others from either.
+    """
+    return _QUOTED.sub(lambda quoted: "'" if quoted[1] else " n ", where)
+
+
+def _count_words(plain: str) -> int:
+    """Words and signs of what `_blank_texts` gives; numbers and texts in a list are none but the first."""
+    return len(_WORD.findall(_LISTED.sub("", plain)))
 
 
 def _shorten(text: str) -> str:

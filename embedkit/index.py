@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from embedkit.casetable import CaseTable
 from embedkit.errors import SearchError
+from embedkit.exactsearch import find_nearest
 from embedkit.faisssearching import FaissSearcher, search_exactly
 from embedkit.gpusearch import explain_search_refusal
 from embedkit.hits import list_hits, pick_first
 from embedkit.indexfiles import IndexContent, read_index_files, read_vectors
 from embedkit.tuning import DEPTH
-from embedkit.unitvectors import Preparation
+from embedkit.unitvectors import Preparation, split_rows
 
 __all__ = ["Index", "open_index"]
 
@@ -202,6 +203,32 @@ class Index:
         if not include_self:
             keep &= rows != own[:, None]
         return self._list(similarities, pick_first(rows, keep, k))
+
+    def search_projected(
+        self, queries: FloatArray, projection: FloatArray, k: int, *, where: str | None = None
+    ) -> pl.DataFrame:
+        """The cases most similar to each query in the space of a linear map: all that are allowed are compared.
+
+        Args:
+            queries: float32 [queries out], of length 1.
+            projection: float32 [out dim]; maps vectors of the index as they are compared.
+            k, where: As in `search`.
+
+        Returns:
+            As `search`; ``similarity`` is the cosine of the query and the projected vector.
+
+        Raises:
+            SearchError: vectors are slices; a bad filter; k below 1; a case whose projection is zero.
+        """
+        self._require_level("case")
+        k, rows = self._check_count(k), np.flatnonzero(self.select_cases(where))
+
+        def project(own: RowArray) -> FloatArray:
+            projected = self._read_prepared(own) @ projection.T
+            return Preparation().check(projected, lambda row: f"{self.cases['case_id'][int(own[row])]}, projected,")
+
+        blocks = ((rows[part], project(rows[part])) for part in split_rows(len(rows), max(projection.shape)))
+        return self._list(*find_nearest(queries, blocks, k))
 
     def _allow(self, where: str | None) -> NDArray[np.bool_] | None:
         """Which cases a filter allows, bool [cases]; None for all of them."""

@@ -73,8 +73,8 @@ def search(
         rerank: ``none`` ranks by the vectors, those of slices by the mean over the query's of the best that a case has
             among the nearest 64 or more; ``free`` and ``ordered`` rank the nearest ``candidates`` again by
             their slices, as `match_cases` compares them; ``both`` by the mean of ``none`` and ``ordered``. None is
-            ``ordered``, which did best on patients that nothing was fitted on; but ``none`` for a vector, and for the
-            vectors of a run, which know its task.
+            ``ordered``, which by a little did best in `docs/retrieval.md` on patients that nothing was fitted on; but
+            ``none`` for a vector, and for the vectors of a run, which know its task.
         by_patch: Rank again patch by patch.
         candidates: How many cases are ranked again, at least ``k``.
         cache: Where slices are read; None is the cache that was indexed.
@@ -288,7 +288,11 @@ def search_texts(
     k: int = 10,
     where: str | None = None,
 ) -> pl.DataFrame:
-    """The cases most like each of some texts: by the cosine of the text's vector and the case's less its view's mean.
+    """The cases most like each of some texts: by cosine with the case's mean token less that of its view.
+
+    With a model both are compared as CLIP compares them, where the image tower's last projection leads, and every case
+    is. With ``vectors`` they are compared where the tokens are: a text's vector t, given as W^T t for a projection W,
+    has another cosine there, so that ranks can differ from the model's.
 
     Args:
         index: An index of plain means (``mean:cls``, not whitened), or its folder.
@@ -310,14 +314,15 @@ def search_texts(
     opened = index if isinstance(index, Index) else open_index(index)
     if model is None and weights is None:
         asked = read_text_queries(opened, texts, vectors, shared_space=shared_space)
-    elif model is None or weights is None or vectors is not None:
+        found = opened.search(asked, k, where=where)
+    elif model is None or weights is None or vectors is not None or shared_space:
         raise SearchError(
             "a text tower takes the name of its model and the weights of both towers (--text-model, --text-weights),"
-            " and no vectors beside them (--text-vectors)"
+            " and neither vectors nor your word on them beside (--text-vectors, --shared-space)"
         )
     else:
-        asked = embed_text_queries(opened, texts, model, weights)
-    found = opened.search(asked, k, where=where)
+        paired = embed_text_queries(opened, texts, model, weights)
+        found = opened.search_projected(paired.vectors, paired.projection, k, where=where)
     return found.with_columns(query=pl.Series(list(texts), dtype=pl.String).gather(found["query"]))
 
 

@@ -2,14 +2,15 @@
 
 A text and a case can be compared only where one model gave both vectors in one space, as CLIP does (Radford et al.
 2021, arXiv 2103.00020): by the text tower of that model, or by vectors that the user has. A cache holds tokens from
-before any last projection of the image tower; where there is one, of matrix W, the text's vector t is to be given as W
-transposed times t, since (W v) . t = v . (W^T t).
+before any last projection of the image tower. Where there is one, of matrix W, the model compares t with W v; a user's
+vector W^T t has the same product with v, but its cosine divides by |v| and not by |W v|, so that ranks can differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,14 @@ from embedkit.errors import SearchError
 from embedkit.index import Index
 from embedkit.textvectors import read_vectors
 
+if TYPE_CHECKING:
+    from embedkit.texttowers import PairedTexts
+
 __all__ = ["embed_text_queries", "read_text_queries"]
 
 
-def embed_text_queries(index: Index, texts: Sequence[str], model: str, weights: str | Path) -> NDArray[np.float32]:
-    """Query vectors of texts by the text tower that was trained with the backbone, float32 [texts dim].
+def embed_text_queries(index: Index, texts: Sequence[str], model: str, weights: str | Path) -> PairedTexts:
+    """Texts by the text tower that was trained with the backbone, and what maps the index's vectors to their space.
 
     Args:
         index: What is to be searched: the mean class token of the backbone's last layer.
@@ -83,8 +87,8 @@ def read_text_queries(
 def _require_plain_mean(index: Index) -> None:
     """Stops where vectors are not the plain mean of one kind of token."""
     mean = index.embedding.startswith("mean:") and "+" not in index.embedding
-    if index.level != "case" or not mean or index.whitening is not None or "run" in index.details:
-        whitened = "" if index.whitening is None else ", whitened"
+    if index.level != "case" or not mean or index.mean is not None or "run" in index.details:
+        whitened = ", whitened" if index.whitening is not None else ", centred" if index.mean is not None else ""
         raise SearchError(
             f"index {index.path} holds {index.embedding} of each {index.level}{whitened}, a space that no text shares;"
             " build one of plain means (embedkit index --embedding mean:cls --whiten 0)"

@@ -2,14 +2,16 @@
 
 Both towers come from the same weights. That the image tower is the one which made a cache is not taken on trust: its
 weights, under timm's names, must have the digest that the recipe tells. CLIP compares a text's vector t with W v, of a
-class token v and the projection W that follows it (Radford et al. 2021, arXiv 2103.00020); a cache holds v, so that the
-text is given as W transposed times t, for (W v) . t = v . (W^T t).
+class token v and the projection W that follows it, by their cosine (Radford et al. 2021, arXiv 2103.00020); a cache
+holds v, so that W is given beside t.
 """
 
 from __future__ import annotations
 
 import difflib
+import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,32 @@ from numpy.typing import NDArray
 from embedkit.backbones import digest_weights
 from embedkit.errors import BackboneError, SearchError
 from embedkit.recipe import Recipe
-from embedkit.weights import fetch_hub_file
+from embedkit.weights import UNSAFE, fetch_hub_file, is_safetensors
 
-__all__ = ["embed_paired_texts"]
+__all__ = ["PairedTexts", "embed_paired_texts"]
 
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _SHOWN = 200
 _FAILURES = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 
 
+@dataclass(frozen=True, eq=False)
+class PairedTexts:
+    """Texts in the space that both towers share.
+
+    Attributes:
+        vectors: float32 [texts out], of length 1.
+        projection: float32 [out dim], of the backbone's class tokens into that space.
+    """
+
+    vectors: NDArray[np.float32]
+    projection: NDArray[np.float32]
+
+
 def embed_paired_texts(
     texts: Sequence[str], model: str, weights: str | Path, *, recipe: Recipe, embedding: str
-) -> NDArray[np.float32]:
-    """Vectors of texts in the space of a backbone's class tokens of the last layer, [texts dim].
+) -> PairedTexts:
+    """Vectors of texts, and the projection by which a backbone's class tokens of the last layer come to their space.
 
     Args:
         texts: One or more.
@@ -44,11 +59,13 @@ def embed_paired_texts(
 
     Raises:
         SearchError: open_clip is not installed, does not know the model, or cannot load the weights; its image tower is
-            another than the backbone, or does not end in a projection of the class token; another ``embedding``.
+            another than the backbone, or does not end in a projection of the class token; another ``embedding``; a
+            text that is blank or longer than the model reads.
         BackboneError: the image tower's tensors do not fit the backbone.
     """
     clip = _import_open_clip()
     _require_model(clip, model)
+    tokens = _read_tokens(clip, model, texts)
     _require_activation(clip, model, "quickgelu" in recipe.backbone, f"backbone {recipe.backbone} made the index")
     towers = _load_towers(clip, model, str(weights))
     digest = digest_weights(recipe.backbone, towers.state_dict(), source=f"{model} ({weights})")
@@ -66,11 +83,10 @@ def embed_paired_texts(
         )
     try:
         with torch.inference_mode():
-            found = towers.encode_text(clip.get_tokenizer(model)(list(texts)), normalize=True)
+            found = towers.encode_text(tokens, normalize=True)
     except _FAILURES as error:
         raise SearchError(f"the text tower of {model} cannot read texts: {_shorten(error)}") from error
-    vectors: NDArray[np.float32] = (found.float() @ projection.float()).numpy()
-    return vectors
+    return PairedTexts(found.float().numpy(), projection.float().numpy())
 
 
 def _import_open_clip() -> Any:
@@ -89,13 +105,40 @@ def _require_model(clip: Any, model: str) -> None:
     if model not in known:
         near = difflib.get_close_matches(model, known, n=4, cutoff=0.3) or known[:4]
         raise SearchError(f"open_clip has no model {model!r}; nearest: {', '.join(near)}")
+    reads = clip.get_model_config(model).get("text_cfg", {})
+    if foreign := reads.get("hf_tokenizer_name") or reads.get("hf_model_name"):
+        raise SearchError(
+            f"{model} reads texts by {foreign} of Hugging Face, which embedkit does not load; take a model with"
+            " open_clip's own tokenizer, such as ViT-B-16, or give the vectors of the texts as a file (--text-vectors)"
+        )
+
+
+def _read_tokens(clip: Any, model: str, texts: Sequence[str]) -> torch.Tensor:
+    """Tokens of the texts, int64 [texts context]; a text that open_clip would cut is refused."""
+    if blank := [text for text in texts if not text.strip()]:
+        raise SearchError(f"a text is blank ({blank[0]!r}), which says nothing to look for; leave it out")
+    tokenizer = clip.get_tokenizer(model)
+    context = int(tokenizer.context_length)
+    tokens: torch.Tensor = tokenizer(list(texts), context_length=context + 1)
+    for text, last in zip(texts, tokens[:, -1].tolist(), strict=True):
+        if last:  # what a shorter text leaves is 0
+            raise SearchError(
+                f"text {text[:_SHOWN]!r} is longer than the {context} tokens that {model} reads, start and end among"
+                " them; shorten it"
+            )
+    return tokens[:, :context]
 
 
 def _load_towers(clip: Any, model: str, weights: str) -> Any:
     """Both towers, on the CPU in float32; a torch file that would run code is refused."""
     file = Path(weights) if Path(weights).is_file() else _fetch_weights(clip, model, weights)
+    if file.suffix != ".safetensors" and is_safetensors(file):
+        raise SearchError(f"weights file {file} is safetensors, which open_clip tells by name; end it in .safetensors")
+    place = str(file.absolute())  # open_clip would take the bare name of a file for a tag
     try:
-        return clip.create_model(model, pretrained=str(file), weights_only=True, pretrained_text=False).eval()
+        return clip.create_model(model, pretrained=place, weights_only=True, pretrained_text=False).eval()
+    except pickle.UnpicklingError as error:
+        raise SearchError(f"weights file {file} {UNSAFE}") from error
     except Exception as error:  # open_clip and torch.load raise classes of their own
         raise SearchError(
             f"weights {weights} of {model} cannot be loaded: {_shorten(error)}; give those of both towers of {model}"
@@ -108,7 +151,8 @@ def _fetch_weights(clip: Any, model: str, tag: str) -> Path:
     tags = clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
         raise SearchError(
-            f"{tag} is no file and no tag of {model}'s weights; give a file, or one of {', '.join(tags) or 'none'}"
+            f"{tag} is no file and no tag of {model}'s weights; give a file{', or one of ' * bool(tags)}"
+            f"{', '.join(tags)}"
         )
     published = clip.get_pretrained_cfg(model, tag)
     _require_activation(clip, model, published.get("quick_gelu", False), f"weights {tag} were trained")
@@ -129,7 +173,7 @@ def _require_activation(clip: Any, model: str, quick: bool, whose: str) -> None:
     if quick != clip.get_model_config(model).get("quick_gelu", False):
         raise SearchError(
             f"{whose} with{'' if quick else 'out'} QuickGELU, unlike {model}; name the open_clip model that"
-            f" {'has' if quick else 'lacks'} it (-quickgelu)"
+            f" {'has it (-quickgelu)' if quick else 'lacks it (without -quickgelu)'}"
         )
 
 

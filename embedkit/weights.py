@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from embedkit.errors import BackboneError
 
-__all__ = ["digest_state", "fetch_hub_file", "fit_weights", "read_weights"]
+__all__ = ["digest_state", "fetch_hub_file", "fit_weights", "is_safetensors", "read_weights"]
 
 HUB_TIMEOUT_S = 10.0
+UNSAFE = (
+    "is no plain table of tensors, and reading more could run code, so it is refused; save model.state_dict() with"
+    " torch.save or as safetensors"
+)
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "module")
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.", "model.", "backbone.")
@@ -80,12 +84,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # refused or read, as it may be
-            state: Any = load_file(file) if _is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
+            state: Any = load_file(file) if is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise BackboneError(
-            f"weights file {file} is no plain table of tensors, and reading more could run code, so it is refused;"
-            " save model.state_dict() with torch.save or as safetensors"
-        ) from error
+        raise BackboneError(f"weights file {file} {UNSAFE}") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise BackboneError(
             f"weights file {file} cannot be read ({_first_line(error)}); expected safetensors or a torch state dict"
@@ -152,8 +153,8 @@ def digest_state(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _is_safetensors(file: Path) -> bool:
-    """Told by content: eight bytes of header length, then a JSON object."""
+def is_safetensors(file: Path) -> bool:
+    """Whether a file is safetensors, by its name or its content: eight bytes of header length, then a JSON object."""
     if file.suffix == ".safetensors":
         return True
     with file.open("rb") as stream:

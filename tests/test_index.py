@@ -173,11 +173,31 @@ def test_a_filter_that_does_not_work_names_the_columns(index: Index, where: str)
 
 
 def test_a_chain_of_operators_that_would_overflow_the_stack_is_refused_and_a_long_list_is_not(index: Index) -> None:
-    with pytest.raises(SearchError, match=r"has 23,999 words and signs, more than the 2,000 .* write .* IN \(...\)"):
-        index.search(make_vectors(1), 3, where=" OR ".join(["age > 5"] * 6000))
+    def refuse(where: str, match: str) -> None:
+        with pytest.raises(SearchError, match=match):
+            index.search(make_vectors(1), 3, where=where)
+
+    refuse(" OR ".join(["age > 5"] * 6000), r"has 23,999 words and signs, more than the 500 .* write .* IN \(...\)")
+    refuse("site = 'a'" + " || ''" * 480, "has 1,443 words and signs")
+    refuse("age IN (1" + ", age" * 20000 + ")", "has 40,005 words and signs")
+    refuse('age IN (1, "age"' + ', "age"' * 20000 + ")", "words and signs")
+    refuse('"sex"OR' * 400 + '"sex"', "has 801 words and signs")
     listed = ", ".join(f"'c{row}'" for row in range(3000))
     assert index.search(make_vectors(1), 40, where=f"case_id IN ({listed})").height == 40
+    numbers = ", ".join(str(age) for age in range(-3000, 3000))
+    assert index.search(make_vectors(1), 40, where=f"sex IN ({numbers})").height == 40
     assert index.search(make_vectors(1), 40, where="site = '" + "a b + " * 2000 + "'").is_empty()
+    assert index.search(make_vectors(1), 40, where="site IN ('O''Brien'" + ", 'O''Brien'" * 600 + ")").is_empty()
+
+
+@pytest.mark.parametrize("sign", ["/* ' */", "-- '\n", "$$'$$ = ", "`'` = ", "E'\\'' = ", "q'(')' = ", "nq'(')' = "])
+def test_nothing_hides_a_chain_of_operators_from_the_count(index: Index, sign: str) -> None:
+    chain = " OR ".join(["age > 5"] * 6000)
+    with pytest.raises(
+        SearchError, match=r"outside of texts; comments, \$, backticks .* are not taken: write texts in"
+    ):
+        index.search(make_vectors(1), 3, where=f"{sign} {chain} {sign}")
+    assert index.search(make_vectors(1), 40, where="case_id <> '/* -- $ ` */' OR site LIKE'a%'").height == 40
 
 
 def test_excluded_cases_never_come_back(index: Index) -> None:

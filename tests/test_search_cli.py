@@ -375,3 +375,7 @@ def test_texts_are_searched_for_by_their_vectors_where_the_user_vouches_for_them
         call("search", explored.index, *texts, "--shared-space")
     message = refused(tmp_path / "index", *texts, "--case", "a", "--by-patch")
     assert "a text is a query of its own; leave out --case, --by-patch" in message
+    assert "leave out --case" in refused(tmp_path / "index", "--case", "a", "--shared-space")
+    beside = ["--text-model", "ViT-B-16", "--text-weights", "openai", "--text-vectors", "t.npy", "--shared-space"]
+    message = refused(tmp_path / "index", "--manifest", "new.csv", *beside)
+    assert "leave out --text-model, --text-weights, --text-vectors, --shared-space" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,8 +20,8 @@ TABLE = pl.DataFrame({"case_id": ["a", "b", "c"], "patient_id": ["p", "q", "r"],
 VECTORS = np.float32([[1, 0, 0.1], [0, 1, 0], [-1, 0, 0]])
 
 
-def make_index(path: Path, *, embedding: str = "mean:cls:2", whiten: int | None = None) -> Index:
-    return write_index(VECTORS, TABLE, embedding=embedding, recipe=RECIPE, out=path, whiten=whiten)
+def make_index(path: Path, *, embedding: str = "mean:cls:2", **options: Any) -> Index:
+    return write_index(VECTORS, TABLE, embedding=embedding, recipe=RECIPE, out=path, **options)
 
 
 def test_each_text_finds_the_cases_that_its_vector_points_at(tmp_path: Path) -> None:
@@ -51,16 +52,17 @@ def test_a_row_per_text_of_the_length_of_the_vectors_is_expected(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("embedding", "whiten", "named"),
+    ("embedding", "options", "named"),
     [
-        ("aligned:cls:2", None, "holds aligned:cls:2 of each case, a space"),
-        ("mean:cls:2+mean:cls:1", None, r"holds mean:cls:2\+mean:cls:1 of each case"),
-        ("mean:cls:2", 2, "holds mean:cls:2 of each case, whitened"),
+        ("aligned:cls:2", {}, "holds aligned:cls:2 of each case, a space"),
+        ("mean:cls:2+mean:cls:1", {}, r"holds mean:cls:2\+mean:cls:1 of each case"),
+        ("mean:cls:2", {"whiten": 2}, "holds mean:cls:2 of each case, whitened"),
+        ("mean:cls:2", {"centre": True}, "holds mean:cls:2 of each case, centred"),
     ],
 )
 def test_an_index_in_a_space_of_its_own_is_refused(
-    tmp_path: Path, embedding: str, whiten: int | None, named: str
+    tmp_path: Path, embedding: str, options: dict[str, Any], named: str
 ) -> None:
-    index = make_index(tmp_path / "index", embedding=embedding, whiten=whiten)
+    index = make_index(tmp_path / "index", embedding=embedding, **options)
     with pytest.raises(SearchError, match=f"{named}.* --embedding mean:cls --whiten 0"):
         search_texts(index, ["up"], np.ones((1, 3), np.float32), shared_space=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import polars as pl
 import pytest
 import safetensors.torch
 import torch
+from embedkit.cli.main import app
+from typer.testing import CliRunner
 
 from embedkit.backbones import load_backbone
 from embedkit.errors import BackboneError, SearchError
@@ -67,18 +70,41 @@ def test_a_token_and_a_text_are_as_alike_as_both_towers_find_image_and_text(towe
         seen = towers.model.encode_image((images - mean) / std)
         read = towers.model.encode_text(clip.get_tokenizer(MODEL)(TEXTS), normalize=True)
         tokens = backbone.forward_layers(images, [10]).layers[10].summary
-    vectors = embed_paired_texts(TEXTS, MODEL, towers.weights, recipe=towers.recipe, embedding="mean:cls:10")
-    assert vectors.shape == (2, 256) and vectors.dtype == np.float32
-    assert np.allclose(tokens.numpy() @ vectors.T, (seen @ read.T).numpy(), atol=1e-4)
-    assert np.ptp(tokens.numpy() @ vectors.T) > 0.01
+    found = embed_paired_texts(TEXTS, MODEL, towers.weights, recipe=towers.recipe, embedding="mean:cls:10")
+    assert found.vectors.shape == (2, 24) and found.projection.shape == (24, 256)
+    assert found.vectors.dtype == found.projection.dtype == np.float32
+    products = tokens.numpy() @ found.projection.T @ found.vectors.T
+    assert np.allclose(products, (seen @ read.T).numpy(), atol=1e-4) and np.ptp(products) > 0.01
 
 
-def test_a_text_finds_the_case_that_lies_in_its_direction(towers: Towers, tmp_path: Path) -> None:
-    asked = embed_paired_texts(TEXTS, MODEL, towers.weights, recipe=towers.recipe, embedding="mean:cls:10")
-    index = make_index(towers, np.stack([asked[1], -asked[1], 2 * asked[0]]), tmp_path / "index")
-    found = search_texts(index, TEXTS, model=MODEL, weights=towers.weights, k=1)
-    assert found["query"].to_list() == TEXTS and found["case_id"].to_list() == ["c2", "c0"]
-    assert found["similarity"].to_list() == pytest.approx([1, 1])
+def test_cases_rank_by_the_cosine_that_clip_itself_finds(towers: Towers, tmp_path: Path) -> None:
+    clip = sys.modules["open_clip"]
+    tokens = np.random.default_rng(0).standard_normal((50, 256)).astype(np.float32)
+    index = make_index(towers, tokens, tmp_path / "index")
+    with torch.inference_mode():
+        seen = torch.nn.functional.normalize(torch.from_numpy(tokens) @ towers.model.visual.proj, dim=-1)
+        read = towers.model.encode_text(clip.get_tokenizer(MODEL)(TEXTS), normalize=True)
+        cosines = (read @ seen.T).numpy()
+    found = search_texts(index, TEXTS, model=MODEL, weights=towers.weights, k=50)
+    assert found["query"].to_list() == [text for text in TEXTS for _ in range(50)]
+    assert found["case_id"].to_list() == [f"c{row}" for order in np.argsort(-cosines, axis=1) for row in order]
+    assert np.allclose(found["similarity"], -np.sort(-cosines, axis=1).ravel(), atol=1e-5)
+    some = search_texts(index, TEXTS[:1], model=MODEL, weights=towers.weights, k=2, where="case_id IN ('c3', 'c7')")
+    assert some["case_id"].to_list() == sorted(["c3", "c7"], key=lambda name: -cosines[0, int(name[1:])])
+    none = search_texts(index, TEXTS, model=MODEL, weights=towers.weights, where="case_id = 'c50'")
+    assert none.is_empty()
+
+
+def test_texts_that_the_model_cannot_read_whole_are_refused(towers: Towers) -> None:
+    def embed(text: str) -> np.ndarray:
+        texts = [TEXTS[0], text]
+        return embed_paired_texts(texts, MODEL, towers.weights, recipe=towers.recipe, embedding="mean:cls:10").vectors
+
+    assert not np.array_equal(embed("word " * 74 + "left")[1], embed("word " * 74 + "right")[1])
+    with pytest.raises(SearchError, match=r"^text 'word word.*' is longer than the 77 tokens that .*; shorten it$"):
+        embed("word " * 76)
+    with pytest.raises(SearchError, match=r"a text is blank \('  '\), .*; leave it out"):
+        embed("  ")
 
 
 def test_towers_that_are_not_the_backbone_are_refused(towers: Towers, tmp_path: Path) -> None:
@@ -111,8 +137,52 @@ def test_what_cannot_be_loaded_is_named(towers: Towers, tmp_path: Path) -> None:
     refuse("ViT-B-16", "opnai", r"opnai is no file and no tag of ViT-B-16's weights; give a file, or one of .*openai")
     (tmp_path / "empty.safetensors").touch()
     refuse(MODEL, tmp_path / "empty.safetensors", r"empty.safetensors of .* cannot be loaded: .*--text-weights FILE")
-    torch.save({"a": Path("code")}, tmp_path / "code.pt")
-    refuse(MODEL, tmp_path / "code.pt", r"code.pt of .* cannot be loaded: ")
+    shutil.copy(towers.weights, tmp_path / "unnamed")
+    refuse(MODEL, tmp_path / "unnamed", r"weights file .*unnamed is safetensors, .*; end it in .safetensors")
+    refuse(
+        "roberta-ViT-B-32", towers.weights, r"roberta-ViT-B-32 reads texts by roberta-base of Hugging Face, .*; take a"
+    )
+
+
+class Code:
+    """Pickled as a call that makes a file."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.made,)
+
+
+def test_weights_that_would_run_code_are_refused_and_run_none(towers: Towers, tmp_path: Path) -> None:
+    torch.save({"a": Code(tmp_path / "ran")}, tmp_path / "code.pt")
+    with pytest.raises(SearchError, match=r"code.pt is no plain table of tensors, .* so it is refused; save") as caught:
+        embed_paired_texts(TEXTS, MODEL, tmp_path / "code.pt", recipe=towers.recipe, embedding="mean:cls:10")
+    assert not (tmp_path / "ran").exists() and "weights_only" not in str(caught.value)
+    torch.load(tmp_path / "code.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # so it would have been seen
+
+
+def test_a_file_named_as_published_weights_is_the_file(
+    towers: Towers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(towers.model.state_dict(), tmp_path / "openai")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("embedkit.texttowers.fetch_hub_file", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(SearchError, match=r"weights openai of ViT-B-16 cannot be loaded: .*(pos_embed|size mismatch)"):
+        embed_paired_texts(TEXTS, "ViT-B-16", "openai", recipe=towers.recipe, embedding="mean:cls:10")
+    found = embed_paired_texts(TEXTS, MODEL, "openai", recipe=towers.recipe, embedding="mean:cls:10")
+    assert found.vectors.shape == (2, 24)
+
+
+def test_the_command_reads_texts_by_both_towers(towers: Towers, tmp_path: Path) -> None:
+    make_index(towers, np.eye(3, 256, dtype=np.float32), tmp_path / "index")
+    texts = [word for text in TEXTS for word in ("--text", text)]
+    paired = ["--text-model", MODEL, "--text-weights", str(towers.weights)]
+    result = CliRunner().invoke(app, ["search", str(tmp_path / "index"), *texts, *paired, "-k", "2", "--json"])
+    assert result.exit_code == 0, result.output
+    expected = search_texts(tmp_path / "index", TEXTS, model=MODEL, weights=towers.weights, k=2)
+    assert json.loads(result.stdout) == expected.to_dicts() and expected.height == 4
 
 
 def test_published_weights_out_of_reach_are_named_with_the_ways_out(
@@ -140,7 +210,12 @@ def test_a_model_comes_with_its_weights_and_without_vectors(tmp_path: Path) -> N
         out=tmp_path / "index",
     )
     alone = r"takes the name of its model and the weights of both towers \(--text-model, --text-weights\)"
-    for options in ({"model": MODEL}, {"weights": "openai"}, {"model": MODEL, "weights": "x", "vectors": np.eye(2)}):
+    for options in (
+        {"model": MODEL},
+        {"weights": "openai"},
+        {"model": MODEL, "weights": "x", "vectors": np.eye(2)},
+        {"model": MODEL, "weights": "x", "shared_space": True},
+    ):
         with pytest.raises(SearchError, match=alone):
             search_texts(index, TEXTS, **options)
     with pytest.raises(SearchError, match="no text was given for the text tower of"):
