@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from embedkit.backbones import digest_weights
 from embedkit.errors import BackboneError, SearchError
 from embedkit.recipe import Recipe
+from embedkit.scattering import SCATTERING
 from embedkit.weights import UNSAFE, fetch_hub_file, is_safetensors
 
 __all__ = ["PairedTexts", "embed_paired_texts"]
@@ -63,6 +65,12 @@ def embed_paired_texts(
             text that is blank or longer than the model reads.
         BackboneError: the image tower's tensors do not fit the backbone.
     """
+    if recipe.backbone == SCATTERING:
+        raise SearchError(
+            f"the index was made by {SCATTERING}, which learned nothing and so shares no space with texts; build one"
+            " from a cache of an image tower of the CLIP kind (embedkit extract --backbone"
+            " vit_base_patch16_clip_224.laion2b)"
+        )
     clip = _import_open_clip()
     _require_model(clip, model)
     tokens = _read_tokens(clip, model, texts)
@@ -136,10 +144,14 @@ def _load_towers(clip: Any, model: str, weights: str) -> Any:
         raise SearchError(f"weights file {file} is safetensors, which open_clip tells by name; end it in .safetensors")
     place = str(file.absolute())  # open_clip would take the bare name of a file for a tag
     try:
-        return clip.create_model(model, pretrained=place, weights_only=True, pretrained_text=False).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'torch.load' received a zip file", UserWarning)  # TorchScript is refused
+            return clip.create_model(model, pretrained=place, weights_only=True, pretrained_text=False).eval()
     except pickle.UnpicklingError as error:
         raise SearchError(f"weights file {file} {UNSAFE}") from error
     except Exception as error:  # open_clip and torch.load raise classes of their own
+        if "TorchScript" in str(error):
+            raise SearchError(f"weights file {file} holds a program (TorchScript): it {UNSAFE}") from error
         raise SearchError(
             f"weights {weights} of {model} cannot be loaded: {_shorten(error)}; give those of both towers of {model}"
             " (--text-weights FILE), safetensors or a torch state dict"

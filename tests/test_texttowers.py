@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,17 @@ def test_weights_that_would_run_code_are_refused_and_run_none(towers: Towers, tm
     assert not (tmp_path / "ran").exists() and "weights_only" not in str(caught.value)
     torch.load(tmp_path / "code.pt", weights_only=False)
     assert (tmp_path / "ran").exists()  # so it would have been seen
+
+
+def test_a_program_and_a_backbone_that_learned_nothing_are_named_as_such(towers: Towers, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is about to give up such programs, which users still have
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "program.pt")
+    with pytest.raises(SearchError, match=r"program.pt holds a program \(TorchScript\): it .* so it is refused; save"):
+        embed_paired_texts(TEXTS, MODEL, tmp_path / "program.pt", recipe=towers.recipe, embedding="mean:cls:10")
+    recipe = replace(towers.recipe, backbone="embedkit/scattering")
+    with pytest.raises(SearchError, match="made by embedkit/scattering, which learned nothing and so shares no space"):
+        embed_paired_texts(TEXTS, MODEL, towers.weights, recipe=recipe, embedding="mean:cls:2")
 
 
 def test_a_file_named_as_published_weights_is_the_file(
