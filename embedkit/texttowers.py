@@ -9,7 +9,6 @@ holds v, so that W is given beside t.
 from __future__ import annotations
 
 import difflib
-import pickle
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from embedkit.backbones import digest_weights
 from embedkit.errors import BackboneError, SearchError
 from embedkit.recipe import Recipe
 from embedkit.scattering import SCATTERING
-from embedkit.weights import UNSAFE, fetch_hub_file, is_safetensors
+from embedkit.weights import UNSAFE, UnsafeWeights, fetch_hub_file, is_safetensors
 
 __all__ = ["PairedTexts", "embed_paired_texts"]
 
@@ -147,7 +146,7 @@ def _load_towers(clip: Any, model: str, weights: str) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'torch.load' received a zip file", UserWarning)  # TorchScript is refused
             return clip.create_model(model, pretrained=place, weights_only=True, pretrained_text=False).eval()
-    except pickle.UnpicklingError as error:
+    except UnsafeWeights as error:
         raise SearchError(f"weights file {file} {UNSAFE}") from error
     except Exception as error:  # open_clip and torch.load raise classes of their own
         if "TorchScript" in str(error):

@@ -27,6 +27,8 @@ UNSAFE = (
     "is no plain table of tensors, and reading more could run code, so it is refused; save model.state_dict() with"
     " torch.save or as safetensors"
 )
+UnsafeWeights = pickle.UnpicklingError
+"""What torch raises instead of running the code of a weights file; all that is used of pickle."""
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "module")
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.", "model.", "backbone.")
@@ -85,7 +87,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # refused or read, as it may be
             state: Any = load_file(file) if is_safetensors(file) else torch.load(file, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnsafeWeights as error:
         raise BackboneError(f"weights file {file} {UNSAFE}") from error
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise BackboneError(
