@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,13 @@ class Copies:
         named = matched.select("case", "case_id").unique(maintain_order=True).group_by("case", maintain_order=True)
         self.by_case: Mapping[str, tuple[str, ...]] = {case: tuple(ids) for case, ids in named.agg("case_id").rows()}
         self.source = _JoinedSource(cases, self.cache, matched.select(self.cache.stacks.columns))
-        self._cases = known["case"].n_unique()
 
-    def plan(self, plans: Sequence[HeadPlan]) -> tuple[HeadPlan, ...]:
+    def plan(self, plans: Sequence[HeadPlan], case_ids: Collection[str]) -> tuple[HeadPlan, ...]:
         """The plans for cases and copies: an epoch is longer, so that as many fewer of them make as many steps.
+
+        Args:
+            plans: For cases alone.
+            case_ids: Those that have a label of any target.
 
         Raises:
             HeadError: none of them is trained by gradient, as only such are shown copies.
@@ -79,7 +82,7 @@ class Copies:
                 f"copies were given, but all of the heads {', '.join(plan.head for plan in plans)} are fitted in closed"
                 " form, on cases alone; add a head that is trained by gradient, as tail, or leave the copies away"
             )
-        return tuple(self._plan(plan) if plan.by_gradient else plan for plan in plans)
+        return tuple(self._plan(plan, case_ids) if plan.by_gradient else plan for plan in plans)
 
     def describe(self, plan: HeadPlan, task: Task) -> dict[str, Any] | None:
         """What a run's record keeps of the copies that a head was shown; None for a head that is shown none."""
@@ -101,7 +104,7 @@ class Copies:
         told = {why: ids for why, ids in aside.items() if ids}
         return dataclasses.replace(record, copies=self.describe(plan, task), cases=record.cases | told)
 
-    def _plan(self, plan: HeadPlan) -> HeadPlan:
+    def _plan(self, plan: HeadPlan, case_ids: Collection[str]) -> HeadPlan:
         """The plan of a head by gradient."""
         read = dict.fromkeys(name for each in plan.candidates for name in each.token_sets)
         if lacking := [name for name in read if name not in self.cache.recipe.token_sets]:
@@ -111,17 +114,15 @@ class Copies:
                 " --tokens"
             )
         candidates = (
-            dataclasses.replace(each, fit=each.fit.replace(epochs=self._count_epochs(each.fit)))
+            dataclasses.replace(each, fit=each.fit.replace(epochs=self._count_epochs(each.fit, case_ids)))
             for each in plan.candidates
         )
         return dataclasses.replace(plan, candidates=tuple(candidates))
 
-    def _count_epochs(self, fit: FitOptions) -> int:
+    def _count_epochs(self, fit: FitOptions, case_ids: Collection[str]) -> int:
         """How many epochs over all cases and copies take as many steps as those asked for take over the cases alone."""
-        alone, together = (
-            math.ceil(count / fit.batch_size)
-            for count in (self._cases, self._cases + sum(map(len, self.by_case.values())))
-        )
+        copies = sum(len(self.by_case.get(case, ())) for case in case_ids)
+        alone, together = (math.ceil(count / fit.batch_size) for count in (len(case_ids), len(case_ids) + copies))
         return math.ceil(fit.epochs * alone / together)
 
 

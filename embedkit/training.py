@@ -206,7 +206,6 @@ def train(
     )
     plans = plan_heads(source, heads, token_sets, head_options, fit_options or {}, sweep=sweep, seed=seed)
     shown = None if copies is None else Copies(source, copies)
-    plans = plans if shown is None else shown.plan(plans)
     folders = _plan_folders(Path(out), names, plans, kept=begun if keeps else None, overwrite=overwrite or resume)
     usable, blank = _split_usable(source)
     made = [
@@ -214,6 +213,7 @@ def train(
         for name in names
     ]
     tasks = [task for task, _ in made]
+    plans = plans if shown is None else shown.plan(plans, {case for task in tasks for case in task.case_ids})
     check_imbalance(plans, tasks)
     matched = match_heads(plans, tasks, heads)
     deal = partial(

@@ -370,8 +370,13 @@ def test_fewer_epochs_take_as_many_steps_however_many_cases_have_copies(
 ) -> None:
     some = {name: values for name, values in copy_all(tell_illness()).items() if name[:3] in CASES[:copied]}
     plans = plan_heads(cache, ["mlp"], None, {}, {"batch_size": batch_size, "epochs": 30})
-    planned = Copies(cache, build(tmp_path / "copies", some, augment="3")).plan(plans)
+    planned = Copies(cache, build(tmp_path / "copies", some, augment="3")).plan(plans, CASES)
     assert [plan.fit.epochs for plan in planned if plan.by_gradient] == [epochs]
+
+
+def test_steps_are_counted_over_cases_that_have_a_label(cache: Cache, copies: Cache) -> None:
+    plans = Copies(cache, copies).plan(plan_heads(cache, ["mlp"], None, {}, {"batch_size": 4}), CASES[:8])
+    assert [plan.fit.epochs for plan in plans if plan.by_gradient] == [8]  # 30 of 2 batches, where all take 8
 
 
 def test_copies_that_lack_a_view_of_their_case_are_refused(cache: Cache, copies: Cache) -> None:
@@ -404,7 +409,7 @@ def test_heads_must_be_able_to_learn_from_copies(cache: Cache, copies: Cache, tm
     with pytest.raises(CacheError, match=r"head 'abmil' reads cls:1, but the copies in .* hold cls:2"):
         run_training(more, tmp_path / "runs", copies=copies, token_sets={"abmil": ["cls:1"]})
     plans = plan_heads(more, ["abmil"], {"abmil": ["cls:2"], "logistic": ["cls:1"]}, {}, {})
-    plans = Copies(more, copies).plan(plans)
+    plans = Copies(more, copies).plan(plans, CASES)
     assert [plan.fit.epochs for plan in plans if plan.by_gradient] == [10]  # 30 of 3 steps, where all take 9
     with pytest.raises(HeadError, match="all of the heads logistic, raptor are fitted in closed form"):
         run_training(cache, tmp_path / "runs", copies=copies, heads=[])
