@@ -102,7 +102,11 @@ class Copies:
             "with_copies_but_not_cached": list(self.strangers),
         }
         told = {why: ids for why, ids in aside.items() if ids}
-        return dataclasses.replace(record, copies=self.describe(plan, task), cases=record.cases | told)
+        shown = sum(len(self.by_case.get(case, ())) for case in task.case_ids)
+        beside = f"{shown} altered copies beside {len(task.case_ids)} cases"
+        cases = record.cases | told
+        notes = (f"{task.name}: heads trained by gradient were shown {beside}", *record.notes)
+        return dataclasses.replace(record, copies=self.describe(plan, task), cases=cases, notes=notes)
 
     def _plan(self, plan: HeadPlan, case_ids: Collection[str]) -> HeadPlan:
         """The plan of a head by gradient."""

@@ -315,10 +315,12 @@ def search_texts(
     if model is None and weights is None:
         asked = read_text_queries(opened, texts, vectors, shared_space=shared_space)
         found = opened.search(asked, k, where=where)
-    elif model is None or weights is None or vectors is not None or shared_space:
+    elif model is None or weights is None:
+        given, lacking = ("weights", "--text-model") if model is None else (f"model {model}", "--text-weights")
+        raise SearchError(f"a text tower needs its model and the weights of both towers; beside {given} give {lacking}")
+    elif vectors is not None or shared_space:
         raise SearchError(
-            "a text tower takes the name of its model and the weights of both towers (--text-model, --text-weights),"
-            " and neither vectors nor your word on them beside (--text-vectors, --shared-space)"
+            f"texts are read by {model} or given as vectors (--text-vectors, --shared-space), not both; leave one away"
         )
     else:
         paired = embed_text_queries(opened, texts, model, weights)

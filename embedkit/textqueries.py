@@ -63,6 +63,9 @@ def read_text_queries(
         HeadError: the file cannot be read.
     """
     if vectors is None:
+        from embedkit.texttowers import require_learned  # loads torch, on the way to an error
+
+        require_learned(index.recipe)
         raise SearchError(
             f"a text needs its vector: name the open_clip model whose image tower is {index.recipe.backbone} and its"
             " weights (--text-model, --text-weights), or give the vectors of the texts as a file (--text-vectors), made"

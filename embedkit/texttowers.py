@@ -25,7 +25,7 @@ from embedkit.recipe import Recipe
 from embedkit.scattering import SCATTERING
 from embedkit.weights import UNSAFE, UnsafeWeights, fetch_hub_file, is_safetensors
 
-__all__ = ["PairedTexts", "embed_paired_texts"]
+__all__ = ["PairedTexts", "embed_paired_texts", "require_learned"]
 
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _SHOWN = 200
@@ -64,12 +64,7 @@ def embed_paired_texts(
             text that is blank or longer than the model reads.
         BackboneError: the image tower's tensors do not fit the backbone.
     """
-    if recipe.backbone == SCATTERING:
-        raise SearchError(
-            f"the index was made by {SCATTERING}, which learned nothing and so shares no space with texts; build one"
-            " from a cache of an image tower of the CLIP kind (embedkit extract --backbone"
-            " vit_base_patch16_clip_224.laion2b)"
-        )
+    require_learned(recipe)
     clip = _import_open_clip()
     _require_model(clip, model)
     tokens = _read_tokens(clip, model, texts)
@@ -94,6 +89,20 @@ def embed_paired_texts(
     except _FAILURES as error:
         raise SearchError(f"the text tower of {model} cannot read texts: {_shorten(error)}") from error
     return PairedTexts(found.float().numpy(), projection.float().numpy())
+
+
+def require_learned(recipe: Recipe) -> None:
+    """Stops where a cache is of a backbone that no text tower was trained with.
+
+    Raises:
+        SearchError: its backbone is the built-in one.
+    """
+    if recipe.backbone == SCATTERING:
+        raise SearchError(
+            f"the index was made by {SCATTERING}, which learned nothing and so shares no space with texts; build one"
+            " from a cache of an image tower of the CLIP kind (embedkit extract --backbone"
+            " vit_base_patch16_clip_224.laion2b)"
+        )
 
 
 def _import_open_clip() -> Any:

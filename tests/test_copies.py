@@ -321,6 +321,7 @@ def test_cases_without_copies_and_copies_without_cases_are_told(cache: Cache, co
     found = CliRunner().invoke(app, asked, catch_exceptions=False)
     assert found.exit_code == 0, found.output
     assert "ill: 2 cases without copies: c00, c01" in found.output
+    assert "note: ill: heads trained by gradient were shown 102 altered copies beside 36 cases" in found.output
     assert "ill: 1 cases with copies but not cached: x" in found.output
     assert open_run(tmp_path / "runs" / "ill.linear").record.copies["shown"] == 34 * 3  # type: ignore[index]
 

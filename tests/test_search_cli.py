@@ -369,7 +369,7 @@ def test_texts_are_searched_for_by_their_vectors_where_the_user_vouches_for_them
     found = ask(tmp_path / "index", *texts, "--shared-space", "-k", 1)
     assert [row["query"] for row in found] == ["a large lesion", "none"]
     assert [row["case_id"] for row in found] == index.cases["case_id"].gather([2, 5]).to_list()
-    with pytest.raises(SearchError, match="whose image tower is embedkit/scattering and its weights"):
+    with pytest.raises(SearchError, match="by embedkit/scattering, which learned nothing and so shares no space"):
         call("search", tmp_path / "index", "--text", "a large lesion")
     with pytest.raises(SearchError, match="holds aligned:patch@4:2 of each case, a space that no text shares"):
         call("search", explored.index, *texts, "--shared-space")

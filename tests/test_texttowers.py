@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import warnings
@@ -221,14 +222,14 @@ def test_a_model_comes_with_its_weights_and_without_vectors(tmp_path: Path) -> N
         recipe=Recipe("a clip", "builtin:0", ("cls:2",), 32, (0.0,), (1.0,), preview=0),
         out=tmp_path / "index",
     )
-    alone = r"takes the name of its model and the weights of both towers \(--text-model, --text-weights\)"
-    for options in (
-        {"model": MODEL},
-        {"weights": "openai"},
-        {"model": MODEL, "weights": "x", "vectors": np.eye(2)},
-        {"model": MODEL, "weights": "x", "shared_space": True},
+    both = "or given as vectors (--text-vectors, --shared-space), not both"
+    for options, words in (
+        ({"model": MODEL}, f"beside model {MODEL} give --text-weights"),
+        ({"weights": "openai"}, "beside weights give --text-model"),
+        ({"model": MODEL, "weights": "x", "vectors": np.eye(2)}, both),
+        ({"model": MODEL, "weights": "x", "shared_space": True}, both),
     ):
-        with pytest.raises(SearchError, match=alone):
+        with pytest.raises(SearchError, match=re.escape(words)):
             search_texts(index, TEXTS, **options)
     with pytest.raises(SearchError, match="no text was given for the text tower of"):
         search_texts(index, [], model=MODEL, weights="openai")
